@@ -154,7 +154,7 @@ REFUSED = [
     ({"every": 0}, r"every: Input should be greater than 0 \(got 0\)"),
     ({"start": -1}, r"start: .* greater than or equal to 0 \(got -1\)"),
     ({"origin": "inital"}, r"origin: Input should be 'initial' or 'first' \(got 'inital'\)\. Did you mean 'initial'\?"),
-    ({"kernel": "faster"}, r"kernel: Input should be 'auto', 'loop' or 'foreach' \(got 'faster'\)"),
+    ({"kernel": "faster"}, r"kernel: Input should be 'auto', 'loop', 'foreach' or 'fused' \(got 'faster'\)"),
     ({"buffers": {"*": "avrage"}}, r"buffers\.\*: .* \(got 'avrage'\)\. Did you mean 'average'\?"),
     ({"dtype": "float3"}, r"dtype: got 'float3'; expected .*'float32'"),
     ({"device": "gpu"}, r"device: got 'gpu'; expected .* 'cuda:0'"),

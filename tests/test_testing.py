@@ -13,6 +13,7 @@ from pydantic import ConfigDict, PrivateAttr, field_serializer
 
 import polyak
 from polyak.tensors import kernels
+from polyak.tensors.kernels import eager
 from polyak.testing import check_strategies, check_strategy, learning_rate
 
 
@@ -162,15 +163,21 @@ def test_all_broken_laws_are_named_at_once():
         check_strategy(Local)
 
 
-@pytest.mark.parametrize("wrong", ["loop", "foreach"])
-def test_a_kernel_that_disagrees_is_found(wrong, monkeypatch):
-    right = kernels.KERNELS[wrong]
+@pytest.mark.parametrize(("wrong", "found"), [("loop", "foreach"), ("foreach", "foreach"), ("fused", "auto")])
+def test_a_kernel_that_disagrees_is_found(wrong, found, monkeypatch):
+    bind = kernels.KERNELS[wrong]
 
-    def slow(averages, weights, rate, generators, done):
-        right(averages, weights, rate * 0.999999, generators, done)
+    def bind_wrongly(lanes, weights):
+        class Slow(type(bind(lanes, weights))):
+            def __call__(self, rates, generators, done):
+                super().__call__([rate * 0.999999 for rate in rates], generators, done)
 
-    monkeypatch.setitem(kernels.KERNELS, wrong, slow)
-    with pytest.raises(AssertionError, match=r"law 4, kernels agree: with kernel='foreach', \S+ differs from"):
+        bound = bind(lanes, weights)
+        bound.__class__ = Slow
+        return bound
+
+    monkeypatch.setitem(kernels.KERNELS, wrong, bind_wrongly)
+    with pytest.raises(AssertionError, match=rf"law 4, kernels agree: with kernel='{found}', \S+ differs from"):
         check_strategy(Sound)
 
 
@@ -179,8 +186,9 @@ def test_averages_that_are_not_the_sum_or_drift_are_found(monkeypatch):
         for average, weight in zip(averages, weights, strict=True):
             average.mul_(1 - rate).add_(weight, alpha=rate * (1 + 1e-5))
 
-    for kernel in ("loop", "foreach"):
-        monkeypatch.setitem(kernels.KERNELS, kernel, scaled)
+    for kernel in ("loop", "foreach", "fused"):
+        binder = lambda lanes, weights: eager.PerTensor("scaled", scaled, lanes[0], weights)
+        monkeypatch.setitem(kernels.KERNELS, kernel, binder)
     with pytest.raises(AssertionError) as caught:
         check_strategy(Sound)
     assert "law 1, one-hot weights give the profile: update" in str(caught.value)

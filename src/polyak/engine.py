@@ -72,7 +72,6 @@ class Engine(Averager):
         self._knows = knows
         self._binding = Binding(model, self.options, adapter)
         self._state = State(self._binding.allocate(), Progress(), History(), skipped=0, generators=OwnGenerators())
-        self._binding.planned(self._binding.own(), self._state)
         self._replica: Replica | None = None
         self._warned: set[str] = set()
         self.listeners: list[Callable[[Averager, Clock], None]] = []
@@ -143,16 +142,16 @@ class Engine(Averager):
         after = state.progress.seen(now).averaged_at(clock, rate, checked_weight(self._strategy, clock))
         plan = self._binding.planned(root, state)
         with torch.inference_mode(mode=False), torch.no_grad():
-            if self.options.nonfinite != "propagate" and not plan.finite():
-                self._refuse_nonfinite(plan, now.step)
-                state.progress, state.skipped = state.progress.seen(now), state.skipped + 1
-                return
 
             def commit() -> None:
                 state.history.record(clock.n, rate, now.stride)
                 state.progress = after
 
-            plan.move(rate, state.generators, commit)
+            check = self.options.nonfinite != "propagate"
+            if not plan.mover.update([rate], [state.generators], commit, check=check):
+                self._refuse_nonfinite(plan, now.step)
+                state.progress, state.skipped = state.progress.seen(now), state.skipped + 1
+                return
         if self._binding.model is None:
             self._binding.model = root
         for listener in self.listeners:
@@ -224,7 +223,7 @@ class Engine(Averager):
         if self.options.origin == "first" and not self.n and root is not None and not self._binding.holds_average(root):
             plan = self._binding.planned(root, self._state)
             with torch.inference_mode(mode=False), torch.no_grad():
-                plan.move(1.0, self._state.generators, lambda: None)
+                plan.mover.update([1.0], [self._state.generators], lambda: None, check=False)
 
     # Saving
 

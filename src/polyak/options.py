@@ -82,7 +82,7 @@ class Options(BaseModel):
                 f"a strategy may choose {', '.join(sorted(_OPEN))}"
             )
             raise ConfigError(message)
-        open_ = {"match": "name", "origin": "initial", "kernel": "foreach", "buffers": "auto", **chosen}
+        open_ = {"match": "name", "origin": "initial", "kernel": "auto", "buffers": "auto", **chosen}
         if self.start:
             open_["origin"] = "first"
         left = {key: value for key, value in open_.items() if getattr(self, key) in (None, "auto")}

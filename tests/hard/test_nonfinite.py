@@ -78,10 +78,13 @@ class CountsReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("nonfinite", "reads"), [("skip", 1), ("raise", 1), ("propagate", 0)])
-def test_the_check_costs_one_synchronisation_and_none_with_propagate(nonfinite, reads):
+@pytest.mark.parametrize(
+    ("nonfinite", "kernel", "reads"),
+    [("skip", "foreach", 1), ("raise", "foreach", 1), ("propagate", "foreach", 0), ("skip", "fused", 0)],
+)
+def test_the_check_costs_one_synchronisation_and_none_with_propagate(nonfinite, kernel, reads):
     model = nn.Sequential(nn.Linear(300, 300), nn.BatchNorm1d(300), nn.Linear(300, 2))
-    averager = polyak.average(model, "ema", decay=0.5, nonfinite=nonfinite)
+    averager = polyak.average(model, "ema", decay=0.5, nonfinite=nonfinite, kernel=kernel)
     averager.update()
     with CountsReads() as counter:
         averager.update()

@@ -119,20 +119,20 @@ def test_a_tie_by_memory_keeps_the_survivors_average():
 
 
 def test_a_tensor_that_needs_scratch_memory_is_moved_before_those_that_need_none(monkeypatch):
-    from polyak.tensors import kernels
+    from polyak.tensors.kernels import eager
 
     model = nn.ParameterDict({"a": nn.Parameter(torch.zeros(3)), "b": nn.Parameter(torch.zeros(3).bfloat16())})
-    averager = polyak.average(model, "ema", decay=0.5)
-    with torch.no_grad():
-        model["a"].fill_(1.0)
-        model["b"].fill_(1.0)
 
     def full(*_):
         message = "out of memory"
         raise torch.OutOfMemoryError(message)
 
+    averager = polyak.average(model, "ema", decay=0.5, kernel="foreach")
+    with torch.no_grad():
+        model["a"].fill_(1.0)
+        model["b"].fill_(1.0)
     with monkeypatch.context() as patch:
-        patch.setitem(kernels.KERNELS, "mixed", full)
+        patch.setattr(eager.PerTensor, "__call__", full)
         with pytest.raises(torch.OutOfMemoryError):
             averager.update()
     assert averager.n == 0

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models import bits
-from polyak.tensors import kernels
 from polyak.tensors.finite import FiniteCheck
-from polyak.tensors.kernels import KERNELS
+from polyak.tensors.kernels import KERNELS, eager
 
 WIDE = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 SHAPES = st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=5)
@@ -28,9 +27,13 @@ def _tensors(shapes, dtype, seed):
     return [torch.randn(shape, dtype=dtype, generator=generator) for shape in shapes]
 
 
-def _moved(kernel, averages, weights, rate, done=0):
+def _move(kernel, averages, weights, rate, done=0):
+    KERNELS[kernel]([averages], weights)([rate], [_generator], done)
+
+
+def _moved(kernel, averages, weights, rate):
     averages = [tensor.clone() for tensor in averages]
-    KERNELS[kernel](averages, weights, rate, _generator, done)
+    _move(kernel, averages, weights, rate)
     return [bits(tensor) for tensor in averages]
 
 
@@ -65,7 +68,7 @@ def test_mixed_equals_the_loop_where_dtypes_differ(shapes, dtypes, rate):
 def test_the_loop_is_the_recursion(rate, seed):
     (average,), (weight,) = _tensors([(7,)], torch.float64, seed), _tensors([(7,)], torch.float64, seed + 1)
     expected = average + rate * (weight - average)
-    KERNELS["loop"]([average], [weight], rate, _generator, 0)
+    _move("loop", [average], [weight], rate)
     torch.testing.assert_close(average, expected, rtol=1e-15, atol=1e-15)
 
 
@@ -73,29 +76,29 @@ def test_the_loop_is_the_recursion(rate, seed):
 def test_a_rate_of_one_replaces_even_what_is_not_finite(kernel):
     dtype = torch.bfloat16 if kernel == "stochastic" else torch.float32
     average, weight = torch.full((3,), torch.nan, dtype=dtype), torch.ones(3)
-    KERNELS[kernel]([average], [weight.to(dtype) if kernel == "foreach" else weight], 1.0, _generator, 0)
+    _move(kernel, [average], [weight.to(dtype) if kernel == "foreach" else weight], 1.0)
     assert torch.equal(average.float(), weight)
 
 
 @pytest.mark.parametrize("kernel", ["mixed", "stochastic"])
 def test_large_tensors_are_moved_in_pieces_and_go_on_where_they_stopped(kernel, monkeypatch):
-    monkeypatch.setattr(kernels, "_CHUNK", 10)
+    monkeypatch.setattr(eager, "_CHUNK", 10)
     dtype = torch.bfloat16 if kernel == "stochastic" else torch.float64
     average, weight = torch.zeros(35, dtype=dtype), torch.ones(35)
-    KERNELS[kernel]([average], [weight], 0.5, _generator, 2)
+    _move(kernel, [average], [weight], 0.5, done=2)
     assert torch.equal(average, torch.cat([torch.zeros(20), torch.full((15,), 0.5)]).to(dtype))
     assert average._version == 2
     whole = torch.zeros(35, dtype=dtype)
-    KERNELS[kernel]([whole], [weight], 0.5, _generator, 0)
+    _move(kernel, [whole], [weight], 0.5)
     assert torch.equal(whole, torch.full((35,), 0.5, dtype=dtype))
     assert whole._version == 4
 
 
 @pytest.mark.parametrize("kernel", ["mixed", "loop"])
 def test_tensors_that_are_not_contiguous_are_moved_whole(kernel, monkeypatch):
-    monkeypatch.setattr(kernels, "_CHUNK", 10)
+    monkeypatch.setattr(eager, "_CHUNK", 10)
     average = torch.zeros(6, 7, dtype=torch.float64).t()
-    KERNELS[kernel]([average], [torch.ones(7, 6)], 0.25, _generator, 0)
+    _move(kernel, [average], [torch.ones(7, 6)], 0.25)
     assert torch.equal(average, torch.full((7, 6), 0.25, dtype=torch.float64))
 
 
@@ -109,7 +112,7 @@ def test_rounding_is_unbiased_and_only_to_a_neighbour(dtype, start):
     average = torch.full((count,), start).to(dtype)
     weight = torch.full((count,), start + 0.1)
     exact = average[0].float().lerp(weight[0], rate)
-    KERNELS["stochastic"]([average], [weight], rate, _generator, 0)
+    _move("stochastic", [average], [weight], rate)
     values = average.unique().float()
     assert len(values) <= 2
     if len(values) == 2:
@@ -128,14 +131,14 @@ def test_rounding_is_unbiased_and_only_to_a_neighbour(dtype, start):
 def test_a_value_of_the_short_dtype_is_a_fixed_point_of_rounding(dtype, value, rate):
     weight = torch.full((50,), value).to(dtype)
     average = weight.clone()
-    KERNELS["stochastic"]([average], [weight], rate, _generator, 0)
+    _move("stochastic", [average], [weight], rate)
     assert torch.equal(average, weight)
 
 
 def test_nan_and_infinities_pass_through_rounding():
     average = torch.tensor([1.0, 1.0, 1.0, torch.nan]).bfloat16()
     weight = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0])
-    KERNELS["stochastic"]([average], [weight], 0.1, _generator, 0)
+    _move("stochastic", [average], [weight], 0.1)
     assert average.isnan().tolist() == [True, False, False, True]
     assert average[1] == torch.inf
     assert average[2] == -torch.inf
@@ -143,7 +146,7 @@ def test_nan_and_infinities_pass_through_rounding():
 
 def test_rounding_draws_from_its_own_generator_only():
     state = torch.get_rng_state()
-    KERNELS["stochastic"]([torch.zeros(9).bfloat16()], [torch.ones(9)], 0.3, _generator, 0)
+    _move("stochastic", [torch.zeros(9).bfloat16()], [torch.ones(9)], 0.3)
     assert torch.equal(torch.get_rng_state(), state)
 
 

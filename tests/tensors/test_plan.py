@@ -170,5 +170,6 @@ def test_a_mapping_is_watched_too():
 
 def test_a_plan_groups_what_one_call_can_move():
     model = Conv()
-    groups = polyak.average(model)._binding.plan.groups
-    assert [(group.kernel, len(group.averages)) for group in groups] == [("foreach", 8), ("copy", 1)]
+    for kernel, name in (("foreach", "foreach"), ("fused", "fused"), ("auto", "fused")):
+        groups = polyak.average(model, kernel=kernel)._binding.plan.mover.groups
+        assert [(group.kernel.name, len(group.weights)) for group in groups] == [(name, 8), ("copy", 1)]

@@ -113,7 +113,7 @@ class EMAV3(Strategy):
     warmup_power: Annotated[float, Field(gt=0)] = 2 / 3
     """The warm-up's exponent; 1 with gamma 1 is a plain mean, 2/3 suits a million steps, 3/4 fewer."""
     foreach: bool = True
-    """Whether one call updates all tensors (the same as ``kernel="foreach"``) or one each (``"loop"``)."""
+    """Whether one call updates all tensors (the same as ``kernel="auto"``) or one each (``"loop"``)."""
     exclude_buffers: bool = False
     """Whether buffers are copied (the same as ``buffers="copy"``)."""
 
@@ -135,6 +135,6 @@ class EMAV3(Strategy):
     def engine(self) -> Mapping[str, Any]:
         return {
             "match": "order",
-            "kernel": "foreach" if self.foreach else "loop",
+            "kernel": "auto" if self.foreach else "loop",
             "buffers": "copy" if self.exclude_buffers else "auto",
         }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -13,10 +14,14 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from polyak.errors import ModelError
 from polyak.tensors.wrappers import unwrap
 
-__all__ = ["Entry", "Kind", "Model", "Slot", "addressed", "identity", "modules_of", "walk"]
+__all__ = ["Entry", "Kind", "Model", "Slot", "address", "addressed", "identity", "modules_of", "walk"]
 
 Kind = Literal["parameter", "buffer"]
 Model = nn.Module | Mapping[str, Tensor]
+
+_PLAIN = frozenset({Tensor, nn.Parameter})
+_NONE: frozenset[str] = frozenset()
+_VECTORS = frozenset({"_u", "_v"})
 
 
 class Slot(NamedTuple):
@@ -28,7 +33,7 @@ class Slot(NamedTuple):
     tensor: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Entry:
     """One distinct tensor of a model.
 
@@ -37,6 +42,7 @@ class Entry:
         kind: ``"parameter"`` or ``"buffer"``.
         tensor: The live tensor itself.
         slots: All places that hold it, in the order of the walk; more than one where it is tied.
+        aliases: All canonical names of the tensor, ``name`` first.
         persistent: Whether it is part of ``model.state_dict()``.
         iterated: Whether it is a vector of a power iteration (spectral norm), which must keep unit norm.
     """
@@ -45,13 +51,9 @@ class Entry:
     kind: Kind
     tensor: Tensor
     slots: tuple[Slot, ...]
+    aliases: tuple[str, ...]
     persistent: bool = True
     iterated: bool = False
-
-    @property
-    def aliases(self) -> tuple[str, ...]:
-        """All canonical names of the tensor, ``name`` first."""
-        return tuple(slot.name for slot in self.slots)
 
 
 class _Found(NamedTuple):
@@ -82,21 +84,23 @@ def walk(model: Model) -> list[Entry]:
         >>> [(entry.name, entry.kind) for entry in walk(model)][:3]
         [('0.weight', 'parameter'), ('1.weight', 'parameter'), ('1.bias', 'parameter')]
     """
+    found = [*_tensors_of(model)]
+    where = [address(one.slot.tensor) for one in found]
+    often = Counter(where)
     groups: dict[object, list[_Found]] = {}
-    for found in _tensors_of(model):
-        groups.setdefault(identity(found.slot.tensor), []).append(found)
-    return [
-        Entry(
-            name=first.slot.name,
-            kind=first.kind,
-            tensor=first.slot.tensor,
-            slots=tuple(found.slot for found in group),
-            persistent=any(found.persistent for found in group),
-            iterated=first.iterated,
-        )
-        for group in groups.values()
-        for first in group[:1]
-    ]
+    for one, place in zip(found, where, strict=True):
+        # Tensors that begin in the same place may still be different views of it.
+        groups.setdefault(place if often[place] == 1 else identity(one.slot.tensor), []).append(one)
+    return [_entry(group) for group in groups.values()]
+
+
+def _entry(found: Sequence[_Found]) -> Entry:
+    first, slots = found[0], tuple([one.slot for one in found])
+    name, tensor = first.slot.name, first.slot.tensor
+    if len(found) == 1:
+        return Entry(name, first.kind, tensor, slots, (name,), first.persistent, first.iterated)
+    names, persistent = tuple([slot.name for slot in slots]), any(one.persistent for one in found)
+    return Entry(name, first.kind, tensor, slots, names, persistent, first.iterated)
 
 
 def _tensors_of(model: Model) -> Iterator[_Found]:
@@ -136,18 +140,26 @@ def _own_tensors(prefix: str, module: nn.Module) -> Iterator[_Found]:
             yield _Found(Slot(module, key, prefix + key, buffer), "buffer", key not in transient, key in iterated)
 
 
-def _power_iteration_keys(module: nn.Module) -> set[str]:
+def _power_iteration_keys(module: nn.Module) -> frozenset[str]:
     if isinstance(module, nn.utils.parametrizations._SpectralNorm):  # noqa: SLF001 - torch exports no name for it
-        return {"_u", "_v"}
-    hooks = module._forward_pre_hooks.values()  # noqa: SLF001 - the old spectral_norm is known by its hook only
-    norms = [hook for hook in hooks if isinstance(hook, SpectralNorm)]
-    return {f"{norm.name}_{vector}" for norm in norms for vector in "uv"}
+        return _VECTORS
+    hooks = module._forward_pre_hooks  # noqa: SLF001 - the old spectral_norm is known by its hook only
+    if not hooks:
+        return _NONE
+    norms = [hook for hook in hooks.values() if isinstance(hook, SpectralNorm)]
+    return frozenset(f"{norm.name}_{vector}" for norm in norms for vector in "uv")
+
+
+def address(tensor: Tensor) -> int:
+    """Return where a tensor's memory begins, or else its id: no subclass, lazy, meta or freed tensor has any."""
+    if type(tensor) in _PLAIN and tensor.layout == torch.strided:
+        return tensor.data_ptr() or id(tensor)
+    return id(tensor)
 
 
 def addressed(tensor: Tensor) -> bool:
-    """Return whether a tensor has memory that can be compared: no subclass, lazy, meta, empty or freed one has."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
-    return plain and tensor.numel() > 0 and tensor.data_ptr() != 0
+    """Return whether a tensor has memory that can be compared."""
+    return tensor.numel() > 0 and address(tensor) != id(tensor)
 
 
 def identity(tensor: Tensor) -> object:

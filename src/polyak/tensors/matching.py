@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from polyak.errors import MismatchError
-from polyak.tensors.entries import identity
+from polyak.tensors.entries import address
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ Match = Literal["name", "order"]
 _SHOWN = 6
 
 
-def pair(stored: Sequence[Stored], entries: Sequence[Entry], match: Match, bound: Mapping[int, object]) -> list[Stored]:
+def pair(stored: Sequence[Stored], entries: Sequence[Entry], match: Match, bound: Mapping[int, int]) -> list[Stored]:
     """Return, for each entry, the stored tensor that averages it.
 
     ``"name"`` looks each name up. ``"order"`` takes the entries one after the other, for models whose names are
@@ -32,7 +32,7 @@ def pair(stored: Sequence[Stored], entries: Sequence[Entry], match: Match, bound
         stored: The average's tensors.
         entries: The model's entries that are not skipped.
         match: ``"name"`` or ``"order"``.
-        bound: The identity of the live tensor each stored one was paired with last, by its id: who survived a tie.
+        bound: The address of the live tensor each stored one was paired with last, by its id: who survived a tie.
 
     Raises:
         MismatchError: A tensor is missing, new, renamed, reordered, reshaped, or no longer floating.
@@ -55,13 +55,13 @@ def pair(stored: Sequence[Stored], entries: Sequence[Entry], match: Match, bound
     return chosen
 
 
-def _by_name(stored: Sequence[Stored], entries: Sequence[Entry], bound: Mapping[int, object]) -> list[Stored]:
+def _by_name(stored: Sequence[Stored], entries: Sequence[Entry], bound: Mapping[int, int]) -> list[Stored]:
     holders = {name: s for s in stored for name in s.aliases}
     used: set[int] = set()
     chosen = []
     for entry in entries:
         candidates = {id(holders[name]): holders[name] for name in entry.aliases}.values()
-        s = next((s for s in candidates if bound.get(id(s)) == identity(entry.tensor)), holders[entry.name])
+        s = next((s for s in candidates if bound.get(id(s)) == address(entry.tensor)), holders[entry.name])
         # A tie that was broken: both go on from the average they shared.
         own = s if id(s) not in used else replace(s, average=s.average.clone())
         used.add(id(s))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from polyak.errors import ConfigError, ModelError
+from polyak.tensors.memory import clones
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -135,9 +136,9 @@ def unfit(tensor: Tensor) -> str:
 
 
 def allocate(
-    entries: Sequence[Entry], policies: Sequence[Policy], *, device: torch.device | None, dtype: torch.dtype | None
+    entries: Sequence[tuple[Entry, Policy]], *, device: torch.device | None, dtype: torch.dtype | None
 ) -> list[Stored]:
-    """Return a tensor of its own for each entry that is not skipped, holding the entry's value now.
+    """Return a tensor of its own for each entry, holding the entry's value now.
 
     Raises:
         ConfigError: The device is not there.
@@ -147,17 +148,15 @@ def allocate(
     except (RuntimeError, AssertionError) as error:
         message = f"device: {str(device)!r} cannot be used on this machine: {str(error).splitlines()[0]}"
         raise ConfigError(message) from None
+    places = []
+    for entry, policy in entries:
+        live = entry.tensor
+        own = storage_dtype(live.dtype, dtype) if policy == "average" else live.dtype
+        places.append((device or live.device, own))
     # Normal tensors even under torch.inference_mode(): an inference tensor could never be updated outside of it.
     with torch.inference_mode(mode=False), torch.no_grad():
-        return [
-            Stored(entry.name, entry.aliases, entry.kind, policy, _own(entry.tensor, policy, device, dtype))
-            for entry, policy in zip(entries, policies, strict=True)
-            if policy != "skip"
-        ]
-
-
-def _own(live: Tensor, policy: Policy, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
-    target = storage_dtype(live.dtype, dtype) if policy == "average" else live.dtype
-    copy = live.detach().to(device=device or live.device, dtype=target, copy=True)
-    # A clone of an inference tensor is one too unless made from its values.
-    return torch.empty_like(copy).copy_(copy) if copy.is_inference() else copy
+        averages = clones([entry.tensor for entry, _ in entries], places)
+    return [
+        Stored(entry.name, entry.aliases, entry.kind, policy, average)
+        for (entry, policy), average in zip(entries, averages, strict=True)
+    ]

@@ -6,7 +6,8 @@ A user's own submodule called ``module`` or ``_orig_mod`` is no wrapper.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, cast
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from polyak.errors import ModelError
 
@@ -35,13 +36,15 @@ def _loaded(defined_in: str, class_name: str) -> Any:  # noqa: ANN401 - a class 
     return getattr(sys.modules.get(defined_in), class_name, None)
 
 
-def _inner(module: nn.Module) -> nn.Module | None:
+@lru_cache(maxsize=4096)
+def _wraps_in(kind: type) -> str:
+    """Return the attribute in which modules of a class hold the one they wrap; empty where they wrap none."""
     for defined_in, class_name, attribute in _WRAPPERS:
-        # A class whose defining module was never imported has no instances: nothing is imported for the test.
+        # A class whose defining module was never imported has no subclasses: nothing is imported for the test.
         found = _loaded(defined_in, class_name)
-        if found is not None and isinstance(module, found):
-            return cast("nn.Module", getattr(module, attribute))
-    return None
+        if found is not None and issubclass(kind, found):
+            return attribute
+    return ""
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -53,8 +56,9 @@ def unwrap(module: nn.Module) -> nn.Module:
         >>> unwrap(torch.nn.DataParallel(model)) is model
         True
     """
-    while (inner := _inner(module)) is not None:
-        module = inner
+    kind: Any  # mypy takes classes of modules for not hashable
+    while attribute := _wraps_in(kind := type(module)):
+        module = getattr(module, attribute)
     return module
 
 

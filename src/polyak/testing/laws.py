@@ -77,8 +77,9 @@ def _constant_is_fixed(case: Case) -> None:
 
 
 def _kernels_agree(case: Case) -> None:
-    loop, foreach = (_run(case, _ALL, kernel=kernel).averages for kernel in ("loop", "foreach"))
-    _same_bits(foreach, loop, "with kernel='foreach'", "kernel='loop'")
+    loop = _run(case, _ALL, kernel="loop").averages
+    for kernel in ("foreach", "auto"):
+        _same_bits(_run(case, _ALL, kernel=kernel).averages, loop, f"with kernel={kernel!r}", "kernel='loop'")
 
 
 def _cadence_keeps_the_laws(case: Case) -> None:

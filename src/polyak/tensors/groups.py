@@ -1,0 +1,105 @@
+"""The tensors of one update as few calls as there are kinds of them: by device, dtype, policy and kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from polyak.tensors.kernels import PIECEWISE, Kernel, KernelName, bind, kernel_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import torch
+    from torch import Tensor
+
+    from polyak.tensors.storage import Stored
+    from polyak.tensors.watch import Watch
+
+__all__ = ["Group", "Lane", "grouped"]
+
+
+class Lane(NamedTuple):
+    """One averager's share in an update.
+
+    Attributes:
+        stored: Its stored tensors.
+        live: The live tensor of each.
+        kernel: The kernel it asks for.
+        watch: Knows where the live tensors are.
+    """
+
+    stored: Sequence[Stored]
+    live: Sequence[Tensor]
+    kernel: KernelName
+    watch: Watch
+
+
+class Group(NamedTuple):
+    """The tensors that one call of one kernel moves.
+
+    Attributes:
+        kernel: The kernel, bound to them.
+        lanes: The numbers of the lanes it moves.
+        averages: For each of these lanes its averages.
+        weights: The live tensor of each.
+        policy: Whether they are averaged or copied.
+    """
+
+    kernel: Kernel
+    lanes: tuple[int, ...]
+    averages: list[list[Tensor]]
+    weights: list[Tensor]
+    policy: str
+
+
+class _Kind(NamedTuple):
+    """What the tensors of a group have in common."""
+
+    kernel: str
+    policy: str
+    stored: tuple[torch.device, torch.dtype]
+    live: tuple[torch.device, torch.dtype]
+    alone: int
+
+
+def grouped(lanes: Sequence[Lane]) -> list[Group]:
+    """Return the groups of an update, those first that need scratch memory, the largest first.
+
+    Where there is too little of it, nothing has moved yet.
+    """
+    rows: dict[tuple[_Kind, tuple[int, ...]], tuple[list[Tensor], list[list[Stored]]]] = {}
+    for live, stored in _by_weight(lanes):
+        alike: dict[_Kind, list[int]] = {}
+        for number in stored:
+            alike.setdefault(_kind(stored[number], live, lanes[number].kernel, number), []).append(number)
+        for kind, numbers in alike.items():
+            weights, own = rows.setdefault((kind, tuple(numbers)), ([], [[] for _ in numbers]))
+            weights.append(live)
+            for number, column in zip(numbers, own, strict=True):
+                column.append(stored[number])
+    groups = []
+    for (kind, moved), (weights, own) in rows.items():
+        averages = [[stored.average for stored in column] for column in own]
+        groups.append(Group(bind(kind.kernel, averages, weights), moved, averages, weights, kind.policy))
+    return sorted(groups, key=_scratch, reverse=True)
+
+
+def _kind(stored: Stored, live: Tensor, wanted: KernelName, lane: int) -> _Kind:
+    average = stored.average
+    name = kernel_for(average, live, wanted, copied=stored.policy == "copy")
+    # What is moved piece by piece may be interrupted between tensors, so each of them has a group of its own;
+    # what is copied has one for each lane.
+    alone = id(stored) if name in PIECEWISE else lane if name == "copy" else 0
+    return _Kind(name, stored.policy, (average.device, average.dtype), (live.device, live.dtype), alone)
+
+
+def _by_weight(lanes: Sequence[Lane]) -> Iterable[tuple[Tensor, dict[int, Stored]]]:
+    found: dict[int, tuple[Tensor, dict[int, Stored]]] = {}
+    for number, lane in enumerate(lanes):
+        for stored, live in zip(lane.stored, lane.live, strict=True):
+            found.setdefault(id(live), (live, {}))[1][number] = stored
+    return found.values()
+
+
+def _scratch(group: Group) -> int:
+    return group.weights[0].numel() if group.kernel.name in PIECEWISE else 0

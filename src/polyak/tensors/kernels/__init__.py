@@ -1,0 +1,110 @@
+"""What moves tensors: ``average += rate * (weights - average)``, in place, one group of tensors at a time.
+
+``loop`` is the reference; every other kernel equals it. ``fused`` is one pass over all tensors, compiled by Numba for
+CPUs and by Triton for CUDA; where it cannot be had, ``foreach`` and the others of plain torch do the same.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+
+from polyak.errors import MissingExtraError, PolyakWarning
+from polyak.tensors.kernels import cpu, cuda, eager
+from polyak.tensors.kernels.kernel import SHORT, Generators, Kernel, KernelName, Lanes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+__all__ = ["KERNELS", "PIECEWISE", "Generators", "Kernel", "KernelName", "bind", "check_available", "kernel_for"]
+
+Binder = Callable[[Lanes, "Sequence[Tensor]"], Kernel]
+PIECEWISE = frozenset({"loop", "mixed", "stochastic"})
+"""Kernels that write one tensor after the other."""
+
+
+def _one_by_one(name: str, move: eager.Move) -> Binder:
+    return lambda lanes, weights: eager.PerTensor(name, move, lanes[0], weights)
+
+
+def _fused(lanes: Lanes, weights: Sequence[Tensor]) -> Kernel:
+    return (cuda.FusedCUDA if weights[0].is_cuda else cpu.FusedCPU)(lanes, weights)
+
+
+KERNELS: dict[str, Binder] = {
+    "copy": _one_by_one("copy", eager.copy),
+    "loop": _one_by_one("loop", eager.loop),
+    "mixed": _one_by_one("mixed", eager.mixed),
+    "stochastic": _one_by_one("stochastic", eager.stochastic),
+    "foreach": eager.Foreach,
+    "fused": _fused,
+}
+"""What binds each kernel to the averages of its lanes and to their weights."""
+
+
+def bind(name: str, lanes: Lanes, weights: Sequence[Tensor]) -> Kernel:
+    """Return a kernel bound to the averages of some lanes and to their weights."""
+    return KERNELS[name](lanes, weights)
+
+
+def kernel_for(average: Tensor, weight: Tensor, wanted: KernelName, *, copied: bool) -> str:
+    """Return the name of the fastest kernel that a pair fits, among those that were asked for."""
+    if copied:
+        return "copy"
+    if wanted in {"auto", "fused"} and _fused_fits(average, weight):
+        return "fused"
+    if average.dtype in SHORT:
+        return "stochastic"
+    if wanted == "loop":
+        return "loop"
+    same = average.dtype == weight.dtype and average.device == weight.device
+    return "foreach" if same else "mixed"
+
+
+def _fused_fits(average: Tensor, weight: Tensor) -> bool:
+    return (cpu.fits(average, weight) and _works("numba")) or (cuda.fits(average, weight) and _works("triton"))
+
+
+def check_available(wanted: KernelName) -> None:
+    """Refuse a kernel that cannot be had.
+
+    Raises:
+        MissingExtraError: The fused kernel was asked for by name, and no compiler for it is installed or works.
+    """
+    if wanted == "fused" and not (_works("numba") or (torch.cuda.is_available() and _works("triton"))):
+        message = (
+            "kernel='fused' needs Numba for CPUs (or Triton for CUDA, which comes with torch), and neither works here: "
+            'pip install "polyak[fast]", or take kernel="auto", which uses what there is'
+        )
+        raise MissingExtraError(message)
+
+
+_TRIALS = {"numba": cpu.try_out, "triton": cuda.try_out}
+
+
+@cache
+def _works(compiler: str) -> bool:
+    """Return whether a compiler makes kernels that run on this machine; where it is there and does not, warn once."""
+    try:
+        if find_spec(compiler) is None:
+            return False
+    except ValueError:  # it is imported, and nobody knows from where
+        return False
+    try:
+        _TRIALS[compiler]()
+    except Exception as error:  # noqa: BLE001 - whatever a compiler can raise, averaging goes on without it
+        said = str(error).partition("\n")[0]
+        message = (
+            f"{compiler} is installed but compiles no kernel ({type(error).__name__}: {said}); "
+            'kernels of plain torch are used, which are slower. Silence this with kernel="foreach".'
+        )
+        warnings.warn(message, PolyakWarning, stacklevel=2)
+        return False
+    return True

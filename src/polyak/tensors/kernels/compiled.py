@@ -1,0 +1,201 @@
+"""The loops of the fused CPU kernel, compiled by Numba on first use and cached on disk.
+
+They see memory as addresses. What a float is, the type of a ``like`` array says: Numba knows neither bfloat16 nor
+float16, so their bits travel as uint16 and as int16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import carray, njit, types
+from numba.extending import intrinsic, overload
+
+__all__ = ["finite", "move"]
+
+_ROUNDS = (np.uint32(0x7FEB352D), np.uint32(0x846CA68B))  # lowbias32, a public-domain hash of 32 bits
+
+
+def _jit(**options: Any) -> Any:
+    # "contract" allows one rounding for a product and a sum, as torch's own kernels do.
+    def decorate(function: Any) -> Any:
+        settings = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}, **options}
+        try:
+            return njit(cache=True, **settings)(function)
+        except RuntimeError:  # no folder to cache in can be written
+            return njit(**settings)(function)
+
+    return decorate
+
+
+@intrinsic
+def _pointer(_: Any, address: Any, like: Any) -> Any:
+    """Return an address as a pointer to the elements that ``like`` has."""
+    signature = types.CPointer(like.dtype)(address, like)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
+
+    return signature, generate
+
+
+def _wide(bits: Any) -> Any:
+    """Return the float that some bits mean, in at least 32 bits."""
+
+
+@overload(_wide, strict=False)
+def _overload_wide(bits: Any) -> Any:
+    if bits == types.uint16:
+
+        def bfloat16(bits: Any) -> Any:
+            return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+        return bfloat16
+    if bits == types.int16:
+
+        def float16(bits: Any) -> Any:
+            raw = np.uint32(np.uint16(bits))
+            sign = np.uint32((raw & np.uint32(0x8000)) << np.uint32(16))
+            rest = np.uint32((raw & np.uint32(0x7FFF)) << np.uint32(13))
+            # The exponents differ by 112; the product is exact, for subnormal values too.
+            scaled = np.float32(np.uint32(rest).view(np.float32) * np.float32(2.0**112)).view(np.uint32)
+            special = np.uint32(rest | np.uint32(0x7F800000))
+            value = special if rest >= np.uint32(0x0F800000) else scaled
+            return np.uint32(value | sign).view(np.float32)
+
+        return float16
+    return lambda bits: bits
+
+
+def _narrow(value: Any, noise: Any, like: Any) -> Any:
+    """Return a float as the dtype of ``like``; a short one is rounded away from zero with a probability: its rest."""
+
+
+@overload(_narrow, strict=False)
+def _overload_narrow(value: Any, noise: Any, like: Any) -> Any:
+    if like == types.uint16:
+
+        def bfloat16(value: Any, noise: Any, like: Any) -> Any:
+            bits = np.float32(value).view(np.uint32)
+            rounded = np.uint32(np.uint32(bits + np.uint32(noise & np.uint32(0xFFFF))) >> np.uint32(16))
+            nan = np.uint32(np.uint32(bits >> np.uint32(16)) | np.uint32(0x40))
+            return np.uint16(nan if value != value else rounded)  # noqa: PLR0124 - NaN is what differs from itself
+
+        return bfloat16
+    if like == types.int16:
+
+        def float16(value: Any, noise: Any, like: Any) -> Any:
+            bits = np.float32(value).view(np.uint32)
+            sign = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000))
+            rest = np.uint32(bits & np.uint32(0x7FFFFFFF))
+            normal = np.uint32(np.uint32(rest + np.uint32(noise & np.uint32(0x1FFF))) >> np.uint32(13))
+            normal = np.uint32(min(normal, np.uint32(0x23C00)) - np.uint32(0x1C000))  # above the largest: infinity
+            # Below 2**-14 all steps are 2**-24: in fixed point, with 16 bits for what is below a step.
+            fixed = np.uint32(
+                np.int32(min(np.uint32(rest).view(np.float32), np.float32(2.0**-14)) * np.float32(2.0**40))
+            )
+            subnormal = np.uint32(np.uint32(fixed + np.uint32(noise & np.uint32(0xFFFF))) >> np.uint32(16))
+            finite = subnormal if rest < np.uint32(0x38800000) else normal
+            return np.int16(np.uint32(sign | (np.uint32(0x7E00) if rest > np.uint32(0x7F800000) else finite)))
+
+        return float16
+    return lambda value, noise, like: value
+
+
+def _noise(seed: Any, place: Any) -> Any:
+    bits = np.uint32(seed ^ np.uint32(np.uint32(place) * np.uint32(0x9E3779B9)))
+    bits = np.uint32(np.uint32(bits ^ np.uint32(bits >> np.uint32(16))) * _ROUNDS[0])
+    bits = np.uint32(np.uint32(bits ^ np.uint32(bits >> np.uint32(15))) * _ROUNDS[1])
+    return np.uint32(bits ^ np.uint32(bits >> np.uint32(16)))
+
+
+def _noise_for(seed: Any, place: Any, like: Any) -> Any:
+    """Return 32 random bits where ``like`` is a short dtype, else nothing at no cost."""
+
+
+_noise = _jit(inline="always")(_noise)
+
+
+@overload(_noise_for, strict=False)
+def _overload_noise_for(seed: Any, place: Any, like: Any) -> Any:
+    if like in {types.uint16, types.int16}:
+        return lambda seed, place, like: _noise(seed, place)
+    return lambda seed, place, like: np.uint32(0)
+
+
+@_jit()
+def _move_piece(average: Any, weight: Any, rate: Any, seed: Any) -> None:
+    # As torch's lerp, from the nearer end; the sum is made in the type of the rate.
+    wide = type(rate)
+    if rate < wide(0.5):
+        for i in range(average.size):
+            old, new = wide(_wide(average[i])), wide(_wide(weight[i]))
+            value = old + rate * (new - old)
+            average[i] = _narrow(value, _noise_for(seed, i, average[i]), average[i])
+    else:
+        back = rate - wide(1)
+        for i in range(average.size):
+            old, new = wide(_wide(average[i])), wide(_wide(weight[i]))
+            value = new + back * (new - old)
+            average[i] = _narrow(value, _noise_for(seed, i, average[i]), average[i])
+
+
+@_jit()
+def move(
+    averages: Any,
+    weights: Any,
+    sizes: Any,
+    first: int,
+    last: int,
+    rates: Any,
+    seed: Any,
+    average: Any,
+    weight: Any,
+    done: Any,
+) -> None:
+    """Move pieces ``first`` to ``last`` of each lane, backwards: the check has read the end last and cached it.
+
+    Args:
+        averages: Addresses, lanes × pieces.
+        weights: Addresses of the pieces.
+        sizes: Elements in each piece.
+        first: The first piece to move.
+        last: The piece to stop before.
+        rates: The rate of each lane, in the type the sum is made in.
+        seed: 32 random bits for each lane.
+        average: An empty array of the type of the averages.
+        weight: An empty array of the type of the weights.
+        done: One flag, set at the end.
+    """
+    for piece in range(last - 1, first - 1, -1):
+        source = carray(_pointer(weights[piece], weight), (sizes[piece],))
+        for lane in range(len(rates)):
+            if rates[lane] == 1:  # it is copied: a sum would keep a NaN of the average
+                continue
+            target = carray(_pointer(averages[lane, piece], average), (sizes[piece],))
+            _move_piece(target, source, rates[lane], _noise(seed[lane], piece))
+    done[0] = True
+
+
+@_jit()
+def finite(weights: Any, sizes: Any, first: int, last: int, masks: Any) -> bool:
+    """Return whether no element of some pieces has all the bits set that the one element of ``masks`` has."""
+    mask = masks[0]
+    for piece in range(first, last):
+        bits = carray(_pointer(weights[piece], masks), (sizes[piece],))
+        # Four places at once: one stream alone cannot keep the memory busy.
+        quarter = bits.size // 4
+        found = 0
+        for i in range(quarter):
+            found |= (
+                ((bits[i] & mask) == mask)
+                | ((bits[i + quarter] & mask) == mask)
+                | ((bits[i + 2 * quarter] & mask) == mask)
+                | ((bits[i + 3 * quarter] & mask) == mask)
+            )
+        for i in range(4 * quarter, bits.size):
+            found |= (bits[i] & mask) == mask
+        if found:
+            return False
+    return True

@@ -1,0 +1,108 @@
+"""Slices of one piece of work over as many threads as torch uses."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future
+from queue import SimpleQueue
+from threading import Thread
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["Slices"]
+
+
+class _Pool:
+    """Threads that wait for work; a forked process starts its own."""
+
+    def __init__(self) -> None:
+        self._forget()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forget)
+
+    def need(self, threads: int) -> None:
+        """Start threads until there are so many."""
+        while self._started < threads:
+            self._started += 1
+            Thread(target=_serve, args=[self._queue], name=f"polyak-{self._started}", daemon=True).start()
+
+    def do(self, future: Future[None], work: Callable[[], None]) -> None:
+        """Let one of the threads do some work, unless its future is cancelled before."""
+        self._queue.put((future, work))
+
+    def _forget(self) -> None:
+        self._queue: SimpleQueue[tuple[Future[None], Callable[[], None]]] = SimpleQueue()
+        self._started = 0
+
+
+def _serve(queue: SimpleQueue[tuple[Future[None], Callable[[], None]]]) -> None:
+    while True:
+        future, work = queue.get()
+        if future.set_running_or_notify_cancel():
+            try:
+                work()
+                future.set_result(None)
+            except BaseException as error:  # noqa: BLE001 - whoever waits for the future gets it
+                future.set_exception(error)
+        del future, work  # or they would live until the next ones come
+
+
+_POOL = _Pool()
+
+
+class Slices:
+    """Work cut in slices, done in any order by torch.get_num_threads() threads.
+
+    The work must release Python's lock, and may mark its slice in ``done`` as its last act: such slices are left out
+    when ``run`` is called again, until they are reset.
+
+    Attributes:
+        done: For each slice, whether it is done.
+    """
+
+    def __init__(self, work: Callable[[int], None], count: int) -> None:
+        self._work = work
+        self._running: list[Future[None]] = []
+        self.done = np.zeros(count, np.bool_)
+
+    def reset(self) -> None:
+        """Forget what was done."""
+        self._join()
+        self.done[:] = False
+
+    def finished(self) -> int:
+        """Return how many slices are done; waits for those that an interrupted call left running."""
+        self._join()
+        return int(self.done.sum())
+
+    def run(self) -> None:
+        """Do all slices that are not done."""
+        self._join()
+        left = np.flatnonzero(~self.done).tolist()
+        slices = iter(left)
+        threads = min(torch.get_num_threads(), len(left))
+        if threads > 1:
+            _POOL.need(threads - 1)
+            # Known before they begin: an interruption that struck in between would leave them behind.
+            self._running = [Future() for _ in range(threads - 1)]
+            for future in self._running:
+                _POOL.do(future, lambda: self._take(slices))
+        self._take(slices)
+        self._join()
+
+    def _take(self, slices: Iterator[int]) -> None:
+        # Whoever is free takes the next one: a core that others use does not hold up the rest.
+        for number in slices:
+            self._work(number)
+
+    def _join(self) -> None:
+        while self._running:
+            # Who has not begun is not needed any more.
+            if not self._running[-1].cancel():
+                self._running[-1].result()
+            self._running.pop()

@@ -1,0 +1,70 @@
+"""One update of the tensors: all of it or nothing, whatever interrupts it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from polyak.tensors.finite import FiniteCheck
+from polyak.tensors.groups import Lane, grouped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from polyak.tensors.kernels import Generators
+
+__all__ = ["Mover"]
+
+
+class Mover:
+    """Moves the averages of one averager, or of several of the same weights, in one pass over them.
+
+    Attributes:
+        groups: What one update calls.
+    """
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self._lanes, self._epochs = lanes, [lane.watch.epoch for lane in lanes]
+        self.groups = grouped(lanes)
+        averaged = [group for group in self.groups if group.policy == "average"]
+        self._checking = [group.kernel for group in averaged if group.kernel.checks]
+        self._others = FiniteCheck([t for group in averaged if not group.kernel.checks for t in group.weights])
+
+    def update(
+        self, rates: Sequence[float], generators: Sequence[Generators], commit: Callable[[], None], *, check: bool
+    ) -> bool:
+        """Move every average by the rate of its lane, copy the copied, then commit.
+
+        Ctrl-C between two calls finds some tensors moved and others not. How far it came each kernel knows; the rest
+        is moved before the exception goes on. Where nothing has moved yet, nothing is.
+
+        Args:
+            rates: The coefficient of this update for each lane.
+            generators: What each lane draws random numbers from.
+            commit: Counts the update; may be called twice.
+            check: Whether weights that are not finite are refused.
+
+        Returns:
+            Whether it was done; False where the weights are not finite, and nothing has changed.
+        """
+        epochs = [lane.watch.epoch for lane in self._lanes]
+        for group in self.groups:
+            group.kernel.prepare(moved=epochs != self._epochs)
+        self._epochs = epochs
+        if check and not (all(kernel.finite() for kernel in self._checking) and self._others()):
+            return False
+        before = [group.kernel.position() for group in self.groups]
+        try:
+            self._move(rates, generators, [0] * len(before))
+            commit()
+        except BaseException:
+            done = [group.kernel.position() - then for group, then in zip(self.groups, before, strict=True)]
+            if any(done):
+                self._move(rates, generators, done)
+                commit()
+            raise
+        return True
+
+    def _move(self, rates: Sequence[float], generators: Sequence[Generators], done: Sequence[int]) -> None:
+        for group, made in zip(self.groups, done, strict=True):
+            lanes = group.lanes
+            group.kernel([rates[lane] for lane in lanes], [generators[lane] for lane in lanes], made)

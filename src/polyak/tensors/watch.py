@@ -1,0 +1,118 @@
+"""Notices every change of a model's structure without walking it."""
+
+from __future__ import annotations
+
+from operator import attrgetter, getitem, is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from polyak.tensors.entries import Model, addressed, modules_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+__all__ = ["Watch"]
+
+_EMPTY: dict[str, Any] = {}  # for most modules hold nothing in most of their dictionaries
+_layout_of = attrgetter("shape", "dtype", "device")
+
+
+class Watch:
+    """Remembers a model's dictionaries and the layout of its tensors; comparing them is a few passes in C.
+
+    Attributes:
+        epoch: How often ``unchanged`` found tensors in other memory, as ``parameter.data = ...`` leaves them.
+    """
+
+    def __init__(self, model: Model, live: Sequence[Tensor]) -> None:
+        holders = _holders(model)
+        # What TorchScript modules hold tensors in is no dict and cannot be watched: such a model is walked anew.
+        self._watchable = not isinstance(model, nn.Module) or all(isinstance(holder, dict) for holder in holders)
+        self._holders = holders if self._watchable else []
+        self._copies = [dict(holder) if holder else _EMPTY for holder in self._holders]
+        # Comparing dictionaries finds equal keys with the same objects. Where a value is another object it is compared
+        # with the old one, and only tensors of several elements, which have no truth value, surely differ from it.
+        doubtful = [
+            (holder, key, value)
+            for holder in self._holders
+            for key, value in holder.items()
+            if not (isinstance(holder, dict) and _differs_from_others(value))
+        ]
+        self._doubtful = [*zip(*doubtful, strict=True)] or [(), (), ()]
+        self._live = live
+        self._layouts = _layouts(live)
+        self._same_layouts = _guard(live)
+        tensors = {id(t): t for holder in self._holders for t in holder.values() if isinstance(t, Tensor)}
+        self._addressed = [t for t in tensors.values() if addressed(t)]
+        self._addresses = [*map(Tensor.data_ptr, self._addressed)]
+        self.epoch = 0
+
+    def unchanged(self) -> bool:
+        """Return whether the same places hold the same tensors in the same layout, and the same ones share memory."""
+        return (
+            self._watchable
+            and self._same_objects()
+            and ((self._same_layouts is not None and self._same_layouts(*self._live)) or self._compare_layouts())
+            and self._same_ties()
+        )
+
+    def _same_ties(self) -> bool:
+        addresses = [*map(Tensor.data_ptr, self._addressed)]
+        if addresses != self._addresses:
+            # `head.weight.data = emb.weight.data` ties two tensors, or unties them, and leaves all objects as they are.
+            if len({*addresses}) != len({*self._addresses}):
+                return False
+            self._addresses = addresses
+            self.epoch += 1
+        return True
+
+    def _same_objects(self) -> bool:
+        try:
+            same = self._holders == self._copies
+        except (RuntimeError, TypeError, ValueError):  # tensors of several elements have no truth value
+            return False
+        owners, keys, values = self._doubtful
+        return same and all(map(is_, map(getitem, owners, keys), values))
+
+    def _compare_layouts(self) -> bool:
+        return _layouts(self._live) == self._layouts
+
+
+def _holders(model: Model) -> list[Mapping[str, Any]]:
+    if not isinstance(model, nn.Module):
+        return [model]
+    return [
+        holder
+        for _, module in modules_of(model)
+        for holder in (module._parameters, module._buffers, module._modules)  # noqa: SLF001 - see entries.py
+    ]
+
+
+def _differs_from_others(value: object) -> bool:
+    if isinstance(value, nn.Module):
+        return type(value).__eq__ is object.__eq__
+    return value is None or (isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter) and value.numel() > 1)
+
+
+def _layouts(live: Sequence[Tensor]) -> list[Any]:
+    strided = [tensor for tensor in live if tensor.layout == torch.strided]
+    return [*map(_layout_of, live), *map(Tensor.stride, strided)]
+
+
+def _guard(live: Sequence[Tensor]) -> Callable[..., bool] | None:
+    """Return torch.compile's own check of many tensors' layouts, in one call where Python would need several each.
+
+    It may refuse what is unchanged (under autocast, or where a tensor was frozen), and a torch without it loses nothing
+    but its speed.
+    """
+    try:
+        from torch._C._dynamo import guards
+
+        made: Any = guards.TensorGuards  # the stub tells the type of one tensor's sizes, not of all
+        sizes, strides = [[*t.shape] for t in live], [[*t.stride()] for t in live]
+        check: Callable[..., bool] = made(*live, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    except Exception:  # noqa: BLE001 - private, so that anything may have become of it
+        return None
+    return check

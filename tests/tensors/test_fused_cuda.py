@@ -1,0 +1,485 @@
+"""The fused kernel for CUDA: it equals the reference loop, in Triton's interpreter here and on a GPU with ``-m gpu``.
+
+A check is a function of a device. Without a GPU a child process runs all of them on the CPU, since Triton has to be
+told of its interpreter before it is imported; each check is a test all the same. The kernel is also compiled for GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import traceback
+
+import numpy as np
+import pytest
+import torch
+
+from models import bits
+from polyak.errors import RateError
+from polyak.tensors.kernels import KERNELS, cuda
+
+WIDE = [torch.float32, torch.float64]
+SHORT = [torch.bfloat16, torch.float16]
+RATES = [0.0, 0.3, 0.5, math.nextafter(0.5, 0), 0.9, 1.0]
+# A whole block and a rest, exactly one, none, a scalar.
+SHAPES = [(2100,), (2048,), (0,), ()]
+CHECKS = {}
+
+
+def _check(*cases):
+    """Collect a check of a device, once for each case of further arguments."""
+
+    def collect(check):
+        for case in cases or [()]:
+            names = [str(value).removeprefix("torch.") for value in case]
+            CHECKS["-".join([check.__name__, *names])] = lambda on, case=case: check(on, *case)
+        return check
+
+    return collect
+
+
+def _generator(device, seed=0):
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _tensors(on, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
+    # Dense, not contiguous.
+    made.append(torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64).to(memory_format=torch.channels_last))
+    # An address that is no multiple of 16.
+    made = [tensor.to(dtype).to(on) for tensor in made]
+    made.append(torch.randn(2050, generator=generator, dtype=torch.float64).to(dtype).to(on)[1:])
+    return made
+
+
+def _copies(tensors):
+    return [tensor.clone() for tensor in tensors]
+
+
+def _looped(averages, weights, rate):
+    averages = _copies(averages)
+    KERNELS["loop"]([averages], weights)([rate], [_generator], 0)
+    return averages
+
+
+def _same(first, second):
+    return [bits(tensor.cpu()) for tensor in first] == [bits(tensor.cpu()) for tensor in second]
+
+
+# What holds on each device
+
+
+@_check(
+    *[(dtype, dtype, rate) for dtype in WIDE for rate in RATES],
+    *[(a, w, rate) for a in WIDE for w in WIDE + SHORT if w != a for rate in (0.3, 0.9, 1.0)],
+)
+def it_equals_the_loop_bit_for_bit(on, average, weight, rate):
+    averages, weights = _tensors(on, average, 0), _tensors(on, weight, 1)
+    expected = _looped(averages, weights, rate)
+    cuda.FusedCUDA([averages], weights)([rate], [_generator], 0)
+    assert _same(averages, expected)
+
+
+@_check(*[(average, weight) for average in SHORT for weight in WIDE + SHORT])
+def a_rate_of_one_copies_to_the_nearest_short_float_and_of_zero_keeps(on, average, weight):
+    averages, weights = _tensors(on, average, 0), _tensors(on, weight, 1)
+    before, copies = _copies(averages), [tensor.to(average) for tensor in weights]
+    kernel = cuda.FusedCUDA([averages], weights)
+    kernel([0.0], [_generator], 0)
+    assert _same(averages, before)
+    kernel([1.0], [_generator], 0)
+    assert _same(averages, copies)
+
+
+@_check(*[(average, weight, 0.3) for average in SHORT for weight in WIDE + SHORT], *[(a, a, 0.9) for a in SHORT])
+def short_averages_become_a_neighbour_of_the_exact_value(on, average, weight, rate):
+    averages, weights = _tensors(on, average, 0), _tensors(on, weight, 1)
+    exact = _looped([tensor.float() for tensor in averages], weights, rate)
+    cuda.FusedCUDA([averages], weights)([rate], [_generator], 0)
+    for moved, value in zip(averages, exact, strict=True):
+        nearest = value.to(average)
+        toward = torch.where(value > nearest.float(), torch.inf, -torch.inf).to(average)
+        neighbour = torch.nextafter(nearest, toward)
+        assert ((moved == nearest) | ((moved == neighbour) & (value != nearest.float()))).all()
+
+
+@_check(*[(dtype, start) for dtype in SHORT for start in [-1.0, 3.1415, 2e-5, 0.0]])
+def rounding_is_unbiased(on, dtype, start):
+    count, rate = 20_000, 0.01
+    average = torch.full((count,), start, device=on).to(dtype)
+    weight = torch.full((count,), start * 1.1 + 1e-7, device=on)
+    exact = average[0].float().lerp(weight[0], rate).double()
+    cuda.FusedCUDA([[average]], [weight])([rate], [_generator], 0)
+    low, high = average.double().min(), average.double().max()
+    assert low <= exact <= high
+    assert (average.double().mean() - exact).abs() <= 5 * (high - low) / 2 / math.sqrt(count)
+
+
+@_check(*[(dtype,) for dtype in SHORT])
+def a_value_of_the_short_dtype_is_a_fixed_point_of_rounding(on, dtype):
+    every = torch.arange(-(1 << 15), 1 << 15, 7, device=on).to(torch.int16).view(dtype)
+    every = every[every.isfinite()]
+    if on == "cpu" and dtype == torch.bfloat16:  # whose subnormal values Triton's interpreter misreads
+        every = every[every.abs() >= torch.finfo(dtype).smallest_normal]
+    average = every.clone()
+    cuda.FusedCUDA([[average]], [every])([0.3], [_generator], 0)
+    assert torch.equal(average, every)
+
+
+@_check()
+def nan_infinities_and_overflow_pass_through_rounding(on):
+    for dtype in SHORT:
+        average = torch.tensor([1.0, 1.0, 1.0, torch.nan, torch.finfo(dtype).max / 2], dtype=dtype, device=on)
+        weight = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0, 3.4e38], device=on)
+        cuda.FusedCUDA([[average]], [weight])([0.3], [_generator], 0)
+        assert average.isnan().tolist() == [True, False, False, True, False]
+        assert average[1:3].tolist() == [torch.inf, -torch.inf]
+        assert average[4] > torch.finfo(dtype).max / 2
+
+
+@_check(*[(dtype, rate) for dtype in SHORT for rate in (0.3, 1.0)])
+def every_nan_stays_one_whatever_its_bits(on, dtype, rate):
+    weight = torch.tensor([0x7F800001, 0x7FFFFFFF, -1, -0x7FFFFF], dtype=torch.int32, device=on).view(torch.float32)
+    assert weight.isnan().all()
+    average = torch.ones(4, dtype=dtype, device=on)
+    cuda.FusedCUDA([[average]], [weight])([rate], [_generator], 0)
+    assert average.isnan().all()
+
+
+@_check(*[(dtype,) for dtype in WIDE + SHORT])
+def a_rate_of_one_replaces_even_what_is_not_finite(on, dtype):
+    average, weight = torch.full((2100,), torch.nan, dtype=dtype, device=on), torch.ones(2100, device=on)
+    average[0] = torch.inf
+    cuda.FusedCUDA([[average]], [weight])([1.0], [_generator], 0)
+    assert torch.equal(average.float(), weight)
+
+
+@_check(*[(dtype,) for dtype in WIDE])
+def lanes_move_as_they_would_alone(on, dtype):
+    weights, rates = _tensors(on, torch.float32, 9), [0.9, 0.001, 1.0, 0.5]
+    lanes = [_tensors(on, dtype, seed) for seed in range(len(rates))]
+    expected = [_looped(lane, weights, rate) for lane, rate in zip(lanes, rates, strict=True)]
+    cuda.FusedCUDA(lanes, weights)(rates, [_generator] * len(rates), 0)
+    assert all(map(_same, lanes, expected))
+
+
+@_check()
+def each_lane_draws_from_its_own_generator(on):
+    weight, seeds = torch.ones(5000, device=on), [0, 1, 0]
+    lanes = [[torch.zeros(5000, dtype=torch.bfloat16, device=on)] for _ in seeds]
+    generators = [lambda device, seed=seed: _generator(device, seed) for seed in seeds]
+    state = torch.get_rng_state()
+    cuda.FusedCUDA(lanes, [weight])([0.3] * len(seeds), generators, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(lanes[0][0], lanes[2][0])
+    assert not torch.equal(lanes[0][0], lanes[1][0])
+
+
+@_check()
+def one_call_rounds_otherwise_than_the_next(on):
+    generator = _generator(on)
+    first, second = (torch.zeros(5000, dtype=torch.bfloat16, device=on) for _ in range(2))
+    for average in (first, second):
+        cuda.FusedCUDA([[average]], [torch.ones(5000, device=on)])([0.3], [lambda _: generator], 0)
+    assert not torch.equal(first, second)
+    # And no block otherwise as the block before.
+    assert not torch.equal(first[:2048], first[2048:4096])
+
+
+@_check(*[(dtype, value) for dtype in WIDE + SHORT for value in [math.nan, math.inf, -math.inf]])
+def the_check_finds_one_value_that_is_not_finite(on, dtype, value):
+    # One is aligned and one is not.
+    weights = [torch.ones(2050, dtype=dtype, device=on), torch.ones(2051, dtype=dtype, device=on)[1:]]
+    kernel = cuda.FusedCUDA([_copies(weights)], weights)
+    assert kernel.finite()
+    for tensor in weights:
+        for place in (0, 2047, 2049):
+            tensor[place] = value
+            assert not kernel.finite()
+            tensor[place] = 1.0
+    assert kernel.finite()
+
+
+@_check(*[(dtype,) for dtype in WIDE + SHORT])
+def the_largest_and_smallest_values_are_finite(on, dtype):
+    info = torch.finfo(dtype)
+    weight = torch.tensor([info.max, info.min, info.tiny, info.smallest_normal, -0.0], dtype=dtype, device=on)
+    assert cuda.FusedCUDA([[weight.clone()]], [weight]).finite()
+
+
+@_check()
+def looking_writes_only_what_it_finds(on):
+    weight, found = torch.ones(3, device=on), torch.full((1,), 7, dtype=torch.int32, device=on)
+    kernel = cuda.FusedCUDA([[weight.clone()]], [weight])
+    kernel.look(found)
+    assert found.item() == 7
+    weight[1] = torch.nan
+    kernel.look(found)
+    assert found.item() == 1
+
+
+@_check(*[(dtype,) for dtype in WIDE + SHORT])
+def nothing_moves_while_the_guard_is_not_zero(on, dtype):
+    averages, weights = _tensors(on, dtype, 0), _tensors(on, torch.float32, 1)
+    before = _copies(averages)
+    kernel = cuda.FusedCUDA([averages], weights)
+    kernel.guard = torch.zeros(1, dtype=torch.int32, device=on)
+    weights[0][-1] = torch.inf
+    kernel.look(kernel.guard)
+    for rate in (0.3, 1.0):
+        kernel([rate], [_generator], 0)
+        assert _same(averages, before)
+    weights[0][-1] = 0.0
+    kernel.look(kernel.guard.zero_())
+    kernel([1.0], [_generator], 0)
+    assert _same(averages, [tensor.to(dtype) for tensor in weights])
+
+
+@_check()
+def tensors_that_moved_are_followed(on):
+    average, weight = torch.zeros(5000, device=on), torch.nn.Parameter(torch.ones(5000, device=on))
+    kernel = cuda.FusedCUDA([[average]], [weight])
+    weight.data = torch.full((5000,), 2.0, device=on)
+    kernel.prepare(moved=True)
+    kernel([0.5], [_generator], 0)
+    assert (average == 1.0).all()
+    before, average.data = average.data, average.clone()
+    kernel.prepare(moved=False)
+    kernel([0.5], [_generator], 0)
+    assert (average == 1.5).all()
+    assert (before == 1.0).all()
+    # Back in memory that is not aligned.
+    weight.data = torch.full((5001,), 3.5, device=on)[1:]
+    kernel.prepare(moved=True)
+    kernel([0.5], [_generator], 0)
+    assert (average == 2.5).all()
+
+
+@_check(*[(dtype,) for dtype in [torch.float32, torch.float64]])
+def rates_may_come_in_a_tensor_that_changes(on, dtype):
+    lanes, weights = [_tensors(on, torch.float64, seed) for seed in (0, 1)], _tensors(on, torch.float32, 2)
+    kernel = cuda.FusedCUDA(lanes, weights)
+    rates = torch.tensor([0.25, 1.0], dtype=dtype, device=on)
+    for values in ([0.25, 1.0], [0.5, 0.125]):
+        rates.copy_(torch.tensor(values))
+        expected = [_looped(lane, weights, rate) for lane, rate in zip(lanes, values, strict=True)]
+        kernel(rates, [_generator] * 2, 0)
+        assert all(map(_same, lanes, expected))
+
+
+@_check()
+def an_interrupted_call_is_not_repeated(on):
+    average, weight = torch.zeros(3, device=on), torch.ones(3, device=on)
+    kernel = cuda.FusedCUDA([[average]], [weight])
+    before = kernel.position()
+    kernel([0.5], [_generator], 0)
+    kernel([0.5], [_generator], kernel.position() - before)
+    assert (average == 0.5).all()
+
+
+@_check()
+def autograd_knows_that_averages_changed(on):
+    averages = [[torch.zeros(3, device=on), torch.zeros(2, device=on)] for _ in range(2)]
+    kernel = cuda.FusedCUDA(averages, [torch.ones(3, device=on), torch.ones(2, device=on)])
+    assert [tensor._version for lane in averages for tensor in lane] == [0] * 4
+    kernel([0.5, 1.0], [_generator] * 2, 0)
+    assert [tensor._version for lane in averages for tensor in lane] == [1] * 4
+
+
+@_check()
+def nothing_but_empty_tensors_is_moved_and_finite(on):
+    empty = [torch.empty(0, device=on), torch.empty(3, 0, device=on)]
+    kernel = cuda.FusedCUDA([_copies(empty)], empty)
+    kernel([0.5], [_generator], 0)
+    assert kernel.finite()
+
+
+@_check()
+def memory_beside_the_tensors_is_left_alone(on):
+    storage = torch.zeros(5100, device=on)
+    cuda.FusedCUDA([[storage[4:5004]]], [torch.ones(5000, device=on)])([1.0], [_generator], 0)
+    assert storage.nonzero().flatten().tolist() == list(range(4, 5004))
+
+
+# On the CPU, in Triton's interpreter
+
+
+def _run_all(on):
+    results = {}
+    for name, check in CHECKS.items():
+        try:
+            check(on)
+            results[name] = ""
+        except Exception:  # noqa: BLE001 - whatever went wrong is the result
+            results[name] = traceback.format_exc()
+    return results
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-W", "error", __file__]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_in_the_interpreter(interpreted, check):
+    assert interpreted[check] == "", interpreted[check]
+
+
+# Compiled for GPUs that need not be there
+
+NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # found nowhere, so compiled here
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def compile_for(capability, function, pointers, **constants):
+        integers = dict.fromkeys(function.arg_names, "i32")
+        signature = integers | pointers | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(function, signature, constexprs=constants)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False}).asm
+
+    return compile_for
+
+
+def _widths(ptx, access):
+    """Return how many bytes each access of memory takes at once."""
+    found = re.findall(rf"{access}\.global(?:\.v(\d))?\.b(\d+)", ptx)
+    return {int(count or 1) * int(size) // 8 for count, size in found}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("average", WIDE + SHORT, ids=str)
+@pytest.mark.parametrize("weight", WIDE + SHORT, ids=str)
+def test_moving_compiles_and_writes_sixteen_bytes_at_a_time(compiled, capability, average, weight):
+    import triton.language as tl
+
+    from polyak.tensors.kernels import cuda_loops
+
+    rate = "*fp64" if average == torch.float64 else "*fp32"
+    pointers = {"tensors": "*i32", "blocks": "*i32", "table": "*i64", "guard": "*i32"}
+    pointers |= {"rates": rate, "seeds": "*i64" if average in SHORT else rate}
+    kinds = {"average": tl.dtype(NAMES[average]), "weight": tl.dtype(NAMES[weight])}
+    code = compiled(capability, cuda_loops.move, pointers, **kinds, block=cuda._BLOCK)
+    assert code["cubin"]
+    assert max(_widths(code["ptx"], "ld")) == max(_widths(code["ptx"], "st")) == 16
+    assert "fma.rn.f64" in code["ptx"] if average == torch.float64 else "fma.rn.f32" in code["ptx"]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("weight", WIDE + SHORT, ids=str)
+def test_looking_compiles_and_reads_sixteen_bytes_at_a_time(compiled, capability, weight):
+    import triton.language as tl
+
+    from polyak.tensors.kernels import cuda_loops
+
+    known = cuda._FLOATS[weight]
+    pointers = {"tensors": "*i32", "blocks": "*i32", "table": "*i64", "found": "*i32"}
+    kinds = {"like": getattr(tl, known.bits), "exponent": known.exponent}
+    code = compiled(capability, cuda_loops.find, pointers, **kinds, block=cuda._BLOCK)
+    assert code["cubin"]
+    assert max(_widths(code["ptx"], "ld")) == 16
+
+
+# Which pairs it takes
+
+
+def test_tensors_of_the_cpu_are_left_to_others():
+    assert not cuda.fits(torch.zeros(3), torch.zeros(3))
+
+
+# On a GPU: deselected unless asked for by -m gpu
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_a_gpu(check):
+    CHECKS[check]("cuda")
+
+
+@pytest.mark.gpu
+def test_dense_pairs_of_one_gpu_fit_and_others_do_not():
+    average, weight = torch.zeros(4, 5, device="cuda"), torch.nn.Parameter(torch.zeros(4, 5, device="cuda"))
+    assert cuda.fits(average, weight)
+    assert cuda.fits(average.bfloat16(), weight)
+    assert not cuda.fits(average.cpu(), weight)
+    assert not cuda.fits(average.t().contiguous().t(), weight)
+    assert not cuda.fits(average[:, ::2], weight[:, ::2].detach())
+    assert not cuda.fits(average, weight.detach().int())
+
+
+@pytest.fixture
+def captured():
+    """A captured call of two lanes: the averages, the weights, the rates and the graph."""
+    lanes, weights = [_tensors("cuda", torch.float32, seed) for seed in (0, 1)], _tensors("cuda", torch.bfloat16, 2)
+    kernel, rates = cuda.FusedCUDA(lanes, weights), torch.tensor([0.25, 1.0], device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernel(rates, [_generator] * 2, 0)
+    return lanes, weights, rates, graph
+
+
+@pytest.mark.gpu
+def test_a_replayed_graph_moves_by_the_rates_and_weights_of_that_time(captured):
+    lanes, weights, rates, graph = captured
+    for values in ([0.25, 1.0], [0.5, 0.125]):
+        rates.copy_(torch.tensor(values))
+        weights[0].add_(1)
+        expected = [_looped(lane, weights, rate) for lane, rate in zip(lanes, values, strict=True)]
+        graph.replay()
+        assert all(map(_same, lanes, expected))
+
+
+@pytest.mark.gpu
+def test_a_number_as_rate_is_refused_while_a_graph_is_captured():
+    average, weight = torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
+    kernel, graph = cuda.FusedCUDA([[average]], [weight]), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        weight.add_(1)  # of an empty graph torch warns
+        with pytest.raises(RateError, match="expected a tensor on the device"):
+            kernel([0.5], [_generator], 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_update_waits_for_nothing_and_launches_at_most_five_kernels(dtype):
+    weights = [torch.nn.Parameter(torch.randn(1000, 800, device="cuda")) for _ in range(150)]
+    kernel = cuda.FusedCUDA([[weight.detach().to(dtype, copy=True) for weight in weights]], weights)
+    generator = _generator("cuda")
+
+    def update(rate):
+        kernel.prepare(moved=True)
+        kernel([rate], [lambda _: generator], 0)
+
+    update(0.1)
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        with torch.profiler.record_function("update"):
+            update(0.2)
+        torch.cuda.synchronize()
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CPU]
+    (span,) = [event.time_range for event in events if event.name == "update"]
+    inside = [event.name for event in events if span.start <= event.time_range.start <= span.end]
+    assert not [name for name in inside if "Synchronize" in name]
+    assert 1 <= len([name for name in inside if "LaunchKernel" in name]) <= 5
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    # NumPy, which interprets, would warn of what a GPU rounds to infinity.
+    with np.errstate(over="ignore", invalid="ignore"):
+        print(json.dumps(_run_all("cpu")))  # noqa: T201 - the parent reads it
