@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from polyak.errors import ModelError
 
@@ -56,8 +56,8 @@ def unwrap(module: nn.Module) -> nn.Module:
         >>> unwrap(torch.nn.DataParallel(model)) is model
         True
     """
-    kind: Any  # mypy takes classes of modules for not hashable
-    while attribute := _wraps_in(kind := type(module)):
+    # mypy takes classes of modules for not hashable.
+    while attribute := _wraps_in(cast("Any", type(module))):
         module = getattr(module, attribute)
     return module
 
