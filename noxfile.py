@@ -30,6 +30,16 @@ nox.options.reuse_venv = "yes"
 nox.options.sessions = ["tests"]
 
 PLUGINS = sorted(str(path.parent) for path in Path("plugins").glob("*/pyproject.toml"))
+MODELS = ("resnet18", "resnet50", "convnext_tiny", "vit_b_16", "gpt2", "tiny-tensors", "batchnorms")
+BENCH = {
+    "update": ["update", *(f"--model={name}" for name in MODELS)],
+    "construction": ["construction", "--model=resnet50", "--model=tiny-tensors", "--model=batchnorms"],
+    "host": ["host", *(f"--model={name}" for name in MODELS)],
+    "precision": ["precision", "--model=resnet50", "--seconds=40"],
+    "bank": ["bank", "--model=resnet50", "--seconds=30"],
+    "scaling": ["scaling", "--seconds=120", "--kernel=auto", "--kernel=foreach"],
+    "step": ["step", "--model=resnet18", "--model=gpt2"],
+}
 SMOKE = "import polyak as p, torch; m = torch.nn.Linear(2, 1); p.average(m, 'ema').update(); print(*p.strategies())"
 
 
@@ -71,6 +81,20 @@ def matrix(session: nox.Session) -> None:
     """Compare every strategy with the libraries it is named after, on real architectures."""
     install(session, "--group=test")
     session.run("python", "-m", "tests.matrix", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure what averaging costs and refresh docs/performance.md; or run ``polyak bench`` with what follows --."""
+    install(session, "--group=test")
+    if session.posargs:
+        session.run("python", "-m", "polyak", "bench", *session.posargs)
+        return
+    numbers = []
+    for name, options in BENCH.items():
+        numbers.append(f"docs/assets/performance-{name}.json")
+        session.run("python", "-m", "polyak", "bench", *options, f"--json={numbers[-1]}")
+    session.run("python", "-m", "polyak.bench.page", "docs/performance.md", *numbers)
 
 
 @nox.session

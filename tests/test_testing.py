@@ -182,9 +182,8 @@ def test_a_kernel_that_disagrees_is_found(wrong, found, monkeypatch):
 
 
 def test_averages_that_are_not_the_sum_or_drift_are_found(monkeypatch):
-    def scaled(averages, weights, rate, generators, done):
-        for average, weight in zip(averages, weights, strict=True):
-            average.mul_(1 - rate).add_(weight, alpha=rate * (1 + 1e-5))
+    def scaled(average, weight, rate, generators):
+        average.mul_(1 - rate).add_(weight, alpha=rate * (1 + 1e-5))
 
     for kernel in ("loop", "foreach", "fused"):
         binder = lambda lanes, weights: eager.PerTensor("scaled", scaled, lanes[0], weights)

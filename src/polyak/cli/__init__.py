@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from polyak import AveragerConfig, __version__
+from polyak.cli.bench import bench
 from polyak.cli.tables import list_plugins, list_strategies, show, versions
 from polyak.config.files import write
 from polyak.registry import registry
@@ -35,6 +36,9 @@ def _options(
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,  # noqa: FBT002 - a flag
 ) -> None:
     pass
+
+
+app.command("bench")(bench)
 
 
 @app.command("strategies")

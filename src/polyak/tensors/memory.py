@@ -24,7 +24,7 @@ _LINE = 64  # bytes of a line of the cache: where a tensor may begin
 def clones(tensors: Sequence[Tensor], places: Sequence[Place]) -> list[Tensor]:
     """Return a copy of each tensor on its device and in its dtype, laid out in memory as the tensor is where it can be.
 
-    Small ones share storages. Each is a tensor of its own all the same: no view, with its own version counter.
+    Small ones are views of one tensor, so that what changes them all is counted once by autograd.
     """
     made: list[Tensor | None] = [None] * len(tensors)
     small: dict[tuple[Place, Place], list[int]] = {}
@@ -48,12 +48,8 @@ def _packed(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype)
     for tensor in tensors:
         offsets.append(end)
         end += -(-tensor.numel() // step) * step
-    storage = torch.empty(end, dtype=dtype, device=device).untyped_storage()
-    made = []
-    for tensor, offset in zip(tensors, offsets, strict=True):
-        empty = torch.empty(0, dtype=dtype, device=device)
-        made.append(empty.set_(storage, offset, tensor.shape, tensor.stride()))
-    return made
+    whole = torch.empty(end, dtype=dtype, device=device)
+    return [whole.as_strided(t.shape, t.stride(), offset) for t, offset in zip(tensors, offsets, strict=True)]
 
 
 def _plain(tensor: Tensor) -> bool:

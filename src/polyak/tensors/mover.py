@@ -52,12 +52,11 @@ class Mover:
         self._epochs = epochs
         if check and not (all(kernel.finite() for kernel in self._checking) and self._others()):
             return False
-        before = [group.kernel.position() for group in self.groups]
         try:
-            self._move(rates, generators, [0] * len(before))
+            self._move(rates, generators, [0] * len(self.groups))
             commit()
         except BaseException:
-            done = [group.kernel.position() - then for group, then in zip(self.groups, before, strict=True)]
+            done = [group.kernel.position() for group in self.groups]
             if any(done):
                 self._move(rates, generators, done)
                 commit()

@@ -88,8 +88,9 @@ class FusedCPU(Kernel):
         self._average, self._weight, self._short = _FLOATS[dtype], _FLOATS[weights[0].dtype], dtype in SHORT
         self._rates = np.zeros(len(lanes), np.float64 if dtype == torch.float64 else np.float32)
         self._seeds = np.zeros(len(lanes), np.uint32)
-        # One tensor of each storage tells where all that lie in it are.
+        # One tensor of each storage tells where all in it are, and views of one tensor count their writes once.
         self._anchors = [*{t.untyped_storage().data_ptr(): t for t in self._averages}.values()]
+        self._counted = [*{id(t) if t._base is None else id(t._base): t for t in self._averages}.values()]  # noqa: SLF001 - torch has no public way to read it
         self._anchored: list[int] = []
         self._pieces = _Pieces([tensor.numel() for tensor in weights])
         self._sources, self._targets = np.empty(0, np.uint64), np.empty((len(lanes), 0), np.uint64)
@@ -111,6 +112,7 @@ class FusedCPU(Kernel):
             self._targets = self._pieces.addresses(targets, self._averages[0].itemsize)
             self._anchored = anchored
         self._moving.reset()
+        self._replaced = False
 
     @override
     def finite(self) -> bool:
@@ -124,19 +126,19 @@ class FusedCPU(Kernel):
             self._rates[:] = rates
             if self._short:
                 self._seeds[:] = [0 if rate == 1.0 else _seed(own) for own, rate in zip(generators, rates, strict=True)]
-        moved = [lane for lane, rate in zip(self._lanes, rates, strict=True) if rate != 1.0]
-        if moved:
+        if min(rates) < 1.0:
             self._moving.run()
-            # What autograd saved of an average is no longer what it was.
-            increment_version([average for lane in moved for average in lane])
-        # A sum would keep a NaN of the average.
+        # A sum would keep a NaN of the average. Twice is once.
         for lane, rate in zip(self._lanes, rates, strict=True):
             if rate == 1.0:
+                self._replaced = True
                 eager.copy_all(lane, self._weights)
+        # What autograd saved of an average is no longer what it was.
+        increment_version(self._counted)
 
     @override
     def position(self) -> int:
-        return self._moving.finished() + sum(lane[0]._version for lane in self._lanes)  # noqa: SLF001 - torch has no public way to read it
+        return self._moving.finished() + self._replaced
 
     def _move(self, number: int) -> None:
         # Backwards: what the check read last is still in the cache.

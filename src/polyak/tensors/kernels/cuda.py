@@ -116,6 +116,7 @@ class FusedCUDA:
             aligned = (np.bitwise_or.reduce(rows) & _UNALIGNED) == 0
             self._send(torch.from_numpy(np.vstack([self._sizes, aligned, rows])), self._table)
             self._anchored = anchored
+        self._finished = 0
 
     def look(self, found: Tensor) -> None:
         """Write 1 to ``found``, an int32 on the device, where any weight is not finite; else write nothing."""
@@ -153,7 +154,7 @@ class FusedCUDA:
         increment_version(self._averages)
 
     def position(self) -> int:
-        """Return how many calls were launched; asks the device nothing."""
+        """Return whether it was launched since ``prepare``; asks the device nothing."""
         return self._finished
 
     def _move(self) -> None:

@@ -1,13 +1,10 @@
-"""The kernels of plain torch, for any device: the reference loop, and those that equal it bit for bit.
-
-``average += rate * (weights - average)``, in place. A function takes one lane, pair by pair of equal shapes;
-``done`` counts the in-place operations per tensor that an interrupted call made already, which are left out.
-"""
+"""The kernels of plain torch, for any device: the reference loop, and those that equal it bit for bit."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,9 +17,9 @@ if TYPE_CHECKING:
 
     from polyak.tensors.kernels.kernel import Generators, Lanes
 
-__all__ = ["Foreach", "PerTensor", "copy", "copy_all", "loop", "mixed", "stochastic"]
+__all__ = ["Copy", "Foreach", "PerTensor", "copy_all", "loop", "stochastic"]
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 17  # elements: the temporary of a piece stays in the cache
 
 try:  # torch 2.15 made these public; older versions have only the private names
     from torch.foreach import copy_ as _foreach_copy_
@@ -31,86 +28,108 @@ except ImportError:
     from torch import _foreach_copy_, _foreach_lerp_  # type: ignore[no-redef]  # the same functions under older names
 
 
-class Move(Protocol):
-    """Moves the tensors of one lane."""
-
-    def __call__(
-        self, averages: Sequence[Tensor], weights: Sequence[Tensor], rate: float, generators: Generators, done: int
-    ) -> None:
-        """Move ``averages`` towards ``weights`` by ``rate``."""
+Move = Callable[[Tensor, Tensor, float, "Generators"], None]
+"""Moves one tensor: ``average += rate * (weight - average)`` in place, by one write."""
 
 
-class _Unchecked(Kernel):
+class _Eager(Kernel):
+    """What kernels of torch's own functions have in common: torch finds the tensors, and counts what is written.
+
+    Averages may share a counter of writes, so that it is compared with what it was just before a write.
+    """
+
     checks = False
+
+    def __init__(self) -> None:
+        self._last: tuple[int, Tensor, int] | None = None
 
     @override
     def prepare(self, *, moved: bool) -> None:
-        """Nothing: torch finds the tensors itself."""
+        self._last = None
+
+    @override
+    def position(self) -> int:
+        if self._last is None:
+            return 0
+        number, written, version = self._last
+        return number + (_version(written) != version)
 
     @override
     def finite(self) -> bool:
         raise NotImplementedError  # nobody asks a kernel that does not check
 
+    def _write(self, number: int, average: Tensor) -> None:
+        """Note that write ``number`` is about to be made, which ``average`` will show."""
+        self._last = number, average, _version(average)
 
-class PerTensor(_Unchecked):
-    """One lane of tensors, moved one after the other by a function."""
+
+class PerTensor(_Eager):
+    """One lane of tensors, written piece by piece."""
 
     def __init__(self, name: str, move: Move, averages: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+        super().__init__()
         self.name = name
         self._move, self._averages, self._weights = move, averages, weights
 
     @override
     def __call__(self, rates: Sequence[float], generators: Sequence[Generators], done: int) -> None:
-        self._move(self._averages, self._weights, rates[0], generators[0], done)
+        if rates[0] == 1.0:
+            # lerp with weight 1 is no copy: a NaN in the average would stay. Twice is once.
+            self._write(0, self._averages[0])
+            copy_all(self._averages, self._weights)
+            return
+        pairs = zip(self._averages, self._weights, strict=True)
+        pieces = [piece for average, weight in pairs for piece in _pieces(average, weight)]
+        for number, (average, weight) in enumerate(pieces[done:], done):
+            self._write(number, average)
+            self._move(average, weight, rates[0], generators[0])
+
+
+class Copy(_Eager):
+    """Copies each weight over its average, whatever their devices and dtypes, in one call."""
+
+    name = "copy"
+
+    def __init__(self, lanes: Lanes, weights: Sequence[Tensor]) -> None:
+        super().__init__()
+        (self._averages,), self._weights = lanes, weights
 
     @override
-    def position(self) -> int:
-        # A call moves all of them or is told where it stopped by the last one.
-        return _version(self._averages[-1])
+    def __call__(self, rates: Sequence[float], generators: Sequence[Generators], done: int) -> None:
+        self._write(0, self._averages[0])
+        copy_all(self._averages, self._weights)
 
 
-class Foreach(_Unchecked):
+class Foreach(_Eager):
     """All tensors of one dtype and device, and all lanes, in one call; equals ``loop`` bit for bit."""
 
     name = "foreach"
 
     def __init__(self, lanes: Lanes, weights: Sequence[Tensor]) -> None:
-        self._lanes, self._one_lane = lanes, list(weights)
-        # Tensor by tensor: a weight is still in the cache when it is read for the next lane.
-        self._averages = [average for of_one in zip(*lanes, strict=True) for average in of_one]
-        self._weights = [weight for weight in weights for _ in lanes]
+        super().__init__()
+        self._lanes, self._weights = lanes, list(weights)
+        self._joined = _joined(lanes, weights)
 
     @override
     def __call__(self, rates: Sequence[float], generators: Sequence[Generators], done: int) -> None:
-        del generators
-        if 1.0 in rates:
-            self._replace(rates, done)
-        elif not done:
-            self._lerp(self._averages, self._weights, rates)
-
-    def _replace(self, rates: Sequence[float], done: int) -> None:
-        # lerp with weight 1 is no copy: a NaN in the average would stay.
         replaced = [lane for lane, rate in zip(self._lanes, rates, strict=True) if rate == 1.0]
-        for lane in replaced:
-            copy_all(lane, self._one_lane)
-        if done <= len(replaced) < len(self._lanes):
-            moved = [(lane, rate) for lane, rate in zip(self._lanes, rates, strict=True) if rate != 1.0]
-            averages = [average for lane, _ in moved for average in lane]
-            self._lerp(averages, self._one_lane * len(moved), [rate for _, rate in moved], by_tensor=False)
+        for number, lane in enumerate(replaced):
+            self._write(number, lane[0])
+            copy_all(lane, self._weights)
+        if done > len(replaced) or len(replaced) == len(self._lanes):
+            return
+        moved = self._joined
+        if replaced:
+            moved = _joined([lane for lane, rate in zip(self._lanes, rates, strict=True) if rate != 1.0], self._weights)
+        averages, weights = moved
+        slower = [rate for rate in rates if rate != 1.0]
+        self._write(len(replaced), averages[0])
+        _foreach_lerp_(averages, weights, slower[0] if len(slower) == 1 else slower * len(self._weights))
 
-    def _lerp(
-        self, averages: list[Tensor], weights: list[Tensor], rates: Sequence[float], *, by_tensor: bool = True
-    ) -> None:
-        if len({*rates}) == 1:
-            _foreach_lerp_(averages, weights, rates[0])
-        else:
-            count = len(self._one_lane)
-            each = [*rates] * count if by_tensor else [rate for rate in rates for _ in range(count)]
-            _foreach_lerp_(averages, weights, each)
 
-    @override
-    def position(self) -> int:
-        return sum(_version(lane[0]) for lane in self._lanes)
+def _joined(lanes: Lanes, weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    # Tensor by tensor: a weight is still in the cache when it is read for the next lane.
+    return [average for of_one in zip(*lanes, strict=True) for average in of_one], [w for w in weights for _ in lanes]
 
 
 def _version(tensor: Tensor) -> int:
@@ -122,48 +141,20 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     _foreach_copy_(list(targets), list(sources))
 
 
-def copy(averages: Sequence[Tensor], weights: Sequence[Tensor], rate: float, generators: Generators, done: int) -> None:
-    """Copy each weight over its average, whatever their devices and dtypes, in one call."""
-    del rate, generators
-    if not done:
-        copy_all(averages, weights)
-
-
-def loop(averages: Sequence[Tensor], weights: Sequence[Tensor], rate: float, generators: Generators, done: int) -> None:
-    """Move one tensor after the other: the reference, for any devices and dtypes."""
+def loop(average: Tensor, weight: Tensor, rate: float, generators: Generators) -> None:
+    """Move one tensor: the reference, for any devices and dtypes."""
     del generators
-    for average, weight in zip(averages, weights, strict=True):
-        # lerp with weight 1 is no copy: a NaN in the average would stay.
-        if not done:
-            average.copy_(weight) if rate == 1.0 else average.lerp_(weight.to(average), rate)
+    average.lerp_(weight.to(average), rate)
 
 
-def mixed(
-    averages: Sequence[Tensor], weights: Sequence[Tensor], rate: float, generators: Generators, done: int
-) -> None:
-    """Move averages from weights of another dtype or device, a bounded piece at a time; equals ``loop`` bit for bit."""
-    if rate == 1.0:
-        copy(averages, weights, rate, generators, done)
-        return
-    for average, weight in zip(averages, weights, strict=True):
-        for piece, source in _pieces(average, weight)[done:]:
-            piece.lerp_(source.to(piece), rate)
-
-
-def stochastic(
-    averages: Sequence[Tensor], weights: Sequence[Tensor], rate: float, generators: Generators, done: int
-) -> None:
-    """Move bfloat16 or float16 averages in float32, and round up with the probability of the discarded fraction.
+def stochastic(average: Tensor, weight: Tensor, rate: float, generators: Generators) -> None:
+    """Move a bfloat16 or float16 average in float32, and round up with the probability of the discarded fraction.
 
     Without it steps below the dtype's resolution are lost: a bfloat16 average at decay 0.9999 never moves.
     """
-    if rate == 1.0:
-        copy(averages, weights, rate, generators, done)
-        return
-    for average, weight in zip(averages, weights, strict=True):
-        for piece, source in _pieces(average, weight)[done:]:
-            exact = piece.float().lerp_(source.to(piece.device, torch.float32), rate)
-            piece.copy_(_round_stochastically(exact, piece.dtype, generators(piece.device)))
+    exact = average.float().lerp_(weight.to(average.device, torch.float32), rate)
+    generator = generators(average.device)
+    average.copy_(_cut_bits(exact, generator) if average.dtype == torch.bfloat16 else _choose(exact, generator))
 
 
 def _pieces(average: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -172,12 +163,23 @@ def _pieces(average: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
     return list(zip(torch.split(average.view(-1), _CHUNK), torch.split(weight.view(-1), _CHUNK), strict=True))
 
 
-def _round_stochastically(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def _cut_bits(exact: Tensor, generator: torch.Generator) -> Tensor:
+    """Return float32 values that bfloat16 can hold: random bits are added to those that it lacks, which are cut off."""
+    random = torch.empty(-(-exact.numel() // 4), dtype=torch.int64, device=exact.device)
+    random.random_(-(1 << 63), None, generator=generator)
+    noise = random.view(torch.int16)[: exact.numel()].view(exact.shape)
+    if exact.device.type != "cpu" or not exact.sum().isfinite():
+        noise.masked_fill_(exact.isnan(), -(1 << 15))  # a NaN of all bits would become zero
+    exact.view(torch.int32).add_(noise).add_(1 << 15).bitwise_and_(-(1 << 16))
+    return exact
+
+
+def _choose(exact: Tensor, generator: torch.Generator) -> Tensor:
+    """Return one of the two float16 neighbours of each value."""
     noise = torch.rand(exact.shape, dtype=torch.float32, device=exact.device, generator=generator)
-    nearest = exact.to(dtype)
-    # The two neighbours of the exact value in the short dtype, and where it lies between them.
+    nearest = exact.half()
+    # Its other neighbour, and where the value lies between them.
     error = exact - nearest.float()
-    toward = torch.where(error > 0, math.inf, -math.inf).to(dtype)
-    other = torch.nextafter(nearest, toward)
+    other = torch.nextafter(nearest, torch.where(error > 0, math.inf, -math.inf).half())
     fraction = error.abs() / (other.float() - nearest.float()).abs()
     return torch.where(noise < fraction, other, nearest)

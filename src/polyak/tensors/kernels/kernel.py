@@ -33,7 +33,7 @@ class Kernel(Protocol):
     """Whether it has a check of its own for weights that are not finite."""
 
     def prepare(self, *, moved: bool) -> None:
-        """Look where the tensors are; called at the beginning of each update.
+        """Look where the tensors are and begin anew; called at the beginning of each update.
 
         Args:
             moved: Whether any weight may have other memory than at the last call.
@@ -49,7 +49,7 @@ class Kernel(Protocol):
         """
 
     def position(self) -> int:
-        """Return a count that grows with each write: two of them tell how far a call came."""
+        """Return how many writes were made since ``prepare``."""
 
     def finite(self) -> bool:
         """Return whether all weights are finite now; asked only of a kernel that ``checks``."""

@@ -1,0 +1,21 @@
+"""What averaging costs on this machine: every kernel beside other libraries and beside the memory's own limit.
+
+The command ``polyak bench`` is the usual way in.
+
+Examples:
+    >>> from polyak.bench import CASES, MODELS
+    >>> list(CASES)
+    ['update', 'construction', 'host', 'precision', 'bank', 'scaling', 'step']
+    >>> "resnet50" in MODELS
+    True
+"""
+
+from __future__ import annotations
+
+from polyak.bench.cases import CASES
+from polyak.bench.models import MODELS
+from polyak.bench.report import Report, Row
+from polyak.bench.run import measure
+from polyak.bench.settings import Settings
+
+__all__ = ["CASES", "MODELS", "Report", "Row", "Settings", "measure"]

@@ -1,0 +1,138 @@
+"""Time calls side by side: rounds in which each runs once, in an order that is shuffled anew for every round."""
+
+from __future__ import annotations
+
+import gc
+import random
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from polyak.progress import track
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+__all__ = ["LEAST", "MOST", "Samples", "orders", "race", "seconds"]
+
+LEAST, MOST = 5, 300
+"""So many rounds are made at least and at most, whatever time there is."""
+_WAITED = 0.05
+_TASKS = Path("/proc/self/task")
+
+
+class Samples:
+    """The seconds of each call in each round, and whether threads had to wait for a processor meanwhile."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.times: dict[str, list[float]] = {name: [] for name in names}
+        self.calm: dict[str, list[bool]] = {name: [] for name in self.times}
+
+    def add(self, name: str, took: float, waited: float = 0.0) -> None:
+        """Take the sample of a round."""
+        self.times[name].append(took)
+        self.calm[name].append(waited <= _WAITED * took)
+
+    def of(self, name: str) -> list[float]:
+        """Return the seconds of the rounds in which nothing disturbed the call; all where those are too few."""
+        kept = [time for time, calm in zip(self.times[name], self.calm[name], strict=True) if calm]
+        return kept if len(kept) >= LEAST else self.times[name]
+
+    def disturbed(self, name: str) -> float:
+        """Return the share of the samples of a call in which threads had to wait for a processor."""
+        return 1 - sum(self.calm[name]) / len(self.calm[name])
+
+    def ratios(self, name: str, to: str) -> list[float]:
+        """Return the time of one call over that of another, round by round, undisturbed rounds where there are enough.
+
+        A ratio within a round is not touched by what slows a whole round down.
+        """
+        pairs = list(zip(self.times[name], self.times[to], strict=True))
+        calm = map(all, zip(self.calm[name], self.calm[to], strict=True))
+        kept = [pair for pair, undisturbed in zip(pairs, calm, strict=True) if undisturbed]
+        return [a / b for a, b in (kept if len(kept) >= LEAST else pairs)]
+
+    def fastest(self, names: Sequence[str]) -> str:
+        """Return the name of the call with the smallest median."""
+        return min(names, key=lambda name: median(self.of(name)))
+
+
+def orders(names: Sequence[str], rounds: int, seed: int = 0) -> list[list[str]]:
+    """Return a shuffled order of all names for each round, the same for the same seed.
+
+    Examples:
+        >>> [sorted(order) for order in orders(["a", "b"], 2)]
+        [['a', 'b'], ['a', 'b']]
+    """
+    generator = random.Random(seed)  # noqa: S311 - an order, no secret
+    return [generator.sample(list(names), len(names)) for _ in range(rounds)]
+
+
+def race(
+    calls: Mapping[str, Callable[[], object]],
+    budget: float,
+    device: torch.device,
+    label: str,
+    before: Callable[[], object] | None = None,
+) -> Samples:
+    """Return the samples of as many rounds as ``budget`` seconds hold; ``before`` is called first in every round.
+
+    Every call must have run before. The collector of garbage waits.
+    """
+    samples = Samples(calls)
+    gc.collect()
+    began = perf_counter()
+    _one_round(calls, Samples(calls), list(calls), device, before)  # tells how many rounds there is time for
+    rounds = min(max(round(budget / (perf_counter() - began)), LEAST), MOST)
+    gc.disable()
+    try:
+        for order in track(orders(list(calls), rounds), label):
+            _one_round(calls, samples, order, device, before)
+    finally:
+        gc.enable()
+    return samples
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Return how long a call takes, until the device has done all that it was given."""
+    _wait_for(device)
+    start = perf_counter()
+    made = call()
+    _wait_for(device)
+    took = perf_counter() - start
+    del made  # only now: taking apart what was made is not part of making it
+    return took
+
+
+def _one_round(
+    calls: Mapping[str, Callable[[], object]],
+    samples: Samples,
+    order: Sequence[str],
+    device: torch.device,
+    before: Callable[[], object] | None,
+) -> None:
+    if before is not None:
+        before()
+    already = _waited()
+    for name in order:
+        took = seconds(calls[name], device)
+        by_now = _waited()
+        samples.add(name, took, by_now - already)
+        already = by_now
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _waited() -> float:
+    """Return for how many seconds threads of this process have been ready and had no processor; 0 if not on Linux."""
+    try:
+        told = [(task / "schedstat").read_text().split() for task in _TASKS.iterdir()]
+        return sum(int(numbers[1]) for numbers in told) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0

@@ -1,0 +1,107 @@
+"""What one run of the benchmark is asked for; wrong names are refused before anything is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, get_args
+
+import torch
+
+import polyak
+from polyak.bench.libraries import LIBRARIES
+from polyak.bench.models import MODELS
+from polyak.errors import ConfigError
+from polyak.tensors.kernels import KernelName
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
+__all__ = ["Settings", "checked", "kernel_names"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, on what, and for how long.
+
+    Attributes:
+        models: Names of ``MODELS``, or ``"module:callable"``.
+        strategies: Names of strategies; ("all",) for each that can be made with its defaults.
+        kernels: Names of kernels; empty: all for the first strategy, "auto" for the others.
+        against: Names of ``LIBRARIES``; None: all that are installed.
+        device: Where the models live; None: the accelerator, else the CPU.
+        threads: How many threads torch computes with; None: as torch chooses.
+        seconds: How long one case measures one model, about.
+    """
+
+    models: tuple[str, ...] = ("resnet50",)
+    strategies: tuple[str, ...] = ("ema",)
+    kernels: tuple[str, ...] = ()
+    against: tuple[str, ...] | None = None
+    device: str | None = None
+    threads: int | None = None
+    seconds: float = 15.0
+
+    def __post_init__(self) -> None:
+        for name in self.models:
+            if ":" not in name:
+                checked("model", name, MODELS, "or module:callable")
+        for name in self.kernels:
+            checked("kernel", name, kernel_names())
+        for name in self.against or ():
+            checked("library", name, LIBRARIES)
+        for name in self.strategies:
+            if name != "all":
+                checked("strategy", name, polyak.strategies(), "or all")
+        if self.seconds < 0 or (self.threads is not None and self.threads < 1):
+            message = f"seconds={self.seconds} and threads={self.threads}: give seconds from 0 and threads from 1 on"
+            raise ConfigError(message)
+        self.place  # noqa: B018 - a device that is not there is said now
+
+    @property
+    def place(self) -> torch.device:
+        """The device, as torch knows it."""
+        if self.device is None:
+            found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            return found or torch.device("cpu")
+        try:
+            return torch.empty(1, device=self.device).device
+        except (AssertionError, NotImplementedError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            message = f"the device {self.device!r} cannot be used here ({reason}); give another, such as cpu"
+            raise ConfigError(message) from error
+
+    def chosen_strategies(self) -> list[str]:
+        """Return the names of all strategies that take part."""
+        known = polyak.strategies()
+        if "all" not in self.strategies:
+            return list(self.strategies)
+        complete = [name for name in known if not any(f.is_required() for f in known[name].model_fields.values())]
+        return ["ema", *(name for name in complete if name != "ema")]
+
+    def chosen_kernels(self, strategy: str) -> Sequence[str]:
+        """Return the kernels with which a strategy takes part."""
+        if self.kernels:
+            return self.kernels
+        return kernel_names() if strategy == self.chosen_strategies()[0] else ("auto",)
+
+
+def kernel_names() -> tuple[str, ...]:
+    """Return the names of all kernels, whether or not they run here."""
+    return get_args(KernelName)
+
+
+def checked(what: str, name: str, known: Iterable[str], also: str = "") -> str:
+    """Return ``name`` where it is known, else raise with the nearest one.
+
+    Raises:
+        ConfigError: It is not known.
+    """
+    names: Collection[str] = list(known)
+    if name in names:
+        return name
+    near = get_close_matches(name.lower(), names, 1, 0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    listed = ", ".join(filter(None, [*names, also]))
+    message = f"no {what} is called {name!r}.{hint} Known: {listed}."
+    raise ConfigError(message)

@@ -1,0 +1,107 @@
+"""Tables of a report: a head and rows of text, for the terminal and for the page."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from polyak.bench.cases import CASES
+from polyak.bench.fit import lines
+from polyak.bench.number import number, size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from polyak.bench.fit import Line
+    from polyak.bench.report import Quantiles, Report, Row
+
+__all__ = ["Table", "caption", "tables"]
+
+T = TypeVar("T")
+_DISTURBED = 0.5
+
+
+class Table(NamedTuple):
+    """Cells of text below a head, and lines below them; ``case`` is the name of what was measured."""
+
+    case: str
+    title: str
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    notes: list[str]
+
+
+def tables(report: Report) -> list[Table]:
+    """Return one table for each case of a report."""
+    return [_table(case, list(rows)) for case, rows in groupby(report.rows, attrgetter("case"))]
+
+
+def caption(report: Report) -> list[str]:
+    """Return what stands below the tables: the machine, the versions, how it was measured."""
+    took_part = ", ".join(f"{name} {release}" for name, release in report.versions.items())
+    memory = f"Memory: {report.memory}." if report.memory else "Memory was not measured: this device does not tell it."
+    return [f"Machine: {report.machine}.", f"Versions: {took_part}.", memory, *report.notes]
+
+
+def _table(case: str, rows: Sequence[Row]) -> Table:
+    if CASES[case].alone:
+        left_out = [row for row in rows if row.milliseconds is None]
+        notes = [f"{row.model}, {row.setting}: {row.remark}." for row in left_out]
+        return Table(case, CASES[case].title, *_cells(_GROWN, lines(rows)), notes)
+    references = {row.reference for row in rows if row.reference}
+    beside = f"× {references.pop() if len(references) == 1 else 'reference'}"
+    columns = {beside if title == "×" else title: read for title, read in _COLUMNS.items()}
+    return Table(case, CASES[case].title, *_cells(columns, rows), _disturbed(rows))
+
+
+def _cells(
+    columns: Mapping[str, Callable[[T], str]], things: Iterable[T]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the head and the rows, without columns in which nothing stands."""
+    things = list(things)
+    cells = {title: [read(thing) for thing in things] for title, read in columns.items()}
+    kept = {title: [cell or "-" for cell in column] for title, column in cells.items() if any(column)}
+    return tuple(kept), list(zip(*kept.values(), strict=True))
+
+
+def _disturbed(rows: Sequence[Row]) -> list[str]:
+    measured = [row for row in rows if row.milliseconds]
+    share = max((row.disturbed for row in measured), default=0.0)
+    if share <= _DISTURBED:
+        return []
+    waited = f"{100 * share:.0f} %"
+    return [
+        f"Other programs kept this one waiting in up to {waited} of a row's samples: run it where nothing else runs."
+    ]
+
+
+def _median(quantiles: Quantiles | None) -> str:
+    return number(quantiles.median) if quantiles else ""
+
+
+def _spread(ratio: Quantiles | None) -> str:
+    return f"{number(ratio.median)} ({number(ratio.first)}–{number(ratio.third)})" if ratio else ""
+
+
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "model": lambda row: row.model,
+    "setting": lambda row: row.setting,
+    "subject": lambda row: row.subject,
+    "ms": lambda row: _median(row.milliseconds),
+    "×": lambda row: _spread(row.ratio),
+    "× limit": lambda row: _median(row.limit),
+    "share of a step": lambda row: f"{number(100 * row.share.median)} %" if row.share else "",
+    "extra memory": lambda row: "" if row.peak is None else size(row.peak),
+    "kept memory": lambda row: "" if row.kept is None else size(row.kept),
+    "remark": lambda row: row.remark,
+}
+_GROWN: dict[str, Callable[[Line], str]] = {
+    "model": lambda line: line.model,
+    "subject": lambda line: line.subject,
+    "from": lambda line: f"{line.counts[0]:,} {line.counted}",
+    "ms at first": lambda line: number(line.times[0]),
+    "to": lambda line: f"{line.counts[-1]:,} {line.counted}",
+    "ms at last": lambda line: number(line.times[-1]),
+    "the line through all": lambda line: line.told,
+}

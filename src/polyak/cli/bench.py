@@ -1,0 +1,101 @@
+"""``polyak bench``: what averaging costs on this machine."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from polyak.cli.tables import Listing, show
+from polyak.errors import ConfigError, PolyakError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from polyak.bench import Report
+
+__all__ = ["bench"]
+
+Names = list[str] | None
+
+
+def bench(
+    cases: Annotated[
+        Names, typer.Argument(help="update (default), construction, host, precision, bank, scaling, step.")
+    ] = None,
+    model: Annotated[
+        Names,
+        typer.Option(
+            help="resnet18, resnet50 (default), convnext_tiny, vit_b_16, gpt2, tiny-tensors, batchnorms, or "
+            "module:callable, which returns a module, or a module and the inputs of a training step. May be repeated.",
+        ),
+    ] = None,
+    strategy: Annotated[Names, typer.Option(help="A strategy's name (default: ema), or all. May be repeated.")] = None,
+    kernel: Annotated[Names, typer.Option(help="A kernel (default: all of them). May be repeated.")] = None,
+    against: Annotated[
+        Names,
+        typer.Option(
+            help="timm-v1, timm-v2, timm-v3, torch, torch-swa, ema-pytorch, torch-ema, diffusers (default: all that "
+            "are installed). May be repeated.",
+        ),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads that torch computes with.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where the models live (default: accelerator, or cpu).")] = None,
+    seconds: Annotated[float, typer.Option(help="About how long one case measures one model.")] = 15.0,
+    json: Annotated[Path | None, typer.Option(help="A file for the numbers.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A file for the picture; one for each case.")] = None,
+) -> None:
+    """Measure what averaging costs here: time, memory, and beside other libraries and the memory's own limit."""
+    from polyak.bench import Settings, measure
+
+    with _told():
+        _check(json, plot)
+        settings = Settings(
+            models=tuple(model or ["resnet50"]), strategies=tuple(strategy or ["ema"]), kernels=tuple(kernel or []),
+            against=tuple(against) if against else None, device=device, threads=threads, seconds=seconds,
+        )  # fmt: skip
+        report = measure(tuple(cases or ["update"]), settings)
+        if json is not None:
+            report.write(json)
+        _show(report)
+        if plot is not None:
+            from polyak.bench.picture import draw
+
+            for file in draw(report, plot):
+                typer.echo(f"drawn: {file}")
+
+
+def _show(report: Report) -> None:
+    from polyak.bench.table import caption, tables
+
+    for shown in tables(report):
+        typer.echo(f"{shown.title}\n")
+        show(Listing(shown.head, shown.rows, wraps=len(shown.head) - 1))
+        for note in shown.notes:
+            typer.echo(note)
+        typer.echo("")
+    for line in caption(report):
+        typer.echo(line)
+
+
+def _check(json: Path | None, plot: Path | None) -> None:
+    # What would fail after minutes of measuring fails before them.
+    for file in filter(None, (json, plot)):
+        if not file.absolute().parent.is_dir():
+            message = f"{file} cannot be written: there is no folder {file.absolute().parent}; make it first"
+            raise ConfigError(message)
+    if plot is not None:
+        from polyak.bench.picture import check_drawable
+
+        check_drawable()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except PolyakError as error:
+        typer.echo(f"polyak: {error}", err=True)
+        raise typer.Exit(2) from error
