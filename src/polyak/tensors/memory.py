@@ -49,7 +49,9 @@ def _packed(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype)
         offsets.append(end)
         end += -(-tensor.numel() // step) * step
     whole = torch.empty(end, dtype=dtype, device=device)
-    return [whole.as_strided(t.shape, t.stride(), offset) for t, offset in zip(tensors, offsets, strict=True)]
+    # Views made under no_grad() may only be written to under it.
+    with torch.enable_grad():
+        return [whole.as_strided(t.shape, t.stride(), offset) for t, offset in zip(tensors, offsets, strict=True)]
 
 
 def _plain(tensor: Tensor) -> bool:
