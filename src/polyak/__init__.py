@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from polyak.attach import attach
 from polyak.averager import Averager
+from polyak.bank import Bank, bank
 from polyak.checkpoints import load, save
 from polyak.clock import Clock
 from polyak.config import AveragerConfig
@@ -38,6 +40,7 @@ __all__ = [
     "AppliedError",
     "Averager",
     "AveragerConfig",
+    "Bank",
     "Clock",
     "ConfigError",
     "DebiasedEMA",
@@ -54,7 +57,9 @@ __all__ = [
     "Strategy",
     "UnboundError",
     "UnknownStrategyError",
+    "attach",
     "average",
+    "bank",
     "hookimpl",
     "load",
     "recalibrate",

@@ -96,6 +96,30 @@ class Averager(Protocol):
         Nothing has changed when one of these is raised.
         """
 
+    def synchronize(self) -> None:
+        """Wait until the last update is done, where the average lives on another device and is updated beside the training.
+
+        Whatever reads the average does so by itself. An error of that update is raised here.
+
+        Raises:
+            NonFiniteError: The weights of that update held NaN or infinities, under ``nonfinite="raise"``.
+        """
+
+    def advance(self, *, step: int | None = None, lr: float | None = None) -> None:
+        """Count an update that a CUDA graph or a compiled step is about to make, and put its rate on the device.
+
+        For averagers built with ``capturable=True``: inside what is captured or compiled ``update()`` is tensor work only
+        and reads the rate from a tensor; call this before each replay.
+
+        Args:
+            step: The optimiser step; calls are counted where it is None.
+            lr: The learning rate, for strategies that use it.
+
+        Raises:
+            ConfigError: The averager was built without ``capturable=True``.
+            MismatchError: The model's tensors were replaced, and a graph would go on with the old ones.
+        """
+
     def applied(self) -> AbstractContextManager[None]:
         """Return a context in which the model computes with the average; after it, with its own weights, bit for bit.
 

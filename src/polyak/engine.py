@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from concurrent.futures import wait
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,8 +17,9 @@ from typing_extensions import override
 from polyak.averager import Averager
 from polyak.binding import Binding
 from polyak.cadence import Progress, tick
+from polyak.captured import Captured, recording
 from polyak.describe import describe
-from polyak.errors import AppliedError, NonFiniteError, PolyakWarning
+from polyak.errors import AppliedError, ConfigError, MismatchError, NonFiniteError, PolyakWarning
 from polyak.export import averaged_state_dict, overwrite_model
 from polyak.options import Options
 from polyak.profile import History, Profile
@@ -28,9 +30,11 @@ from polyak.tensors.finite import FiniteCheck
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.storage import Stored
 from polyak.tensors.swap import in_force
+from polyak.turn import Turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from concurrent.futures import Future
 
     from torch import Tensor
 
@@ -43,6 +47,13 @@ if TYPE_CHECKING:
 __all__ = ["Engine"]
 
 
+class Received(NamedTuple):
+    """A state that fits."""
+
+    strategy: Strategy
+    state: State
+
+
 class Engine(Averager):
     """The averager that ``polyak.average`` makes; see ``polyak.Averager`` for its methods.
 
@@ -52,6 +63,12 @@ class Engine(Averager):
         options: The engine's options.
         knows: Tells whether a strategy's name can be resolved here; a state of an unknown one loads all the same.
         adapter: How to reach the tensors of the model.
+
+    Attributes:
+        options: The engine's options, completed by the strategy.
+        guards: How many optimisers call ``release`` before they overwrite the weights; where none does, an offloaded
+            update lets whatever is enqueued after it wait.
+        listeners: Called after each averaged update.
 
     Raises:
         ModelError: The model has nothing that can be averaged.
@@ -71,7 +88,10 @@ class Engine(Averager):
         self.options = (options or Options()).completed(strategy)
         self._knows = knows
         self._binding = Binding(model, self.options, adapter)
-        self._state = State(self._binding.allocate(), Progress(), History(), skipped=0, generators=OwnGenerators())
+        self._pending: tuple[Turn, Future[bool]] | None = None
+        self._settled = State(self._binding.allocate(), Progress(), History(), skipped=0, generators=OwnGenerators())
+        self._captured = Captured(self._current(), self.options) if self.options.capturable else None
+        self.guards = 0
         self._replica: Replica | None = None
         self._warned: set[str] = set()
         self.listeners: list[Callable[[Averager, Clock], None]] = []
@@ -126,6 +146,73 @@ class Engine(Averager):
 
     @override
     def update(self, model: Model | None = None, *, step: int | None = None, lr: float | None = None) -> None:
+        if self._captured is not None and recording():
+            self._captured.move()
+            return
+        if (turn := self.begin(model, step, lr)) is not None:
+            self.make(turn)
+
+    def make(self, turn: Turn) -> None:
+        """Move the tensors of an update, now or beside the training."""
+        generators, check = turn.state.generators, self.options.nonfinite != "propagate"
+        with torch.inference_mode(mode=False), torch.no_grad():
+            if turn.plan.offload is None:
+                done = turn.plan.mover.update([turn.rate], [generators], turn.commit, check=check)
+            else:
+                moving = turn.plan.offload.start(turn.rate, generators, turn.commit, check=check)
+                self._pending = turn, moving
+                if not self.guards:
+                    turn.plan.offload.release()
+                return
+        self.end(turn, done=done)
+
+    @override
+    def advance(self, *, step: int | None = None, lr: float | None = None) -> None:
+        if self._captured is None:
+            message = "advance() is for updates in a captured graph; build the averager with capturable=True"
+            raise ConfigError(message)
+        turn = self.begin(None, step, lr)
+        if turn is not None and turn.plan is not self._captured.plan:
+            message = (
+                "the model's tensors were replaced since the averager was made, and a graph keeps those that it was "
+                "captured with; build a new averager, load the state of this one, and capture the step again"
+            )
+            raise MismatchError(message)
+        with torch.inference_mode(mode=False), torch.no_grad():
+            self._captured.put(0.0 if turn is None else turn.rate)
+        if turn is not None:
+            turn.commit()
+            self.end(turn, done=True)
+
+    @override
+    def synchronize(self) -> None:
+        if self._pending is not None:
+            turn, moving = self._pending
+            wait([moving])
+            self._pending = None
+            self.end(turn, done=moving.result())
+
+    def release(self) -> None:
+        """Let the weights be overwritten by what is enqueued from now on, once an offloaded update has read them."""
+        if self._pending is not None and (offload := self._pending[0].plan.offload) is not None:
+            offload.release()
+
+    @property
+    def _state(self) -> State:
+        self.synchronize()
+        return self._settled
+
+    @_state.setter
+    def _state(self, state: State) -> None:
+        self._settled = state
+
+    @property
+    def plan(self) -> Plan | None:
+        """The last plan."""
+        return self._binding.plan
+
+    def begin(self, model: Model | None, step: int | None, lr: float | None) -> Turn | None:
+        """Return what an update is to do, or None where none is due; nothing has moved."""
         root = self._binding.root(model)
         if self._binding.holds_average(root):
             message = "update() while the model holds the average would average the average; leave applied() first"
@@ -136,26 +223,22 @@ class Engine(Averager):
             self._warn(now.order, complaint)
         if not now.due:
             state.progress = state.progress.seen(now)
-            return
+            return None
         clock = state.progress.clock(now, lr)
         rate = self._rate(clock)
         after = state.progress.seen(now).averaged_at(clock, rate, checked_weight(self._strategy, clock))
-        plan = self._binding.planned(root, state)
-        with torch.inference_mode(mode=False), torch.no_grad():
+        return Turn(state, root, self._binding.planned(root, state), now, clock, rate, after)
 
-            def commit() -> None:
-                state.history.record(clock.n, rate, now.stride)
-                state.progress = after
-
-            check = self.options.nonfinite != "propagate"
-            if not plan.mover.update([rate], [state.generators], commit, check=check):
-                self._refuse_nonfinite(plan, now.step)
-                state.progress, state.skipped = state.progress.seen(now), state.skipped + 1
-                return
+    def end(self, turn: Turn, *, done: bool) -> None:
+        """Tell of an update that was made, or left out because of weights that are not finite."""
+        if not done:
+            self._refuse_nonfinite(turn.plan, turn.now.step)
+            turn.skip()
+            return
         if self._binding.model is None:
-            self._binding.model = root
+            self._binding.model = turn.root
         for listener in self.listeners:
-            listener(self, clock)
+            listener(self, turn.clock)
 
     def _rate(self, clock: Clock) -> float:
         first = clock.n == 1 and self.options.origin == "first"
@@ -250,6 +333,10 @@ class Engine(Averager):
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.adopt(self.receive(state))
+
+    def receive(self, state: Mapping[str, Any]) -> Received:
+        """Return what a state means here; nothing has changed."""
         if self._binding.depth:
             message = "load_state_dict() inside applied(), where the model holds the average; leave applied() first"
             raise AppliedError(message)
@@ -260,7 +347,11 @@ class Engine(Averager):
             self._warn(
                 "settings", f"the state was saved with other settings; from here on its own count: {', '.join(changed)}"
             )
-        self._strategy, self._state, self._binding.plan = strategy, loaded, None
+        return Received(strategy, loaded)
+
+    def adopt(self, received: Received) -> None:
+        """Go on from a state."""
+        self._strategy, self._state, self._binding.plan = *received, None
         self._repoint()
 
     # Copying
@@ -275,6 +366,7 @@ class Engine(Averager):
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self._strategy, self.options = saved["strategy"], saved["options"]
         self._knows, self._replica, self._warned, self.listeners = bool, None, set(), []
+        self._pending, self._captured, self.guards = None, None, 0
         self._binding = Binding(None, self.options)
         raw = torch.load(io.BytesIO(saved["state"]), weights_only=False)  # a pickle within a pickle
         averages = raw["slots"]["average"]

@@ -38,6 +38,7 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
     dtype: str | torch.dtype = "auto",
     nonfinite: Literal["skip", "raise", "propagate"] = "skip",
     kernel: KernelName = "auto",
+    capturable: bool = False,
     **settings: Any,
 ) -> Averager:
     """Return an averager of a model's weights: ``average += rate * (weights - average)`` at each ``update()``.
@@ -58,7 +59,10 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
         dtype: How precisely it is stored. "auto": as the model, but float32 for shorter floats.
         nonfinite: Whether an update with NaN or infinities in the weights is left out and counted ("skip"),
             raises ("raise"), or is averaged like any other ("propagate", which saves one pass over the weights).
-        kernel: What moves the tensors: "auto", "foreach", or the reference "loop".
+        kernel: What moves the tensors: "auto" (the fastest that fits), "fused" (needs ``polyak[fast]`` on CPUs),
+            "foreach", or the reference "loop".
+        capturable: Whether ``update()`` can be part of a CUDA graph or of a compiled step (see ``Averager.advance``);
+            needs ``nonfinite="propagate"``.
         **settings: The strategy's own settings.
 
     Raises:
@@ -98,5 +102,6 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
     options = {
         "start": start, "every": every, "origin": origin, "buffers": buffers, "include": include, "exclude": exclude,
         "match": match, "device": device, "dtype": dtype, "nonfinite": nonfinite, "kernel": kernel,
+        "capturable": capturable,
     }  # fmt: skip
     return AveragerConfig.of({"strategy": chosen, **options}, "average(): the settings").build(model)

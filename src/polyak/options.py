@@ -72,6 +72,8 @@ class Options(BaseModel):
     """What an update does with weights that hold NaN or infinities."""
     kernel: KernelName = "auto"
     """What moves the tensors; "auto": the fastest that fits."""
+    capturable: bool = False
+    """Whether updates can be part of a CUDA graph or of a compiled step, with the rate in a tensor."""
 
     def completed(self, strategy: Strategy) -> Options:
         """Return these options with everything left open chosen by the strategy, else by the engine."""

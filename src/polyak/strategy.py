@@ -22,7 +22,7 @@ __all__ = ["RESERVED", "MissingStrategy", "Strategy", "checked_rate", "checked_w
 RESERVED = frozenset(
     {
         "strategy", "start", "every", "origin", "buffers", "include", "exclude",
-        "match", "device", "dtype", "nonfinite", "kernel", "model",
+        "match", "device", "dtype", "nonfinite", "kernel", "capturable", "model",
     }
 )  # fmt: skip
 """Names of engine options; a strategy may not define a field of the same name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from polyak.tensors.kernels import PIECEWISE, Kernel, KernelName, bind, kernel_for
 
@@ -13,9 +13,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polyak.tensors.storage import Stored
-    from polyak.tensors.watch import Watch
 
 __all__ = ["Group", "Lane", "grouped"]
+
+
+class Located(Protocol):
+    """Knows whether live tensors were given other memory."""
+
+    @property
+    def epoch(self) -> int:
+        """How often they were."""
 
 
 class Lane(NamedTuple):
@@ -31,7 +38,7 @@ class Lane(NamedTuple):
     stored: Sequence[Stored]
     live: Sequence[Tensor]
     kernel: KernelName
-    watch: Watch
+    watch: Located
 
 
 class Group(NamedTuple):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from polyak.tensors.entries import Entry, Model, address
 from polyak.tensors.groups import Lane
 from polyak.tensors.mover import Mover
+from polyak.tensors.offload import Offload, crosses
 from polyak.tensors.watch import Watch
 
 if TYPE_CHECKING:
@@ -29,8 +31,8 @@ class Plan:
         entries: Its entries, those that are skipped left out.
         stored: The stored tensor of each entry.
         live: The live tensor of each entry, as the adapter gives it.
-        lane: What an update needs of them.
-        mover: Moves them.
+        watch: Notices when the model changes; plans of the same tensors may share one.
+        offload: Moves them beside the training, where they live on another device than the model; else None.
     """
 
     def __init__(
@@ -40,13 +42,25 @@ class Plan:
         self.entries = list(entries)
         self.stored = list(stored)
         self.live = [adapter.local(entry.tensor) for entry in entries]
-        self.lane = Lane(self.stored, self.live, kernel, Watch(model, self.live))
-        self.mover = Mover([self.lane])
+        self._kernel = kernel
+        self.watch = Watch(model, self.live)
+        pairs = zip(self.stored, self.live, strict=True)
+        self.offload = Offload(self.lane) if any(crosses(s.average, t) for s, t in pairs) else None
         self._memory = [address(entry.tensor) for entry in entries]
+
+    @property
+    def lane(self) -> Lane:
+        """What an update needs to know of it."""
+        return Lane(self.stored, self.live, self._kernel, self.watch)
+
+    @cached_property
+    def mover(self) -> Mover:
+        """Moves the averages while the caller waits."""
+        return Mover([self.lane])
 
     def is_current(self, model: Model) -> bool:
         """Return whether the model still holds exactly the tensors this plan was built from."""
-        return model is self.model and self.lane.watch.unchanged()
+        return model is self.model and self.watch.unchanged()
 
     def bound(self) -> dict[int, int]:
         """Return the address of each stored tensor's live one when it was bound, by the stored one's id."""

@@ -23,6 +23,7 @@ class Watch:
     """Remembers a model's dictionaries and the layout of its tensors; comparing them is a few passes in C.
 
     Attributes:
+        trusted: Whether nothing can have changed since it was last asked, so that it need not look.
         epoch: How often ``unchanged`` found tensors in other memory, as ``parameter.data = ...`` leaves them.
     """
 
@@ -48,10 +49,11 @@ class Watch:
         self._addressed = [t for t in tensors.values() if addressed(t)]
         self._addresses = [*map(Tensor.data_ptr, self._addressed)]
         self.epoch = 0
+        self.trusted = False
 
     def unchanged(self) -> bool:
         """Return whether the same places hold the same tensors in the same layout, and the same ones share memory."""
-        return (
+        return self.trusted or (
             self._watchable
             and self._same_objects()
             and ((self._same_layouts is not None and self._same_layouts(*self._live)) or self._compare_layouts())

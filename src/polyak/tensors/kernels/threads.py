@@ -1,4 +1,4 @@
-"""Slices of one piece of work over as many threads as torch uses."""
+"""Work on other threads: in slices over as many as torch uses, or beside the training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +14,9 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Slices"]
+__all__ = ["Slices", "background"]
+
+T = TypeVar("T")
 
 
 class _Pool:
@@ -31,28 +33,38 @@ class _Pool:
             self._started += 1
             Thread(target=_serve, args=[self._queue], name=f"polyak-{self._started}", daemon=True).start()
 
-    def do(self, future: Future[None], work: Callable[[], None]) -> None:
+    def do(self, future: Future[T], work: Callable[[], T]) -> None:
         """Let one of the threads do some work, unless its future is cancelled before."""
-        self._queue.put((future, work))
+
+        def fulfil() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except BaseException as error:  # noqa: BLE001 - whoever waits for the future gets it
+                    future.set_exception(error)
+
+        self._queue.put(fulfil)
 
     def _forget(self) -> None:
-        self._queue: SimpleQueue[tuple[Future[None], Callable[[], None]]] = SimpleQueue()
+        self._queue: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._started = 0
 
 
-def _serve(queue: SimpleQueue[tuple[Future[None], Callable[[], None]]]) -> None:
+def _serve(queue: SimpleQueue[Callable[[], None]]) -> None:
     while True:
-        future, work = queue.get()
-        if future.set_running_or_notify_cancel():
-            try:
-                work()
-                future.set_result(None)
-            except BaseException as error:  # noqa: BLE001 - whoever waits for the future gets it
-                future.set_exception(error)
-        del future, work  # or they would live until the next ones come
+        queue.get()()
 
 
 _POOL = _Pool()
+_BACKGROUND = _Pool()
+
+
+def background(work: Callable[[], T]) -> Future[T]:
+    """Return the future of some work that another thread does, one after the other."""
+    _BACKGROUND.need(1)
+    future: Future[T] = Future()
+    _BACKGROUND.do(future, work)
+    return future
 
 
 class Slices:

@@ -1,0 +1,153 @@
+"""The update as a hook of the optimiser: once per real step, wherever in the loop that is made."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from polyak.errors import ConfigError, MismatchError, UnboundError
+from polyak.tensors.entries import identity, walk
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
+
+    from polyak.tensors.entries import Model
+
+__all__ = ["Attachment", "attach"]
+
+
+class _Updates(Protocol):
+    """What is attached: an averager, or anything else that is updated like one."""
+
+    def update(self, *, lr: float | None = None) -> None: ...
+
+
+class Attachment:
+    """An averager's hooks on an optimiser; ``remove()``, or leaving it as a context, takes them off.
+
+    Args:
+        handles: What torch returned for each hook.
+    """
+
+    def __init__(self, *handles: RemovableHandle) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Take the hooks off; the optimiser no longer holds the averager. Twice is once."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def attach(optimizer: Optimizer, averager: _Updates) -> Attachment:
+    """Update an averager after each real step of an optimiser: ``averager.update(lr=...)`` as a step hook.
+
+    Batches whose gradients are only accumulated, the inner evaluations of a closure (LBFGS) and the steps that a
+    ``GradScaler`` leaves out are no steps. The learning rate is that of the first parameter group, as a float; where
+    it is a tensor on an accelerator, reading it waits for the device, and so does asking a fused optimiser under a
+    ``GradScaler`` whether it left a step out.
+
+    Where several optimisers train one model, attach to the one that steps last.
+
+    Args:
+        optimizer: The optimiser that trains the averager's model; not a wrapper around it.
+        averager: What ``polyak.average`` returned.
+
+    Returns:
+        A handle: ``remove()`` ends it, and so does leaving it as a context. Copied optimisers have no hooks.
+
+    Raises:
+        ConfigError: The optimiser has no step hooks, the averager is none, or the two are attached already.
+        MismatchError: The optimiser changes no tensor of the averager's model.
+        UnboundError: The averager has no model (it was unpickled).
+
+    Often confused with: ``loss.register_hook`` and gradient hooks, which run once per ``backward()`` and so several
+    times per step where gradients are accumulated.
+
+    Examples:
+        >>> import polyak, torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> averager = polyak.average(model, "ema", decay=0.9)
+        >>> with polyak.attach(optimizer, averager):
+        ...     for batch in range(6):
+        ...         model(torch.ones(1, 2)).sum().backward()
+        ...         if batch % 3 == 2:
+        ...             optimizer.step()
+        >>> averager.n
+        2
+    """
+    if any(isinstance(hook, _Update) and hook.averager is averager for hook in _hooks(optimizer).values()):
+        message = "this averager is attached to this optimiser already, and would be updated twice per step"
+        raise ConfigError(message)
+    _refuse_no_averager(averager)
+    if hasattr(averager, "model"):
+        _refuse_stranger(optimizer, averager.model)
+    handles = [optimizer.register_step_post_hook(_Update(averager))]
+    synchronize = getattr(averager, "synchronize", None)
+    if synchronize is not None:
+        # An update that still runs in the background reads the weights that the optimiser is about to overwrite.
+        handles.append(optimizer.register_step_pre_hook(lambda *_: synchronize()))
+    return Attachment(*handles)
+
+
+class _Update:
+    """The hook behind a step."""
+
+    def __init__(self, averager: _Updates) -> None:
+        self.averager = averager
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401, ARG002 - torch's signature
+        # A GradScaler calls fused optimisers for a step that is left out, too, and tells them so by this attribute.
+        overflow = getattr(optimizer, "found_inf", None)
+        if overflow is not None and bool(overflow):
+            return
+        lr = optimizer.param_groups[0].get("lr")
+        self.averager.update(lr=None if lr is None else float(lr))
+
+
+def _hooks(optimizer: Optimizer) -> Mapping[int, object]:
+    # Which torch lists in no public way. A wrapper may inherit the methods that add to them, and have none.
+    hooks: Mapping[int, object] | None = getattr(optimizer, "_optimizer_step_post_hooks", None)
+    if hooks is None:
+        message = (
+            f"got {type(optimizer).__name__}, which has no step hooks; give the torch.optim.Optimizer itself "
+            "(of accelerate's wrapper: its .optimizer), or call averager.update() yourself after each real step "
+            "(DeepSpeed: after engine.step())"
+        )
+        raise ConfigError(message)
+    return hooks
+
+
+def _refuse_no_averager(averager: object) -> None:
+    # Dictionaries and the averages of other libraries have an `update` too, which takes no learning rate.
+    try:
+        fits = "lr" in inspect.signature(averager.update).parameters  # type: ignore[attr-defined]  # answered below
+    except (AttributeError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        message = f"got {type(averager).__name__} as the averager; expected what polyak.average() returns"
+        raise ConfigError(message)
+
+
+def _refuse_stranger(optimizer: Optimizer, model: Model | None) -> None:
+    if model is None:
+        message = "the averager has no model (it was unpickled); build one for the model, load its state, attach that"
+        raise UnboundError(message)
+    own = {identity(slot.tensor) for entry in walk(model) for slot in entry.slots}
+    trained = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    if own.isdisjoint(map(identity, trained)):
+        message = (
+            f"none of the optimiser's {len(trained)} tensors belongs to the averager's model; attach the averager of "
+            "the model that this optimiser trains. Where an optimiser steps copies of the weights (DeepSpeed, apex), "
+            "call averager.update() yourself after each real step."
+        )
+        raise MismatchError(message)

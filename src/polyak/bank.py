@@ -1,0 +1,223 @@
+"""Several averages of one model in one pass over its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import is_
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from typing_extensions import override
+
+from polyak.captured import recording
+from polyak.errors import ConfigError, StateError
+from polyak.factory import average
+from polyak.tensors.mover import Mover
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    from polyak.averager import Averager
+    from polyak.engine import Engine
+    from polyak.strategy import Strategy
+    from polyak.tensors.entries import Model
+    from polyak.tensors.plan import Plan
+    from polyak.turn import Turn
+
+__all__ = ["Bank", "bank"]
+
+FORMAT = 1
+
+
+def bank(model: Model, averages: Mapping[str, str | Strategy | Mapping[str, Any]], **common: Any) -> Bank:  # noqa: ANN401 - options of many types
+    """Return several averages of one model that are updated together: the weights are read once for all of them.
+
+    Args:
+        model: The module that is trained, wrapped or not, or a mapping of names to tensors.
+        averages: For each average its name in the bank, and what ``polyak.average`` takes: the name of a strategy, a
+            strategy object, or a mapping of its name, settings and engine options (``{"name": "ema", "every": 10}``).
+        **common: Engine options of all of them, such as ``every=`` or ``dtype=``; one that an average names itself wins.
+
+    Raises:
+        ConfigError: There is none, a name is no text, or a setting is wrong.
+        ModelError: The model has nothing that can be averaged.
+
+    Often confused with: ``copy.deepcopy(averager)`` beside it, which is read and moved by a pass of its own.
+
+    Examples:
+        >>> import polyak, torch
+        >>> model = torch.nn.Linear(3, 1)
+        >>> averages = polyak.bank(model, {"short": {"name": "ema", "decay": 0.9}, "mean": "swa"})
+        >>> averages.update()
+        >>> averages["short"].n, averages["mean"].rate
+        (1, 1.0)
+        >>> with averages.applied("mean"):
+        ...     y = model(torch.zeros(2, 3))
+    """
+    if not averages:
+        message = 'a bank holds at least one average; got none. Give e.g. {"short": "ema", "mean": "swa"}'
+        raise ConfigError(message)
+    made: dict[str, Engine] = {}
+    for name, wanted in averages.items():
+        if not isinstance(name, str) or not name:
+            message = f"an average's name in a bank is a text; got {name!r}"
+            raise ConfigError(message)
+        try:
+            made[name] = cast("Engine", _average(model, wanted, common))
+        except ConfigError as error:
+            message = f"the average {name!r} of the bank: {error}"
+            raise type(error)(message) from error
+    return Bank(made)
+
+
+def _average(model: Model, wanted: str | Strategy | Mapping[str, Any], common: Mapping[str, Any]) -> Averager:
+    if not isinstance(wanted, Mapping):
+        return average(model, wanted, **common)
+    own = dict(wanted)
+    # "strategy" as in a config file, "name" as in a strategy.
+    strategy = own.pop("strategy", None) or own.pop("name", "ema")
+    return average(model, strategy, **{**common, **own})
+
+
+class Bank(Mapping[str, "Averager"]):
+    """Several averages of one model, by name; made by ``polyak.bank``. Each is a whole averager.
+
+    An update reads the weights once and moves all averages that are due; each is exactly what it would be alone.
+    """
+
+    def __init__(self, averagers: Mapping[str, Engine]) -> None:
+        self._averagers = dict(averagers)
+        self._movers: dict[tuple[int, ...], tuple[list[Plan], Mover]] = {}
+
+    @override
+    def __getitem__(self, name: str) -> Averager:
+        if name not in self._averagers:
+            message = f"the bank has no average {name!r}; it has {', '.join(map(repr, self))}"
+            raise KeyError(message)
+        return self._averagers[name]
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._averagers)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._averagers)
+
+    def __repr__(self) -> str:
+        return f"<bank of {', '.join(f'{name}: {averager!r}' for name, averager in self.items())}>"
+
+    def update(self, model: Model | None = None, *, step: int | None = None, lr: float | None = None) -> None:
+        """Take the weights as they are now into every average; call it once per real optimiser step.
+
+        Args:
+            model: The model; the one the bank was made for where it is None.
+            step: The optimiser step; calls are counted where it is None.
+            lr: The learning rate, for strategies that use it.
+
+        Raises:
+            PolyakError: What ``Averager.update`` raises; no average has changed then.
+        """
+        if recording():
+            for engine in self._averagers.values():
+                engine.update(model)
+            return
+        due: dict[str, list[tuple[Engine, Turn]]] = {}
+        for engine, turn in self._begin(model, step, lr):
+            due.setdefault(engine.options.nonfinite, []).append((engine, turn))
+        # Those that refuse by an exception come first: nothing has moved then.
+        for nonfinite in ("raise", "skip", "propagate"):
+            if nonfinite in due:
+                self._move(due[nonfinite], check=nonfinite != "propagate")
+
+    def advance(self, *, step: int | None = None, lr: float | None = None) -> None:
+        """Count the updates that a CUDA graph or a compiled step is about to make; see ``Averager.advance``."""
+        for engine in self._averagers.values():
+            engine.advance(step=step, lr=lr)
+
+    def synchronize(self) -> None:
+        """Wait until the last update is done, where averages live on another device than the model."""
+        for engine in self._averagers.values():
+            engine.synchronize()
+
+    def applied(self, name: str) -> AbstractContextManager[None]:
+        """Return a context in which the model computes with one of the averages; see ``Averager.applied``."""
+        return self[name].applied()
+
+    def describe(self) -> str:
+        """Return in words what is done with every tensor, average by average."""
+        return "\n\n".join(f"{name}: {averager.describe()}" for name, averager in self.items())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that an exact resume needs, of all averages: copies of tensors and plain types."""
+        return {"format": FORMAT, "bank": {name: averager.state_dict() for name, averager in self.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where the state was taken; all averages are loaded or none.
+
+        Raises:
+            StateError: It is no state of a bank of the same names, or one of its states does not fit.
+        """
+        states = state.get("bank") if isinstance(state, Mapping) else None
+        if not isinstance(states, Mapping):
+            message = "expected what bank.state_dict() returned, a mapping with the key 'bank'"
+            raise StateError(message)
+        if {*states} != {*self}:
+            message = f"the state is that of a bank of {sorted(states)}, and this one has {sorted(self)}"
+            raise StateError(message)
+        received = [(engine, engine.receive(states[name])) for name, engine in self._averagers.items()]
+        for engine, one in received:
+            engine.adopt(one)
+
+    def _begin(self, model: Model | None, step: int | None, lr: float | None) -> list[tuple[Engine, Turn]]:
+        due: list[tuple[Engine, Turn]] = []
+        try:
+            for engine in self._averagers.values():
+                turn = engine.begin(model, step, lr)
+                if turn is None:
+                    continue
+                if due and _of_same_tensors(turn.plan, due[0][1].plan):
+                    turn.plan.watch = due[0][1].plan.watch
+                # It has just looked at the model: the others that share it need not.
+                turn.plan.watch.trusted = True
+                due.append((engine, turn))
+        finally:
+            for _, turn in due:
+                turn.plan.watch.trusted = False
+        return due
+
+    def _move(self, due: Sequence[tuple[Engine, Turn]], *, check: bool) -> None:
+        together = [(engine, turn) for engine, turn in due if turn.plan.offload is None]
+        for engine, turn in due:
+            if turn.plan.offload is not None:
+                engine.make(turn)
+        if not together:
+            return
+        turns = [turn for _, turn in together]
+
+        def commit() -> None:
+            for turn in turns:
+                turn.commit()
+
+        rates, generators = [turn.rate for turn in turns], [turn.state.generators for turn in turns]
+        with torch.inference_mode(mode=False), torch.no_grad():
+            done = self._mover([turn.plan for turn in turns]).update(rates, generators, commit, check=check)
+        for engine, turn in together:
+            engine.end(turn, done=done)
+
+    def _mover(self, plans: list[Plan]) -> Mover:
+        key = tuple(map(id, plans))
+        if key not in self._movers:
+            current = {id(engine.plan) for engine in self._averagers.values()}
+            self._movers = {k: v for k, v in self._movers.items() if current.issuperset(k)}
+            self._movers[key] = plans, Mover([plan.lane for plan in plans])
+        return self._movers[key][1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_averagers": self._averagers, "_movers": {}}
+
+
+def _of_same_tensors(one: Plan, other: Plan) -> bool:
+    same = one.model is other.model and len(one.live) == len(other.live) and one.watch is not other.watch
+    return same and all(map(is_, one.live, other.live))

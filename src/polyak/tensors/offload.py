@@ -1,0 +1,113 @@
+"""Averages that live elsewhere than the model: weights are staged beside the training, and averaged in the background."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from polyak.tensors.groups import Lane
+from polyak.tensors.kernels.eager import copy_all
+from polyak.tensors.kernels.threads import background
+from polyak.tensors.layout import dense
+from polyak.tensors.mover import Mover
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
+
+    from polyak.tensors.kernels import Generators
+
+__all__ = ["Offload", "crosses"]
+
+
+def crosses(average: Tensor, live: Tensor) -> bool:
+    """Return whether a tensor on an accelerator is averaged on the CPU."""
+    return average.device.type == "cpu" and live.device.type not in {"cpu", "meta"}
+
+
+class _Unmoved:
+    """Stands for a watch: staging memory stays where it is."""
+
+    epoch = 0
+
+
+class Offload:
+    """Copies the weights into page-locked memory beside the training, and moves the averages on another thread.
+
+    ``stage`` only enqueues copies: on CUDA on a stream of their own, behind the work that was enqueued before. The
+    weights must not be overwritten before these copies are made: ``release`` lets what is enqueued from then on wait
+    for them. On other devices copies are made at once, and there is nothing to wait for.
+
+    Needs as much memory on the CPU as the weights, and none on the accelerator.
+    """
+
+    def __init__(self, lane: Lane) -> None:
+        staging = _staging(lane.live)
+        self.mover = Mover([Lane(lane.stored, staging, lane.kernel, _Unmoved())])
+        self._pairs: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+        for staged, live in zip(staging, lane.live, strict=True):
+            of_device = self._pairs.setdefault(live.device, ([], []))
+            of_device[0].append(staged)
+            of_device[1].append(live)
+        on_cuda = [device for device in self._pairs if device.type == "cuda"]
+        self._streams = {device: torch.cuda.Stream(device) for device in on_cuda}  # type: ignore[no-untyped-call]  # torch's own
+        self._copied: list[torch.cuda.Event] = []
+
+    def start(self, rate: float, generators: Generators, commit: Callable[[], None], *, check: bool) -> Future[bool]:
+        """Stage the weights as they are now and return the future of their averaging, as ``Mover.update`` tells it.
+
+        Args:
+            rate: The coefficient of this update.
+            generators: What it draws random numbers from.
+            commit: Counts the update; called on the other thread.
+            check: Whether weights that are not finite are refused.
+        """
+        self._stage()
+        copied = self._copied
+
+        def move() -> bool:
+            for event in copied:
+                event.synchronize()
+            with torch.inference_mode(mode=False), torch.no_grad():
+                return self.mover.update([rate], [generators], commit, check=check)
+
+        return background(move)
+
+    def release(self) -> None:
+        """Let all that is enqueued from now on wait until the weights were copied."""
+        for event in self._copied:
+            torch.cuda.current_stream(event.device).wait_event(event)
+
+    def _stage(self) -> None:
+        self._copied = []
+        for device, stream in self._streams.items():
+            stream.wait_stream(torch.cuda.current_stream(device))
+        for device, (staged, live) in self._pairs.items():
+            if device not in self._streams:
+                copy_all(staged, live)
+                continue
+            with torch.cuda.stream(self._streams[device]):
+                for target, source in zip(staged, live, strict=True):
+                    target.copy_(source, non_blocking=True)
+                    # `parameter.data = ...` may free its memory, which is not used again before it was copied.
+                    source.record_stream(self._streams[device])
+                self._copied.append(self._streams[device].record_event())
+
+
+def _staging(live: Sequence[Tensor]) -> list[Tensor]:
+    locked = any(tensor.device.type == "cuda" for tensor in live)
+    made: dict[int, Tensor] = {}
+    for dtype in {tensor.dtype for tensor in live}:
+        # One piece of memory: locking pages takes long, whatever their number.
+        own = [tensor for tensor in live if tensor.dtype == dtype]
+        whole = torch.empty(sum(tensor.numel() for tensor in own), dtype=dtype, pin_memory=locked)
+        parts = torch.split(whole, [tensor.numel() for tensor in own])
+        made.update({id(t): _like(part, t) for part, t in zip(parts, own, strict=True)})
+    return [made[id(tensor)] for tensor in live]
+
+
+def _like(part: Tensor, live: Tensor) -> Tensor:
+    # In the order of the original's memory, so that a copy is one transfer.
+    return part.as_strided(live.shape, live.stride()) if dense(live) else part.view(live.shape)

@@ -1,0 +1,442 @@
+"""`polyak.attach`: the update as a step hook, once per real step of an optimiser."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import SGD, AdamW, Optimizer
+
+import polyak
+from models import average_bits, bits, mlp, model_bits
+from polyak.attach import Attachment
+
+OPTIMIZERS = {
+    "SGD": lambda parameters: SGD(parameters, lr=0.1),
+    "SGD fused": lambda parameters: SGD(parameters, lr=0.1, fused=True),
+    "AdamW loop": lambda parameters: AdamW(parameters, lr=0.1, foreach=False),
+    "AdamW foreach": lambda parameters: AdamW(parameters, lr=0.1, foreach=True),
+    "AdamW fused": lambda parameters: AdamW(parameters, lr=0.1, fused=True),
+}
+
+
+def backward(model):
+    model(torch.ones(2, 3)).square().sum().backward()
+
+
+def train(model, optimizer, steps=3):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        backward(model)
+        optimizer.step()
+
+
+@pytest.fixture
+def model():
+    return mlp()
+
+
+@pytest.fixture
+def optimizer(model):
+    return SGD(model.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def averager(model):
+    return polyak.average(model, "ema", decay=0.5)
+
+
+class Recorder:
+    """Updated as an averager is, and remembers how."""
+
+    def __init__(self):
+        self.rates = []
+
+    def update(self, model=None, *, step=None, lr=None):
+        self.rates.append(lr)
+
+
+# Once per real step
+
+
+@pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_an_attached_averager_equals_one_that_is_updated_by_hand_after_each_step(model, build):
+    twin = copy.deepcopy(model)
+    attached, by_hand = polyak.average(model, "ema", decay=0.5), polyak.average(twin, "ema", decay=0.5)
+    optimizer, other = build(model.parameters()), build(twin.parameters())
+    polyak.attach(optimizer, attached)
+    train(model, optimizer)
+    for _ in range(3):
+        train(twin, other, steps=1)
+        by_hand.update()
+    assert attached.n == 3
+    assert average_bits(attached) == average_bits(by_hand)
+
+
+def test_a_step_with_a_closure_counts_once_however_often_it_evaluates(model, averager):
+    evaluated = []
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=4)
+
+    def closure():
+        evaluated.append(averager.n)
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 3)).square().sum()
+        loss.backward()
+        return loss
+
+    polyak.attach(optimizer, averager)
+    optimizer.step(closure)
+    optimizer.step(closure)
+    assert len(evaluated) > 4
+    assert set(evaluated) == {0, 1}
+    assert averager.n == 2
+
+
+def test_batches_whose_gradients_are_accumulated_are_no_steps(model, optimizer, averager):
+    polyak.attach(optimizer, averager)
+    for batch in range(12):
+        backward(model)
+        if batch % 4 == 3:
+            optimizer.step()
+    assert averager.n == 3
+
+
+@pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_step_that_the_grad_scaler_leaves_out_is_not_averaged(model, averager, build):
+    optimizer, scaler = build(model.parameters()), torch.amp.GradScaler("cpu")
+    polyak.attach(optimizer, averager)
+    for overflow in (1.0, float("inf"), 1.0):
+        before, n = model_bits(model), averager.n
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(2, 3)).square().sum() * overflow).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert (model_bits(model) == before) == (overflow > 1)
+        assert averager.n == n + (overflow == 1)
+    assert (averager.n, averager.skipped) == (2, 0)
+
+
+def test_a_step_that_raises_is_not_averaged(model, optimizer, averager):
+    polyak.attach(optimizer, averager)
+
+    def closure():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert averager.n == 0
+
+
+def test_two_optimisers_update_each_its_own_averager():
+    generator, judge = mlp(), mlp()
+    first, second = SGD(generator.parameters(), lr=0.1), AdamW(judge.parameters(), lr=0.1)
+    one, other = polyak.average(generator, "ema"), polyak.average(judge, "ema")
+    polyak.attach(first, one)
+    polyak.attach(second, other)
+    train(generator, first, steps=3)
+    train(judge, second, steps=2)
+    assert (one.n, other.n) == (3, 2)
+
+
+def test_two_averagers_of_one_optimiser_are_both_updated(model, optimizer, averager):
+    other = polyak.average(model, "swa")
+    polyak.attach(optimizer, averager)
+    with polyak.attach(optimizer, other):
+        train(model, optimizer)
+    train(model, optimizer)
+    assert (averager.n, other.n) == (6, 3)
+
+
+def test_an_update_inside_applied_is_refused_after_the_step(model, optimizer, averager):
+    polyak.attach(optimizer, averager)
+    backward(model)
+    with averager.applied(), pytest.raises(polyak.AppliedError):
+        optimizer.step()
+
+
+# The learning rate
+
+
+def test_each_update_is_told_the_learning_rate_of_the_step_that_was_made(model, optimizer):
+    recorder = Recorder()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    polyak.attach(optimizer, recorder)
+    for _ in range(3):
+        train(model, optimizer, steps=1)
+        scheduler.step()
+    assert recorder.rates == [0.1, 0.05, 0.025]
+
+
+def test_the_learning_rate_is_the_first_groups_as_a_float_where_it_is_a_tensor(model):
+    recorder = Recorder()
+    groups = [{"params": model[0].parameters(), "lr": torch.tensor(0.25)}, {"params": model[2].parameters()}]
+    optimizer = SGD(groups, lr=torch.tensor(0.5))
+    polyak.attach(optimizer, recorder)
+    train(model, optimizer, steps=1)
+    assert recorder.rates == [0.25]
+    assert type(recorder.rates[0]) is float
+
+
+def test_an_optimiser_without_a_learning_rate_gives_none(model):
+    class Fixed(Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {})
+
+        def step(self, closure=None):
+            return None
+
+    recorder = Recorder()
+    optimizer = Fixed(model.parameters())
+    polyak.attach(optimizer, recorder)
+    optimizer.step()
+    assert recorder.rates == [None]
+
+
+# Before the step
+
+
+def test_the_averager_is_synchronised_before_the_optimiser_writes_and_updated_after_it(model, optimizer):
+    weight, seen = model[0].weight, []
+
+    class Background(Recorder):
+        def synchronize(self):
+            seen.append(("synchronize", bits(weight)))
+
+        def update(self, model=None, *, step=None, lr=None):
+            seen.append(("update", bits(weight)))
+
+    before = bits(weight)
+    with polyak.attach(optimizer, Background()):
+        train(model, optimizer, steps=1)
+    after = bits(weight)
+    assert before != after
+    assert seen == [("synchronize", before), ("update", after)]
+    train(model, optimizer, steps=1)
+    assert len(seen) == 2
+
+
+# The handle
+
+
+def test_remove_ends_it_and_twice_is_once(model, optimizer, averager):
+    handle = polyak.attach(optimizer, averager)
+    train(model, optimizer, steps=2)
+    handle.remove()
+    handle.remove()
+    train(model, optimizer, steps=2)
+    assert averager.n == 2
+    assert not optimizer._optimizer_step_post_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_leaving_the_context_ends_it_after_an_exception_too(model, optimizer, averager):
+    def run():
+        with polyak.attach(optimizer, averager) as handle:
+            assert isinstance(handle, Attachment)
+            train(model, optimizer, steps=1)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        run()
+    train(model, optimizer, steps=1)
+    assert averager.n == 1
+
+
+def test_neither_the_optimiser_nor_the_handle_keeps_a_removed_averager_alive(model, optimizer):
+    averager = polyak.average(model, "ema")
+    handle = polyak.attach(optimizer, averager)
+    held = weakref.ref(averager)
+    handle.remove()
+    del averager
+    gc.collect()
+    assert held() is None
+
+
+def test_the_handle_does_not_keep_the_optimiser_alive(model, averager):
+    optimizer = SGD(model.parameters(), lr=0.1)
+    handle = polyak.attach(optimizer, averager)
+    held = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert held() is None
+    handle.remove()
+
+
+# Copies and states of the optimiser
+
+
+@pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
+def test_a_copied_optimiser_steps_without_the_averager(model, averager, build, how):
+    optimizer = build(model.parameters())
+    polyak.attach(optimizer, averager)
+    train(model, optimizer, steps=1)
+    if how == "deepcopy":
+        other = copy.deepcopy(optimizer)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(optimizer))
+    else:
+        file = io.BytesIO()
+        torch.save(optimizer, file)
+        other = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    other.step()
+    assert averager.n == 1
+    train(model, optimizer, steps=1)
+    assert averager.n == 2
+
+
+def test_the_hooks_are_no_part_of_an_optimisers_state_and_survive_loading_one(model, averager):
+    optimizer, plain = AdamW(model.parameters(), lr=0.1), AdamW(mlp().parameters(), lr=0.1)
+    polyak.attach(optimizer, averager)
+    train(model, optimizer, steps=1)
+    state = optimizer.state_dict()
+    assert state.keys() == plain.state_dict().keys()
+    optimizer.load_state_dict(state)
+    train(model, optimizer, steps=1)
+    assert averager.n == 2
+
+
+def test_an_optimiser_copied_together_with_its_model_and_averager_can_be_attached_again(model, optimizer, averager):
+    polyak.attach(optimizer, averager)
+    new, other, own = copy.deepcopy((model, optimizer, averager))
+    polyak.attach(other, own)
+    train(new, other, steps=2)
+    assert (averager.n, own.n) == (0, 2)
+
+
+# What is refused
+
+
+class Wrapper(Optimizer):
+    """As accelerate's: inherits every method of an optimiser, and is none."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+
+
+@pytest.mark.parametrize("wrong", [Wrapper, lambda optimizer: [optimizer], lambda optimizer: None])
+def test_an_optimiser_without_step_hooks_is_refused_with_the_way_out(optimizer, averager, wrong):
+    with pytest.raises(polyak.ConfigError, match=r"has no step hooks.*\.optimizer.*averager\.update\(\) yourself"):
+        polyak.attach(wrong(optimizer), averager)
+
+
+def test_the_optimiser_inside_a_wrapper_is_attached(model, optimizer, averager):
+    wrapper = Wrapper(optimizer)
+    polyak.attach(wrapper.optimizer, averager)
+    backward(model)
+    wrapper.step()
+    assert averager.n == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        None,
+        "ema",
+        {},
+        nn.Linear(2, 2),
+        polyak.EMA(),
+        torch.optim.swa_utils.AveragedModel(nn.Linear(2, 2)),
+    ],
+    ids=lambda wrong: type(wrong).__name__,
+)
+def test_what_is_no_averager_is_refused(optimizer, wrong):
+    with pytest.raises(polyak.ConfigError, match=f"got {type(wrong).__name__} as the averager"):
+        polyak.attach(optimizer, wrong)
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_the_same_averager_twice_on_one_optimiser_is_refused_until_the_first_is_removed(model, optimizer, averager):
+    first = polyak.attach(optimizer, averager)
+    with pytest.raises(polyak.ConfigError, match="attached to this optimiser already"):
+        polyak.attach(optimizer, averager)
+    train(model, optimizer, steps=1)
+    assert averager.n == 1
+    first.remove()
+    polyak.attach(optimizer, averager)
+    train(model, optimizer, steps=1)
+    assert averager.n == 2
+
+
+def test_an_optimiser_of_another_model_is_refused(averager):
+    other = SGD(mlp().parameters(), lr=0.1)
+    with pytest.raises(polyak.MismatchError, match="none of the optimiser's 4 tensors belongs"):
+        polyak.attach(other, averager)
+    assert not other._optimizer_step_post_hooks
+    assert not other._optimizer_step_pre_hooks
+
+
+def test_an_optimiser_that_steps_copies_of_the_weights_is_refused(model, averager):
+    copies = [nn.Parameter(parameter.detach().clone()) for parameter in model.parameters()]
+    with pytest.raises(polyak.MismatchError, match="steps copies of the weights"):
+        polyak.attach(SGD(copies, lr=0.1), averager)
+
+
+def test_an_averager_without_a_model_is_refused(optimizer, averager):
+    with pytest.raises(polyak.UnboundError, match="unpickled"):
+        polyak.attach(optimizer, pickle.loads(pickle.dumps(averager)))
+
+
+@pytest.fixture(scope="module")
+def _process_group(tmp_path_factory):
+    store = dist.FileStore(str(tmp_path_factory.mktemp("gloo") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def fsdp1(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FSDP1 is deprecated and says so; models are still wrapped in it
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+WRAPPERS = {
+    "DataParallel": nn.DataParallel,
+    "DDP": nn.parallel.DistributedDataParallel,
+    "compile": lambda model: torch.compile(model, backend="eager"),
+    "FSDP1": fsdp1,
+}
+
+
+@pytest.mark.usefixtures("_process_group")
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_an_optimiser_of_a_wrapped_model_belongs_to_it_before_and_during_training(model, wrap):
+    wrapped = wrap(model)
+    before, during = polyak.average(wrapped, "ema"), polyak.average(model, "ema")
+    optimizer = SGD(wrapped.parameters(), lr=0.1)
+    polyak.attach(optimizer, before)
+    train(wrapped, optimizer)
+    polyak.attach(optimizer, during)
+    train(wrapped, optimizer)
+    assert (before.n, during.n) == (6, 3)
+
+
+def test_an_optimiser_of_a_part_of_the_model_belongs_to_it(model, averager):
+    optimizer = SGD(model[2].parameters(), lr=0.1)
+    polyak.attach(optimizer, averager)
+    train(model, optimizer)
+    assert averager.n == 3
+
+
+def test_a_mapping_of_tensors_is_a_model_too():
+    weight = nn.Parameter(torch.ones(2))
+    averager = polyak.average({"weight": weight}, "ema", decay=0.5)
+    optimizer = SGD([weight], lr=0.5)
+    polyak.attach(optimizer, averager)
+    weight.sum().backward()
+    optimizer.step()
+    assert averager.averages["weight"].tolist() == [0.75, 0.75]
