@@ -204,24 +204,41 @@ def test_an_optimiser_without_a_learning_rate_gives_none(model):
 # Before the step
 
 
-def test_the_averager_is_synchronised_before_the_optimiser_writes_and_updated_after_it(model, optimizer):
+def test_the_weights_are_released_before_the_optimiser_writes_and_averaged_after_it(model, optimizer):
     weight, seen = model[0].weight, []
 
     class Background(Recorder):
-        def synchronize(self):
-            seen.append(("synchronize", bits(weight)))
+        guards = 0
+
+        def release(self):
+            seen.append(("release", bits(weight)))
 
         def update(self, model=None, *, step=None, lr=None):
             seen.append(("update", bits(weight)))
 
     before = bits(weight)
-    with polyak.attach(optimizer, Background()):
+    averager = Background()
+    with polyak.attach(optimizer, averager):
+        assert averager.guards == 1
         train(model, optimizer, steps=1)
-    after = bits(weight)
-    assert before != after
-    assert seen == [("synchronize", before), ("update", after)]
+        after = bits(weight)
+        assert before != after
+        assert seen == [("release", before), ("update", after)]
+    # Who is no longer warned of a step waits at once.
+    assert (seen.pop(), averager.guards) == (("release", after), 0)
     train(model, optimizer, steps=1)
     assert len(seen) == 2
+
+
+def test_a_bank_is_attached_like_an_averager(model, optimizer):
+    bank = polyak.bank(model, {"a": "ema", "b": "swa"})
+    with polyak.attach(optimizer, bank):
+        assert [averager.guards for averager in bank.values()] == [1, 1]
+        train(model, optimizer, steps=3)
+    assert [(averager.n, averager.guards) for averager in bank.values()] == [(3, 0), (3, 0)]
+    other = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    with pytest.raises(polyak.MismatchError, match="belongs to the averager's model"):
+        polyak.attach(other, bank)
 
 
 # The handle

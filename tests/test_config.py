@@ -143,7 +143,10 @@ REFUSED = [
         r"strategy\.decya: there is no such setting \(got 0\.5\)\. Did you mean 'decay'\? Known: decay, name\.",
     ),
     ({"strategy": {"name": "ema", "evry": 5}}, r"strategy\.evry: there is no .* Did you mean 'every'\?"),
-    ({"evry": 5}, r"evry: there is no such setting \(got 5\)\. Did you mean 'every'\? Known: buffers, device, dtype, "),
+    (
+        {"evry": 5},
+        r"evry: there is no such setting \(got 5\)\. Did you mean 'every'\? Known: buffers, capturable, device, ",
+    ),
     (
         {"strategy": "ema", "decay": 0.5},
         r"decay: there is no such setting \(got 0\.5\)\. It is a setting of the strategy: .* inside 'strategy'",

@@ -13,7 +13,7 @@ import polyak.errors
 
 STRATEGIES = {"EMA", "EMAV1", "EMAV2", "EMAV3", "DebiasedEMA", "SWA"}
 DESIGNED = {"average", "Averager", "AveragerConfig", "Strategy", "Clock", "Profile", "hookimpl", "strategies"}
-LATER = {"attach", "load", "save", "recalibrate"}
+LATER = {"Bank", "attach", "bank", "load", "save", "recalibrate"}
 ERRORS = set(polyak.errors.__all__)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from polyak.errors import ConfigError, MismatchError, UnboundError
 from polyak.tensors.entries import identity, walk
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
@@ -25,20 +25,41 @@ class _Updates(Protocol):
     def update(self, *, lr: float | None = None) -> None: ...
 
 
+@runtime_checkable
+class Guarded(Protocol):
+    """An averager whose updates may go on reading the weights after ``update()`` has returned.
+
+    Attributes:
+        guards: How many optimisers call ``release`` before each step.
+    """
+
+    guards: int
+
+    def release(self) -> None:
+        """Let the weights be overwritten by what is enqueued from now on, once they were read."""
+
+
 class Attachment:
     """An averager's hooks on an optimiser; ``remove()``, or leaving it as a context, takes them off.
 
     Args:
+        guarded: The averager, where the hooks keep the optimiser from overwriting weights that are still read.
         handles: What torch returned for each hook.
     """
 
-    def __init__(self, *handles: RemovableHandle) -> None:
-        self._handles = handles
+    def __init__(self, guarded: Guarded | None, handles: Sequence[RemovableHandle]) -> None:
+        self._guarded, self._handles = guarded, handles
+        if guarded is not None:
+            guarded.guards += 1
 
     def remove(self) -> None:
         """Take the hooks off; the optimiser no longer holds the averager. Twice is once."""
         for handle in self._handles:
             handle.remove()
+        if self._guarded is not None:
+            self._guarded.release()
+            self._guarded.guards -= 1
+            self._guarded = None
 
     def __enter__(self) -> Self:
         return self
@@ -92,11 +113,11 @@ def attach(optimizer: Optimizer, averager: _Updates) -> Attachment:
     if hasattr(averager, "model"):
         _refuse_stranger(optimizer, averager.model)
     handles = [optimizer.register_step_post_hook(_Update(averager))]
-    synchronize = getattr(averager, "synchronize", None)
-    if synchronize is not None:
-        # An update that still runs in the background reads the weights that the optimiser is about to overwrite.
-        handles.append(optimizer.register_step_pre_hook(lambda *_: synchronize()))
-    return Attachment(*handles)
+    if isinstance(averager, Guarded):
+        # An offloaded update may still be reading the weights that the optimiser is about to overwrite.
+        handles.append(optimizer.register_step_pre_hook(lambda *_: averager.release()))
+        return Attachment(averager, handles)
+    return Attachment(None, handles)
 
 
 class _Update:

@@ -97,9 +97,9 @@ class Averager(Protocol):
         """
 
     def synchronize(self) -> None:
-        """Wait until the last update is done, where the average lives on another device and is updated beside the training.
+        """Wait until the last update is done, where the average lives on another device than the model.
 
-        Whatever reads the average does so by itself. An error of that update is raised here.
+        Such an update goes on beside the training. Whatever reads the average waits by itself; an error is raised then.
 
         Raises:
             NonFiniteError: The weights of that update held NaN or infinities, under ``nonfinite="raise"``.
@@ -108,8 +108,8 @@ class Averager(Protocol):
     def advance(self, *, step: int | None = None, lr: float | None = None) -> None:
         """Count an update that a CUDA graph or a compiled step is about to make, and put its rate on the device.
 
-        For averagers built with ``capturable=True``: inside what is captured or compiled ``update()`` is tensor work only
-        and reads the rate from a tensor; call this before each replay.
+        For averagers built with ``capturable=True``: inside what is captured or compiled ``update()`` is tensor work
+        only and reads the rate from a tensor; call this before each replay.
 
         Args:
             step: The optimiser step; calls are counted where it is None.

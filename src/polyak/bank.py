@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from operator import is_
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from typing_extensions import override
 
 from polyak.captured import recording
 from polyak.errors import ConfigError, StateError
 from polyak.factory import average
+from polyak.tensors.modes import Untracked
 from polyak.tensors.mover import Mover
 
 if TYPE_CHECKING:
@@ -30,14 +30,14 @@ __all__ = ["Bank", "bank"]
 FORMAT = 1
 
 
-def bank(model: Model, averages: Mapping[str, str | Strategy | Mapping[str, Any]], **common: Any) -> Bank:  # noqa: ANN401 - options of many types
+def bank(model: Model, averages: Mapping[str, str | Strategy | Mapping[str, Any]], **common: Any) -> Bank:
     """Return several averages of one model that are updated together: the weights are read once for all of them.
 
     Args:
         model: The module that is trained, wrapped or not, or a mapping of names to tensors.
         averages: For each average its name in the bank, and what ``polyak.average`` takes: the name of a strategy, a
             strategy object, or a mapping of its name, settings and engine options (``{"name": "ema", "every": 10}``).
-        **common: Engine options of all of them, such as ``every=`` or ``dtype=``; one that an average names itself wins.
+        **common: Engine options of all, such as ``every=`` or ``dtype=``; one that an average names itself wins.
 
     Raises:
         ConfigError: There is none, a name is no text, or a setting is wrong.
@@ -84,6 +84,19 @@ class Bank(Mapping[str, "Averager"]):
     """Several averages of one model, by name; made by ``polyak.bank``. Each is a whole averager.
 
     An update reads the weights once and moves all averages that are due; each is exactly what it would be alone.
+
+    Often confused with: a list of averagers, each of which reads the weights anew.
+
+    Examples:
+        >>> import polyak, torch
+        >>> model = torch.nn.Linear(3, 1)
+        >>> averages = polyak.bank(model, {"short": {"name": "ema", "decay": 0.9}, "mean": "swa"}, every=2)
+        >>> for step in range(1, 7):
+        ...     averages.update(step=step)
+        >>> {name: averager.n for name, averager in averages.items()}
+        {'short': 3, 'mean': 3}
+        >>> saved = averages.state_dict()
+        >>> averages.load_state_dict(saved)
     """
 
     def __init__(self, averagers: Mapping[str, Engine]) -> None:
@@ -140,6 +153,26 @@ class Bank(Mapping[str, "Averager"]):
         """Wait until the last update is done, where averages live on another device than the model."""
         for engine in self._averagers.values():
             engine.synchronize()
+
+    def release(self) -> None:
+        """Let the weights be overwritten by what is enqueued from now on, once offloaded averages have read them."""
+        for engine in self._averagers.values():
+            engine.release()
+
+    @property
+    def model(self) -> Model | None:
+        """The model, without wrappers; None after unpickling."""
+        return next(iter(self._averagers.values())).model
+
+    @property
+    def guards(self) -> int:
+        """How many optimisers call ``release`` before each step."""
+        return next(iter(self._averagers.values())).guards
+
+    @guards.setter
+    def guards(self, count: int) -> None:
+        for engine in self._averagers.values():
+            engine.guards = count
 
     def applied(self, name: str) -> AbstractContextManager[None]:
         """Return a context in which the model computes with one of the averages; see ``Averager.applied``."""
@@ -201,7 +234,7 @@ class Bank(Mapping[str, "Averager"]):
                 turn.commit()
 
         rates, generators = [turn.rate for turn in turns], [turn.state.generators for turn in turns]
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with Untracked():
             done = self._mover([turn.plan for turn in turns]).update(rates, generators, commit, check=check)
         for engine, turn in together:
             engine.end(turn, done=done)

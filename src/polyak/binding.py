@@ -10,6 +10,7 @@ from torch import nn
 
 from polyak.errors import AppliedError, UnboundError
 from polyak.tensors.adapter import Adapter
+from polyak.tensors.collector import collector_paused
 from polyak.tensors.entries import Entry, Model, walk
 from polyak.tensors.kernels import check_available
 from polyak.tensors.matching import pair
@@ -52,18 +53,21 @@ class Binding:
 
     def allocate(self) -> list[Stored]:
         """Return new storage for the model's tensors, holding their values now, and plan for it."""
-        entries = walk(cast("Model", self.model))  # which says what is no model, None included
-        chosen = self._policies(entries)
-        check_storable(entries, chosen)
-        if self.holds_average(self.own()):
-            message = "the model holds another average now, which is no weights to start from; leave applied() first"
-            raise AppliedError(message)
-        options = self._options
-        check_available(options.kernel)
-        kept = [(entry, policy) for entry, policy in zip(entries, chosen, strict=True) if policy != "skip"]
-        stored = allocate(kept, device=as_device(options.device), dtype=as_dtype(options.dtype))
-        self.plan = Plan(self.own(), stored, [entry for entry, _ in kept], options.kernel, self._adapter)
-        return stored
+        with collector_paused():
+            entries = walk(cast("Model", self.model))  # which says what is no model, None included
+            chosen = self._policies(entries)
+            check_storable(entries, chosen)
+            if self.holds_average(self.own()):
+                message = (
+                    "the model holds another average now, which is no weights to start from; leave applied() first"
+                )
+                raise AppliedError(message)
+            options = self._options
+            check_available(options.kernel)
+            kept = [(entry, policy) for entry, policy in zip(entries, chosen, strict=True) if policy != "skip"]
+            stored = allocate(kept, device=as_device(options.device), dtype=as_dtype(options.dtype))
+            self.plan = Plan(self.own(), stored, [entry for entry, _ in kept], options.kernel, self._adapter)
+            return stored
 
     def left_alone(self) -> list[Entry]:
         """Return the entries of the averager's own model that are skipped."""

@@ -37,8 +37,9 @@ class Progress(NamedTuple):
         return self._replace(calls=self.calls + 1, step=now.step)
 
     def averaged_at(self, clock: Clock, rate: float, weight: float) -> Progress:
-        """Return the progress after an averaged update."""
-        return self._replace(n=clock.n, averaged=clock.step, elapsed=clock.elapsed, mass=self.mass + weight, rate=rate)
+        """Return the progress after a call that was an averaged update."""
+        step = clock.step
+        return Progress(clock.n, self.calls + 1, step, step, clock.elapsed, self.mass + weight, rate)
 
     def clock(self, now: Tick, lr: float | None) -> Clock:
         """Return the moment of an averaged update, as a strategy sees it."""

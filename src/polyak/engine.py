@@ -28,6 +28,7 @@ from polyak.state import State, changed_options, dump, parse, received_strategy
 from polyak.strategy import checked_rate, checked_weight
 from polyak.tensors.finite import FiniteCheck
 from polyak.tensors.generators import OwnGenerators
+from polyak.tensors.modes import Untracked
 from polyak.tensors.storage import Stored
 from polyak.tensors.swap import in_force
 from polyak.turn import Turn
@@ -66,8 +67,8 @@ class Engine(Averager):
 
     Attributes:
         options: The engine's options, completed by the strategy.
-        guards: How many optimisers call ``release`` before they overwrite the weights; where none does, an offloaded
-            update lets whatever is enqueued after it wait.
+        guards: How many optimisers call ``release`` before each step. Where none does, an offloaded update lets
+            whatever is enqueued after it wait until the weights were copied.
         listeners: Called after each averaged update.
 
     Raises:
@@ -155,7 +156,7 @@ class Engine(Averager):
     def make(self, turn: Turn) -> None:
         """Move the tensors of an update, now or beside the training."""
         generators, check = turn.state.generators, self.options.nonfinite != "propagate"
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with Untracked():
             if turn.plan.offload is None:
                 done = turn.plan.mover.update([turn.rate], [generators], turn.commit, check=check)
             else:
@@ -178,7 +179,7 @@ class Engine(Averager):
                 "captured with; build a new averager, load the state of this one, and capture the step again"
             )
             raise MismatchError(message)
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with Untracked():
             self._captured.put(0.0 if turn is None else turn.rate)
         if turn is not None:
             turn.commit()
@@ -207,6 +208,11 @@ class Engine(Averager):
         self._settled = state
 
     @property
+    def model(self) -> Model | None:
+        """The averager's own model, without wrappers; None after unpickling."""
+        return self._binding.model
+
+    @property
     def plan(self) -> Plan | None:
         """The last plan."""
         return self._binding.plan
@@ -226,7 +232,7 @@ class Engine(Averager):
             return None
         clock = state.progress.clock(now, lr)
         rate = self._rate(clock)
-        after = state.progress.seen(now).averaged_at(clock, rate, checked_weight(self._strategy, clock))
+        after = state.progress.averaged_at(clock, rate, checked_weight(self._strategy, clock))
         return Turn(state, root, self._binding.planned(root, state), now, clock, rate, after)
 
     def end(self, turn: Turn, *, done: bool) -> None:
@@ -305,7 +311,7 @@ class Engine(Averager):
         root = self._binding.model
         if self.options.origin == "first" and not self.n and root is not None and not self._binding.holds_average(root):
             plan = self._binding.planned(root, self._state)
-            with torch.inference_mode(mode=False), torch.no_grad():
+            with Untracked():
                 plan.mover.update([1.0], [self._state.generators], lambda: None, check=False)
 
     # Saving

@@ -52,6 +52,24 @@ def train(averager: polyak.Averager, model: nn.Module, batch: Tensor) -> None:
     assert_type(averager.strategy, polyak.Strategy)
 
 
+def several(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    averages = polyak.bank(
+        model, {"short": {"name": "ema", "decay": 0.9}, "mean": polyak.SWA(), "long": "ema"}, every=2
+    )
+    assert_type(averages, polyak.Bank)
+    assert_type(averages["short"], polyak.Averager)
+    averages.update(step=3, lr=0.1)
+    with averages.applied("long"):
+        pass
+    averages.load_state_dict(averages.state_dict())
+    averager = polyak.average(model, capturable=True, nonfinite="propagate", kernel="fused")
+    averager.advance(step=1)
+    averager.synchronize()
+    with polyak.attach(optimizer, averager) as attached:
+        optimizer.step()
+    attached.remove()
+
+
 def look(averager: polyak.Averager) -> None:
     profile = averager.profile()
     assert_type(profile, polyak.Profile)

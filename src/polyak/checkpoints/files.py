@@ -114,7 +114,8 @@ def _read_safetensors(file: Path) -> dict[str, Any]:
         rest = json.loads((opened.metadata() or {})[_METADATA])
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
     for key in rest.pop(_COMPLEX):
-        tensors[key] = torch.view_as_complex(tensors[key])
+        # A copy: what lies in the file may begin where no complex number may, and torch would crash.
+        tensors[key] = torch.view_as_complex(tensors[key].clone())
     rest.pop("profile")
     averages = {key.removeprefix("average/"): t for key, t in tensors.items() if key.startswith("average/")}
     parts = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,12 +13,25 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from polyak.errors import ModelError
 from polyak.tensors.wrappers import unwrap
 
-__all__ = ["Entry", "Kind", "Model", "Slot", "address", "addressed", "identity", "modules_of", "walk"]
+__all__ = [
+    "PLAIN",
+    "STRIDED",
+    "Entry",
+    "Kind",
+    "Model",
+    "Slot",
+    "address",
+    "addressed",
+    "identity",
+    "modules_of",
+    "walk",
+]
 
 Kind = Literal["parameter", "buffer"]
 Model = nn.Module | Mapping[str, Tensor]
 
-_PLAIN = frozenset({Tensor, nn.Parameter})
+PLAIN = frozenset({Tensor, nn.Parameter})
+STRIDED = torch.strided
 _NONE: frozenset[str] = frozenset()
 _VECTORS = frozenset({"_u", "_v"})
 
@@ -33,8 +45,7 @@ class Slot(NamedTuple):
     tensor: Tensor
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One distinct tensor of a model.
 
     Attributes:
@@ -55,12 +66,11 @@ class Entry:
     persistent: bool = True
     iterated: bool = False
 
+    def __eq__(self, other: object) -> bool:
+        return self is other  # tensors have no truth value
 
-class _Found(NamedTuple):
-    slot: Slot
-    kind: Kind
-    persistent: bool
-    iterated: bool
+    def __hash__(self) -> int:
+        return id(self)
 
 
 def walk(model: Model) -> list[Entry]:
@@ -85,25 +95,28 @@ def walk(model: Model) -> list[Entry]:
         [('0.weight', 'parameter'), ('1.weight', 'parameter'), ('1.bias', 'parameter')]
     """
     found = [*_tensors_of(model)]
-    where = [address(one.slot.tensor) for one in found]
+    where = [address(entry.tensor) for entry in found]
+    if len({*where}) == len(where):
+        return found
     often = Counter(where)
-    groups: dict[object, list[_Found]] = {}
-    for one, place in zip(found, where, strict=True):
+    groups: dict[object, list[Entry]] = {}
+    for entry, place in zip(found, where, strict=True):
         # Tensors that begin in the same place may still be different views of it.
-        groups.setdefault(place if often[place] == 1 else identity(one.slot.tensor), []).append(one)
-    return [_entry(group) for group in groups.values()]
+        groups.setdefault(place if often[place] == 1 else identity(entry.tensor), []).append(entry)
+    return [_joined(group) for group in groups.values()]
 
 
-def _entry(found: Sequence[_Found]) -> Entry:
-    first, slots = found[0], tuple([one.slot for one in found])
-    name, tensor = first.slot.name, first.slot.tensor
+def _joined(found: Sequence[Entry]) -> Entry:
+    """Return one entry for all places of a tensor."""
+    first = found[0]
     if len(found) == 1:
-        return Entry(name, first.kind, tensor, slots, (name,), first.persistent, first.iterated)
-    names, persistent = tuple([slot.name for slot in slots]), any(one.persistent for one in found)
-    return Entry(name, first.kind, tensor, slots, names, persistent, first.iterated)
+        return first
+    slots, names = tuple([entry.slots[0] for entry in found]), tuple([entry.name for entry in found])
+    return first._replace(slots=slots, aliases=names, persistent=any(entry.persistent for entry in found))
 
 
-def _tensors_of(model: Model) -> Iterator[_Found]:
+def _tensors_of(model: Model) -> Iterator[Entry]:
+    """Yield an entry for each place of a tensor."""
     if isinstance(model, nn.Module):
         for prefix, module in modules_of(model):
             yield from _own_tensors(prefix, module)
@@ -116,7 +129,7 @@ def _tensors_of(model: Model) -> Iterator[_Found]:
             message = f"a mapping given as a model maps names to tensors; got {type(tensor).__name__} at {name!r}"
             raise ModelError(message)
         kind: Kind = "parameter" if tensor.is_floating_point() or tensor.is_complex() else "buffer"
-        yield _Found(Slot(model, name, name, tensor), kind, persistent=True, iterated=False)
+        yield Entry(name, kind, tensor, (Slot(model, name, name, tensor),), (name,))
 
 
 def modules_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -128,16 +141,20 @@ def modules_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
             yield from modules_of(child, f"{prefix}{key}.")
 
 
-def _own_tensors(prefix: str, module: nn.Module) -> Iterator[_Found]:
-    iterated = _power_iteration_keys(module)
+def _own_tensors(prefix: str, module: nn.Module) -> Iterator[Entry]:
     # named_parameters() hides a tensor's other names; the dictionaries are what it reads.
     for key, parameter in module._parameters.items():  # noqa: SLF001
         if parameter is not None:
-            yield _Found(Slot(module, key, prefix + key, parameter), "parameter", persistent=True, iterated=False)
-    transient = module._non_persistent_buffers_set  # noqa: SLF001 - torch has no public way to ask
-    for key, buffer in module._buffers.items():  # noqa: SLF001
+            name = prefix + key
+            yield Entry(name, "parameter", parameter, (Slot(module, key, name, parameter),), (name,))
+    buffers = module._buffers  # noqa: SLF001 - as above
+    if not buffers:
+        return
+    iterated, transient = _power_iteration_keys(module), module._non_persistent_buffers_set  # noqa: SLF001 - torch has no public way to ask
+    for key, buffer in buffers.items():
         if buffer is not None:
-            yield _Found(Slot(module, key, prefix + key, buffer), "buffer", key not in transient, key in iterated)
+            name, slot = prefix + key, Slot(module, key, prefix + key, buffer)
+            yield Entry(name, "buffer", buffer, (slot,), (name,), key not in transient, key in iterated)
 
 
 def _power_iteration_keys(module: nn.Module) -> frozenset[str]:
@@ -152,7 +169,7 @@ def _power_iteration_keys(module: nn.Module) -> frozenset[str]:
 
 def address(tensor: Tensor) -> int:
     """Return where a tensor's memory begins, or else its id: no subclass, lazy, meta or freed tensor has any."""
-    if type(tensor) in _PLAIN and tensor.layout == torch.strided:
+    if type(tensor) in PLAIN and tensor.layout is STRIDED:
         return tensor.data_ptr() or id(tensor)
     return id(tensor)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from polyak.tensors.entries import PLAIN, STRIDED
 from polyak.tensors.kernels.eager import copy_all
 from polyak.tensors.layout import dense
 
@@ -56,12 +57,7 @@ def _packed(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype)
 
 def _plain(tensor: Tensor) -> bool:
     # Of any other tensor (a subclass, an expanded or conjugated view) torch itself knows best what a copy is.
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.layout == torch.strided
-        and dense(tensor)
-        and not tensor.is_conj()
-    )
+    return type(tensor) in PLAIN and tensor.layout is STRIDED and dense(tensor) and not tensor.is_conj()
 
 
 def _alone(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

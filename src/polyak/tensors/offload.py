@@ -1,4 +1,4 @@
-"""Averages that live elsewhere than the model: weights are staged beside the training, and averaged in the background."""
+"""Averages that live elsewhere than the model: staged beside the training, and moved in the background."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from polyak.tensors.groups import Lane
 from polyak.tensors.kernels.eager import copy_all
 from polyak.tensors.kernels.threads import background
 from polyak.tensors.layout import dense
+from polyak.tensors.modes import Untracked
 from polyak.tensors.mover import Mover
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Offload:
         def move() -> bool:
             for event in copied:
                 event.synchronize()
-            with torch.inference_mode(mode=False), torch.no_grad():
+            with Untracked():
                 return self.mover.update([rate], [generators], commit, check=check)
 
         return background(move)

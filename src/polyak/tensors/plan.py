@@ -46,6 +46,8 @@ class Plan:
         self.watch = Watch(model, self.live)
         pairs = zip(self.stored, self.live, strict=True)
         self.offload = Offload(self.lane) if any(crosses(s.average, t) for s, t in pairs) else None
+        if self.offload is None:
+            self.mover  # noqa: B018 - compiled now, and not in the first update
         self._memory = [address(entry.tensor) for entry in entries]
 
     @property

@@ -58,29 +58,34 @@ def policies(
         _refuse_idle("exclude", excluded, entries)
         _refuse_idle("buffers", tuple(by_glob), [entry for entry in entries if entry.kind == "buffer"])
 
-    def choose(entry: Entry) -> Policy:
-        if (include is not None and not _matches(entry, included)) or _matches(entry, excluded):
+    def choose(entry: Entry) -> Policy | None:
+        if (include is not None and not _matches(entry, included)) or (excluded and _matches(entry, excluded)):
             return "skip"
         if entry.kind == "parameter":
             return "average" if _is_float(entry) else "copy"
         wanted = buffers if isinstance(buffers, str) else "auto"
         wanted = next((policy for glob, policy in by_glob.items() if _matches(entry, (glob,))), wanted)
-        return _buffer_policy(entry, wanted, strict=strict)
+        return _buffer_policy(entry, wanted)
 
-    return [choose(entry) for entry in entries]
+    chosen = [choose(entry) for entry in entries]
+    # One look at all of them, since each waits for the device.
+    undecided = [entry.tensor for entry, policy in zip(entries, chosen, strict=True) if policy is None]
+    finite = not strict or FiniteCheck(undecided)()
+    return [
+        policy or ("average" if finite or FiniteCheck([entry.tensor])() else "copy")
+        for entry, policy in zip(entries, chosen, strict=True)
+    ]
 
 
-def _buffer_policy(entry: Entry, wanted: str, *, strict: bool) -> Policy:
+def _buffer_policy(entry: Entry, wanted: str) -> Policy | None:
+    """Return the policy of a buffer; None where its values decide, which are looked at once."""
     if wanted in {"copy", "skip"}:
         return cast("Policy", wanted)
     if not _is_float(entry):
         return "copy"
-    if unfit(entry.tensor):
-        return "average"  # which is refused where it is to be stored: there are no values to read here
-    # The values are looked at once, when the averager is made: each look waits for the device.
-    if wanted == "auto" and (entry.iterated or (strict and not FiniteCheck([entry.tensor])())):
-        return "copy"
-    return "average"
+    if wanted != "auto" or unfit(entry.tensor):
+        return "average"  # what is unfit is refused where it is to be stored: there are no values to read here
+    return "copy" if entry.iterated else None
 
 
 def _is_float(entry: Entry) -> bool:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from operator import attrgetter, getitem, is_
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from polyak.tensors.entries import Model, addressed, modules_of
+from polyak.tensors.entries import PLAIN, STRIDED, Model, addressed, modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Watch"]
 
 _EMPTY: dict[str, Any] = {}  # for most modules hold nothing in most of their dictionaries
-_layout_of = attrgetter("shape", "dtype", "device")
+_LAYOUT = (attrgetter("dtype"), attrgetter("device"), attrgetter("shape"))
 
 
 class Watch:
@@ -32,21 +31,21 @@ class Watch:
         # What TorchScript modules hold tensors in is no dict and cannot be watched: such a model is walked anew.
         self._watchable = not isinstance(model, nn.Module) or all(isinstance(holder, dict) for holder in holders)
         self._holders = holders if self._watchable else []
+        filled = [holder for holder in self._holders if holder]
         self._copies = [dict(holder) if holder else _EMPTY for holder in self._holders]
         # Comparing dictionaries finds equal keys with the same objects. Where a value is another object it is compared
         # with the old one, and only tensors of several elements, which have no truth value, surely differ from it.
         doubtful = [
             (holder, key, value)
-            for holder in self._holders
+            for holder in filled
             for key, value in holder.items()
-            if not (isinstance(holder, dict) and _differs_from_others(value))
+            if not (_differs_from_others(value) and isinstance(holder, dict))
         ]
         self._doubtful = [*zip(*doubtful, strict=True)] or [(), (), ()]
         self._live = live
         self._layouts = _layouts(live)
-        self._same_layouts = _guard(live)
-        tensors = {id(t): t for holder in self._holders for t in holder.values() if isinstance(t, Tensor)}
-        self._addressed = [t for t in tensors.values() if addressed(t)]
+        self._same_layouts = _guard(live, *self._layouts[-2:])
+        self._addressed = [t for holder in filled for t in holder.values() if isinstance(t, Tensor) and addressed(t)]
         self._addresses = [*map(Tensor.data_ptr, self._addressed)]
         self.epoch = 0
         self.trusted = False
@@ -93,28 +92,30 @@ def _holders(model: Model) -> list[Mapping[str, Any]]:
 
 
 def _differs_from_others(value: object) -> bool:
-    if isinstance(value, nn.Module):
-        return type(value).__eq__ is object.__eq__
-    return value is None or (isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter) and value.numel() > 1)
+    if isinstance(value, Tensor):
+        return type(value) in PLAIN and value.numel() > 1
+    return value is None or (isinstance(value, nn.Module) and type(value).__eq__ is object.__eq__)
 
 
-def _layouts(live: Sequence[Tensor]) -> list[Any]:
-    strided = [tensor for tensor in live if tensor.layout == torch.strided]
-    return [*map(_layout_of, live), *map(Tensor.stride, strided)]
+def _layouts(live: Sequence[Tensor]) -> list[list[Any]]:
+    strided = [tensor for tensor in live if tensor.layout is STRIDED]
+    return [*([*map(part, live)] for part in _LAYOUT), [*map(Tensor.stride, strided)]]
 
 
-def _guard(live: Sequence[Tensor]) -> Callable[..., bool] | None:
+def _guard(live: Sequence[Tensor], shapes: Sequence[Any], strides: Sequence[Any]) -> Callable[..., bool] | None:
     """Return torch.compile's own check of many tensors' layouts, in one call where Python would need several each.
 
     It may refuse what is unchanged (under autocast, or where a tensor was frozen), and a torch without it loses nothing
     but its speed.
     """
+    if len(strides) < len(live):  # sparse tensors have none
+        return None
     try:
         from torch._C._dynamo import guards
 
         made: Any = guards.TensorGuards  # the stub tells the type of one tensor's sizes, not of all
-        sizes, strides = [[*t.shape] for t in live], [[*t.stride()] for t in live]
-        check: Callable[..., bool] = made(*live, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        expected = {"dynamic_dims_sizes": [*map(list, shapes)], "dynamic_dims_strides": [*map(list, strides)]}
+        check: Callable[..., bool] = made(*live, **expected).check
     except Exception:  # noqa: BLE001 - private, so that anything may have become of it
         return None
     return check

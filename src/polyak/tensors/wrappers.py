@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 from polyak.errors import ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
 
 __all__ = ["refuse_sharded", "unwrap"]
@@ -68,16 +70,24 @@ def refuse_sharded(model: nn.Module) -> None:
     Raises:
         ModelError: It has DTensor parameters (FSDP2, tensor parallel), or FSDP1 layers that shard or hide theirs.
     """
-    dtensor = _loaded("torch.distributed.tensor", "DTensor")
-    if dtensor is not None and (name := next((n for n, p in model.named_parameters() if isinstance(p, dtensor)), "")):
-        message = f"{name} is a DTensor (FSDP2 or tensor parallel); sharded models cannot be averaged yet"
-        raise ModelError(message)
-    fsdp = _loaded(*_FSDP1)
-    for module in model.modules() if fsdp is not None else ():
-        if isinstance(module, fsdp) and (module.process_group.size() > 1 or not module._use_orig_params):  # noqa: SLF001 - FSDP1 has no public way to ask
+    dtensor, fsdp = _loaded("torch.distributed.tensor", "DTensor"), _loaded(*_FSDP1)
+    for module in _modules(model) if dtensor or fsdp else ():
+        if dtensor and any(isinstance(parameter, dtensor) for parameter in module._parameters.values()):  # noqa: SLF001 - parameters() builds every name
+            name = next(name for name, parameter in model.named_parameters() if isinstance(parameter, dtensor))
+            message = f"{name} is a DTensor (FSDP2 or tensor parallel); sharded models cannot be averaged yet"
+            raise ModelError(message)
+        if fsdp and isinstance(module, fsdp) and (module.process_group.size() > 1 or not module._use_orig_params):  # noqa: SLF001 - FSDP1 has no public way to ask
             message = (
                 "the model is wrapped in FSDP1 (FullyShardedDataParallel) over several ranks or with "
                 "use_orig_params=False, whose forward does not see values written into its parameters; "
                 "on one rank use use_orig_params=True, otherwise DDP"
             )
             raise ModelError(message)
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        yield module
+        waiting += [child for child in module._modules.values() if child is not None]  # noqa: SLF001 - modules() builds every name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
 __all__ = ["Copy", "Foreach", "PerTensor", "copy_all", "loop", "stochastic"]
 
 _CHUNK = 1 << 17  # elements: the temporary of a piece stays in the cache
+
+
+class _Scratch(threading.local):
+    """Memory for one piece on each device, of each thread: offloaded averages are moved on another one."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+_SCRATCH = _Scratch()
 
 try:  # torch 2.15 made these public; older versions have only the private names
     from torch.foreach import copy_ as _foreach_copy_
@@ -144,7 +155,8 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 def loop(average: Tensor, weight: Tensor, rate: float, generators: Generators) -> None:
     """Move one tensor: the reference, for any devices and dtypes."""
     del generators
-    average.lerp_(weight.to(average), rate)
+    alike = average.dtype == weight.dtype and average.device == weight.device
+    average.lerp_(weight if alike else _converted(weight, average.device, average.dtype), rate)
 
 
 def stochastic(average: Tensor, weight: Tensor, rate: float, generators: Generators) -> None:
@@ -152,7 +164,7 @@ def stochastic(average: Tensor, weight: Tensor, rate: float, generators: Generat
 
     Without it steps below the dtype's resolution are lost: a bfloat16 average at decay 0.9999 never moves.
     """
-    exact = average.float().lerp_(weight.to(average.device, torch.float32), rate)
+    exact = average.float().lerp_(_converted(weight, average.device, torch.float32), rate)
     generator = generators(average.device)
     average.copy_(_cut_bits(exact, generator) if average.dtype == torch.bfloat16 else _choose(exact, generator))
 
@@ -161,6 +173,16 @@ def _pieces(average: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
     if average.numel() <= _CHUNK or not (average.is_contiguous() and weight.is_contiguous()):
         return [(average, weight)]
     return list(zip(torch.split(average.view(-1), _CHUNK), torch.split(weight.view(-1), _CHUNK), strict=True))
+
+
+def _converted(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # In memory that is used again: new pages at every update take longer than the sums.
+    if weight.numel() > _CHUNK:
+        return weight.to(device, dtype)
+    kept = _SCRATCH.kept
+    if (device, dtype) not in kept:
+        kept[device, dtype] = torch.empty(_CHUNK, dtype=dtype, device=device)
+    return kept[device, dtype][: weight.numel()].view(weight.shape).copy_(weight)
 
 
 def _cut_bits(exact: Tensor, generator: torch.Generator) -> Tensor:
