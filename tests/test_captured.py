@@ -151,6 +151,22 @@ def test_tensors_that_were_replaced_since_are_refused():
     assert averager.n == 1
 
 
+def test_a_resumed_averager_goes_on_in_a_step_that_is_compiled_after_it():
+    model = mlp()
+    first, alike = polyak.average(model, "swa", **READY), polyak.average(model, "swa")
+    for _ in drifting(model, 3):
+        first.update()
+        alike.update()
+    resumed = polyak.average(model, "swa", **READY)
+    resumed.load_state_dict(first.state_dict())
+    step = torch.compile(resumed.update, backend="eager", fullgraph=True)
+    for _ in drifting(model, 3, seed=7):
+        resumed.advance()
+        step()
+        alike.update()
+    assert (resumed.n, average_bits(resumed)) == (alike.n, average_bits(alike))
+
+
 def test_a_bank_is_compiled_too():
     model = mlp()
     wanted = {"a": {"name": "ema", "decay": 0.5}, "b": "swa"}

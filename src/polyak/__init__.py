@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from polyak.attach import attach
 from polyak.averager import Averager
-from polyak.bank import Bank, bank
+from polyak.bank import Bank
 from polyak.checkpoints import load, save
 from polyak.clock import Clock
 from polyak.config import AveragerConfig
@@ -23,7 +23,7 @@ from polyak.errors import (
     UnboundError,
     UnknownStrategyError,
 )
-from polyak.factory import average
+from polyak.factory import average, bank
 from polyak.hookspecs import hookimpl
 from polyak.profile import Profile
 from polyak.recalibrate import recalibrate

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import warnings
-from concurrent.futures import wait
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,36 +12,27 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from polyak.averager import Averager
 from polyak.binding import Binding
-from polyak.cadence import Progress, tick
-from polyak.captured import Captured, recording
+from polyak.cadence import Progress
+from polyak.captured import Captured
 from polyak.describe import describe
-from polyak.errors import AppliedError, ConfigError, MismatchError, NonFiniteError, PolyakWarning
+from polyak.errors import AppliedError
 from polyak.export import averaged_state_dict, overwrite_model
-from polyak.options import Options
 from polyak.profile import History, Profile
 from polyak.replica import Replica
 from polyak.state import State, changed_options, dump, parse, received_strategy
-from polyak.strategy import checked_rate, checked_weight
-from polyak.tensors.finite import FiniteCheck
 from polyak.tensors.generators import OwnGenerators
-from polyak.tensors.modes import Untracked
 from polyak.tensors.storage import Stored
 from polyak.tensors.swap import in_force
-from polyak.turn import Turn
+from polyak.updating import Updating
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from concurrent.futures import Future
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
-    from polyak.clock import Clock
     from polyak.strategy import Strategy
-    from polyak.tensors.adapter import Adapter
     from polyak.tensors.entries import Model
-    from polyak.tensors.plan import Plan
 
 __all__ = ["Engine"]
 
@@ -55,47 +44,10 @@ class Received(NamedTuple):
     state: State
 
 
-class Engine(Averager):
-    """The averager that ``polyak.average`` makes; see ``polyak.Averager`` for its methods.
+class Engine(Updating):
+    """The averager that ``polyak.average`` makes; see ``polyak.Averager`` for its methods."""
 
-    Args:
-        model: The model, wrapped or not.
-        strategy: The strategy.
-        options: The engine's options.
-        knows: Tells whether a strategy's name can be resolved here; a state of an unknown one loads all the same.
-        adapter: How to reach the tensors of the model.
-
-    Attributes:
-        options: The engine's options, completed by the strategy.
-        guards: How many optimisers call ``release`` before each step. Where none does, an offloaded update lets
-            whatever is enqueued after it wait until the weights were copied.
-        listeners: Called after each averaged update.
-
-    Raises:
-        ModelError: The model has nothing that can be averaged.
-        ConfigError: A glob matches no tensor.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        strategy: Strategy,
-        options: Options | None = None,
-        *,
-        knows: Callable[[str], bool] = bool,
-        adapter: Adapter | None = None,
-    ) -> None:
-        self._strategy = strategy
-        self.options = (options or Options()).completed(strategy)
-        self._knows = knows
-        self._binding = Binding(model, self.options, adapter)
-        self._pending: tuple[Turn, Future[bool]] | None = None
-        self._settled = State(self._binding.allocate(), Progress(), History(), skipped=0, generators=OwnGenerators())
-        self._captured = Captured(self._current(), self.options) if self.options.capturable else None
-        self.guards = 0
-        self._replica: Replica | None = None
-        self._warned: set[str] = set()
-        self.listeners: list[Callable[[Averager, Clock], None]] = []
+    _replica: Replica | None = None
 
     # What it is
 
@@ -143,129 +95,6 @@ class Engine(Averager):
     def __repr__(self) -> str:
         return f"<averager {self._strategy!r}, n={self.n}, {len(self._state.stored)} tensors>"
 
-    # Updating
-
-    @override
-    def update(self, model: Model | None = None, *, step: int | None = None, lr: float | None = None) -> None:
-        if self._captured is not None and recording():
-            self._captured.move()
-            return
-        if (turn := self.begin(model, step, lr)) is not None:
-            self.make(turn)
-
-    def make(self, turn: Turn) -> None:
-        """Move the tensors of an update, now or beside the training."""
-        generators, check = turn.state.generators, self.options.nonfinite != "propagate"
-        with Untracked():
-            if turn.plan.offload is None:
-                done = turn.plan.mover.update([turn.rate], [generators], turn.commit, check=check)
-            else:
-                moving = turn.plan.offload.start(turn.rate, generators, turn.commit, check=check)
-                self._pending = turn, moving
-                if not self.guards:
-                    turn.plan.offload.release()
-                return
-        self.end(turn, done=done)
-
-    @override
-    def advance(self, *, step: int | None = None, lr: float | None = None) -> None:
-        if self._captured is None:
-            message = "advance() is for updates in a captured graph; build the averager with capturable=True"
-            raise ConfigError(message)
-        turn = self.begin(None, step, lr)
-        if turn is not None and turn.plan is not self._captured.plan:
-            message = (
-                "the model's tensors were replaced since the averager was made, and a graph keeps those that it was "
-                "captured with; build a new averager, load the state of this one, and capture the step again"
-            )
-            raise MismatchError(message)
-        with Untracked():
-            self._captured.put(0.0 if turn is None else turn.rate)
-        if turn is not None:
-            turn.commit()
-            self.end(turn, done=True)
-
-    @override
-    def synchronize(self) -> None:
-        if self._pending is not None:
-            turn, moving = self._pending
-            wait([moving])
-            self._pending = None
-            self.end(turn, done=moving.result())
-
-    def release(self) -> None:
-        """Let the weights be overwritten by what is enqueued from now on, once an offloaded update has read them."""
-        if self._pending is not None and (offload := self._pending[0].plan.offload) is not None:
-            offload.release()
-
-    @property
-    def _state(self) -> State:
-        self.synchronize()
-        return self._settled
-
-    @_state.setter
-    def _state(self, state: State) -> None:
-        self._settled = state
-
-    @property
-    def model(self) -> Model | None:
-        """The averager's own model, without wrappers; None after unpickling."""
-        return self._binding.model
-
-    @property
-    def plan(self) -> Plan | None:
-        """The last plan."""
-        return self._binding.plan
-
-    def begin(self, model: Model | None, step: int | None, lr: float | None) -> Turn | None:
-        """Return what an update is to do, or None where none is due; nothing has moved."""
-        root = self._binding.root(model)
-        if self._binding.holds_average(root):
-            message = "update() while the model holds the average would average the average; leave applied() first"
-            raise AppliedError(message)
-        state = self._state
-        now = tick(state.progress, step, start=self.options.start, every=self.options.every)
-        if complaint := now.complaint(state.progress):
-            self._warn(now.order, complaint)
-        if not now.due:
-            state.progress = state.progress.seen(now)
-            return None
-        clock = state.progress.clock(now, lr)
-        rate = self._rate(clock)
-        after = state.progress.averaged_at(clock, rate, checked_weight(self._strategy, clock))
-        return Turn(state, root, self._binding.planned(root, state), now, clock, rate, after)
-
-    def end(self, turn: Turn, *, done: bool) -> None:
-        """Tell of an update that was made, or left out because of weights that are not finite."""
-        if not done:
-            self._refuse_nonfinite(turn.plan, turn.now.step)
-            turn.skip()
-            return
-        if self._binding.model is None:
-            self._binding.model = turn.root
-        for listener in self.listeners:
-            listener(self, turn.clock)
-
-    def _rate(self, clock: Clock) -> float:
-        first = clock.n == 1 and self.options.origin == "first"
-        return 1.0 if first else checked_rate(self._strategy, clock)
-
-    def _refuse_nonfinite(self, plan: Plan, step: int) -> None:
-        if self.options.nonfinite == "skip" and "nonfinite" in self._warned:
-            return
-        pairs = zip(plan.stored, plan.live, strict=True)
-        names = ", ".join(s.name for s, t in pairs if s.policy == "average" and not FiniteCheck([t])())
-        what = f"the weights hold NaN or infinities at step {step} (in {names[:200]})"
-        if self.options.nonfinite == "raise":
-            message = f"{what}; the average is unchanged. Use nonfinite='skip' to go on without such updates."
-            raise NonFiniteError(message)
-        self._warn("nonfinite", f"{what}; such updates are left out and counted in averager.skipped")
-
-    def _warn(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(message, PolyakWarning, stacklevel=4)
-
     # Evaluating
 
     @override
@@ -298,21 +127,6 @@ class Engine(Averager):
     @override
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
-
-    def _current(self) -> Plan:
-        """Return the plan of the averager's own model, for reading the average through it."""
-        self._settle()
-        if self._binding.depth and self._binding.plan is not None:
-            return self._binding.plan
-        return self._binding.planned(self._binding.own(), self._state)
-
-    def _settle(self) -> None:
-        # There is no average before the first update replaces it: whoever asks gets the weights as they are.
-        root = self._binding.model
-        if self.options.origin == "first" and not self.n and root is not None and not self._binding.holds_average(root):
-            plan = self._binding.planned(root, self._state)
-            with Untracked():
-                plan.mover.update([1.0], [self._state.generators], lambda: None, check=False)
 
     # Saving
 
@@ -358,6 +172,8 @@ class Engine(Averager):
     def adopt(self, received: Received) -> None:
         """Go on from a state."""
         self._strategy, self._state, self._binding.plan = *received, None
+        if self._captured is not None:
+            self._captured = Captured(self._current(), self.options)
         self._repoint()
 
     # Copying

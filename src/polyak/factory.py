@@ -1,10 +1,11 @@
-"""The one line in the training loop: ``polyak.average(model, "ema", decay=0.999)``."""
+"""The one line before the training loop: ``polyak.average(model, "ema", decay=0.999)``, or a bank of several."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+from polyak.bank import Bank
 from polyak.config import AveragerConfig
 from polyak.errors import ConfigError
 from polyak.strategy import Strategy
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
     import torch
 
     from polyak.averager import Averager
+    from polyak.engine import Engine
     from polyak.tensors.entries import Model
     from polyak.tensors.kernels import KernelName
     from polyak.tensors.matching import Match
     from polyak.tensors.policies import Buffers
 
-__all__ = ["average"]
+__all__ = ["average", "bank"]
 
 
 def average(  # noqa: PLR0913 - each is one axis of an average, and users complete from this signature
@@ -105,3 +107,53 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
         "capturable": capturable,
     }  # fmt: skip
     return AveragerConfig.of({"strategy": chosen, **options}, "average(): the settings").build(model)
+
+
+def bank(model: Model, averages: Mapping[str, str | Strategy | Mapping[str, Any]], **common: Any) -> Bank:
+    """Return several averages of one model that are updated together: the weights are read once for all of them.
+
+    Args:
+        model: The module that is trained, wrapped or not, or a mapping of names to tensors.
+        averages: For each average its name in the bank, and what ``polyak.average`` takes: the name of a strategy, a
+            strategy object, or a mapping of its name, settings and engine options (``{"name": "ema", "every": 10}``).
+        **common: Engine options of all, such as ``every=`` or ``dtype=``; one that an average names itself wins.
+
+    Raises:
+        ConfigError: There is none, a name is no text, or a setting is wrong.
+        ModelError: The model has nothing that can be averaged.
+
+    Often confused with: ``copy.deepcopy(averager)`` beside it, which is read and moved by a pass of its own.
+
+    Examples:
+        >>> import polyak, torch
+        >>> model = torch.nn.Linear(3, 1)
+        >>> averages = polyak.bank(model, {"short": {"name": "ema", "decay": 0.9}, "mean": "swa"})
+        >>> averages.update()
+        >>> averages["short"].n, averages["mean"].rate
+        (1, 1.0)
+        >>> with averages.applied("mean"):
+        ...     y = model(torch.zeros(2, 3))
+    """
+    if not averages:
+        message = 'a bank holds at least one average; got none. Give e.g. {"short": "ema", "mean": "swa"}'
+        raise ConfigError(message)
+    made: dict[str, Engine] = {}
+    for name, wanted in averages.items():
+        if not isinstance(name, str) or not name:
+            message = f"an average's name in a bank is a text; got {name!r}"
+            raise ConfigError(message)
+        try:
+            made[name] = cast("Engine", _average(model, wanted, common))
+        except ConfigError as error:
+            message = f"the average {name!r} of the bank: {error}"
+            raise type(error)(message) from error
+    return Bank(made)
+
+
+def _average(model: Model, wanted: str | Strategy | Mapping[str, Any], common: Mapping[str, Any]) -> Averager:
+    if not isinstance(wanted, Mapping):
+        return average(model, wanted, **common)
+    own = dict(wanted)
+    # "strategy" as in a config file, "name" as in a strategy.
+    strategy = own.pop("strategy", None) or own.pop("name", "ema")
+    return average(model, strategy, **{**common, **own})

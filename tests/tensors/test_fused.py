@@ -187,6 +187,22 @@ def test_new_data_in_a_parameter_and_shared_averages_are_found_again():
         assert average_bits(fused) == average_bits(loop)
 
 
+def test_weights_whose_memory_was_freed_are_refused_before_anything_is_written():
+    model = mlp()
+    averager = polyak.average(model, "ema", decay=0.5, kernel="fused")
+    averager.update()
+    before, size = average_bits(averager), model[2].weight.untyped_storage().nbytes()
+    model[2].weight.untyped_storage().resize_(0)
+    with pytest.raises(polyak.ModelError, match=r"1 of the model's tensors \(the first of shape \(2, 5\)\)"):
+        averager.update()
+    assert (average_bits(averager), averager.n) == (before, 1)
+    model[2].weight.untyped_storage().resize_(size)
+    with torch.no_grad():
+        model[2].weight.fill_(1.0)
+    averager.update()
+    assert averager.n == 2
+
+
 def test_autograd_notices_that_a_saved_average_was_moved():
     model = mlp()
     averager = polyak.average(model, "ema", decay=0.5, kernel="fused")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from polyak.tensors.entries import PLAIN, STRIDED, Model, addressed, modules_of
+from polyak.tensors.entries import PLAIN, STRIDED, Model, modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +45,10 @@ class Watch:
         self._live = live
         self._layouts = _layouts(live)
         self._same_layouts = _guard(live, *self._layouts[-2:])
-        self._addressed = [t for holder in filled for t in holder.values() if isinstance(t, Tensor) and addressed(t)]
+        held = [value for holder in filled for value in holder.values()]
+        known = {*map(id, held)}
+        everywhere = [*held, *(tensor for tensor in live if id(tensor) not in known)]
+        self._addressed = [t for t in everywhere if type(t) in PLAIN and t.layout is STRIDED]
         self._addresses = [*map(Tensor.data_ptr, self._addressed)]
         self.epoch = 0
         self.trusted = False

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from typing_extensions import override
 
+from polyak.errors import ModelError
 from polyak.tensors.kernels import eager
 from polyak.tensors.kernels.kernel import SHORT, Kernel
 from polyak.tensors.kernels.threads import Slices
@@ -108,6 +109,8 @@ class FusedCPU(Kernel):
         anchored = [*map(Tensor.data_ptr, self._anchors)]
         if moved or anchored != self._anchored:
             sources, targets = ([*map(Tensor.data_ptr, tensors)] for tensors in (self._weights, self._averages))
+            if not all(sources):
+                _refuse_freed(self._weights)
             self._sources = self._pieces.addresses(sources, self._weights[0].itemsize)[0]
             self._targets = self._pieces.addresses(targets, self._averages[0].itemsize)
             self._anchored = anchored
@@ -155,6 +158,16 @@ class FusedCPU(Kernel):
     def _check_pieces(self, first: int, last: int) -> bool:
         work = self._sources, self._pieces.sizes, first, last
         return bool(self._compiled.finite(*work, self._weight.mask))
+
+
+def _refuse_freed(weights: Sequence[Tensor]) -> None:
+    freed = [tuple(weight.shape) for weight in weights if weight.numel() and not weight.data_ptr()]
+    if freed:
+        message = (
+            f"{len(freed)} of the model's tensors (the first of shape {freed[0]}) have no memory now: it was freed, as "
+            "sharded engines do between steps; update where they have their values. Nothing was changed."
+        )
+        raise ModelError(message)
 
 
 def _seed(generators: Generators) -> int:
