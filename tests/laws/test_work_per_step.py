@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 
 import pytest
@@ -73,3 +74,25 @@ def test_an_update_of_many_tensors_is_a_handful_of_operations():
     with _Operations() as operations:
         averager.update()
     assert sum(operations.counts.values()) <= 2, operations.counts
+
+
+@pytest.mark.parametrize("kernel", ["fused", "foreach"])
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+def test_python_does_the_same_work_for_ten_tensors_and_for_a_thousand(kernel, nonfinite):
+    counts = []
+    for layers in (5, 500):
+        model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(layers)))
+        averager = polyak.average(model, "ema", kernel=kernel, nonfinite=nonfinite)
+        averager.update()
+        counts.append(_python_calls(averager.update))
+    assert counts[0] == counts[1]
+
+
+def _python_calls(action):
+    calls = []
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return calls
