@@ -189,6 +189,62 @@ def test_replaced_tensors_are_followed_by_all():
         bank.update()
 
 
+@pytest.mark.parametrize("alone", ["a", "b"])
+def test_new_data_is_found_whoever_looks_first(alone):
+    model = nn.Linear(64, 64, bias=False)
+    bank = polyak.bank(model, {"a": {"name": "ema", "decay": 0.5}, "b": {"name": "ema", "decay": 0.5}})
+    nn.init.constant_(model.weight, 1.0)
+    for averager in bank.values():
+        averager.load_state_dict(polyak.average(model, "ema", decay=0.5).state_dict())
+    bank.update()
+    model.weight.data = torch.full((64, 64), 9.0)
+    bank[alone].update()
+    assert bank[alone].averages["weight"].eq(5.0).all()
+    bank.update()
+    assert bank[alone].averages["weight"].eq(7.0).all()
+
+
+def test_averages_of_other_cadences_find_new_data():
+    model = nn.Linear(64, 64, bias=False)
+    nn.init.constant_(model.weight, 1.0)
+    bank = polyak.bank(
+        model, {"a": {"name": "ema", "decay": 0.5, "every": 2}, "b": {"name": "ema", "decay": 0.5}, "c": "ema"}
+    )
+    for _ in range(2):
+        bank.update()
+    model.weight.data = torch.full((64, 64), 9.0)
+    bank.update()
+    assert bank["b"].averages["weight"].eq(5.0).all()
+
+
+def test_a_tensor_that_an_average_leaves_alone_cannot_stop_it():
+    model = mlp()
+    bank = polyak.bank(model, {"part": {"name": "ema", "include": "0.*"}, "all": "ema"})
+    model[2].weight.data[0, 0] = torch.nan
+    with pytest.warns(polyak.PolyakWarning, match=r"in 2\.weight"):
+        bank.update()
+    assert [(averager.n, averager.skipped) for averager in bank.values()] == [(1, 0), (0, 1)]
+
+
+def test_an_update_that_cannot_begin_counts_nothing():
+    model = mlp()
+    bank = polyak.bank(model, {"rare": {"name": "ema", "every": 3}, "each": "ema"})
+    bank.update()
+    model.append(nn.Linear(2, 2))
+    with pytest.raises(polyak.MismatchError):
+        bank.update()
+    assert [averager.state_dict()["step"] for averager in bank.values()] == [1, 1]
+
+
+def test_a_listener_that_fails_leaves_no_average_behind():
+    model = mlp()
+    bank = polyak.bank(model, {"a": {"name": "ema", "nonfinite": "raise"}, "b": "ema"})
+    bank["a"].listeners.append(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bank.update()
+    assert [averager.n for averager in bank.values()] == [1, 1]
+
+
 def test_a_bank_is_copied_and_pickled():
     model = mlp()
     bank = polyak.bank(model, {"a": {"name": "ema", "decay": 0.5}, "b": "swa"})

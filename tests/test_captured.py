@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -149,6 +152,58 @@ def test_tensors_that_were_replaced_since_are_refused():
     with pytest.raises(polyak.MismatchError, match="a graph keeps those that it was captured with"):
         averager.advance()
     assert averager.n == 1
+
+
+def test_a_step_that_is_not_due_copies_nothing_and_meets_no_infinity():
+    model = ZOO["conv"].build()
+    averager = polyak.average(model, "ema", decay=0.5, every=2, **READY)
+    step = torch.compile(averager.update, backend="eager", fullgraph=True)
+    weight = next(model.parameters())
+    for _ in drifting(model, 4):
+        averager.advance()
+        if averager.state_dict()["step"] % 2:
+            before, kept = average_bits(averager), weight.detach().clone()
+            weight.data.fill_(torch.inf)
+            step()
+            weight.data.copy_(kept)
+            assert average_bits(averager) == before
+        else:
+            step()
+
+
+def test_a_copied_or_unpickled_averager_goes_on():
+    model = mlp()
+    averager = polyak.average(model, "ema", **READY)
+    copied = copy.deepcopy(averager)
+    step = torch.compile(copied.update, backend="eager", fullgraph=True)
+    copied.advance()
+    step()
+    assert copied.n == 1
+    unpickled = pickle.loads(pickle.dumps(averager))
+    unpickled.update(model)
+    unpickled.advance()
+    assert unpickled.n == 2
+
+
+def test_what_changes_no_tensor_is_no_reason_to_refuse():
+    model = mlp()
+    averager = polyak.average(model, "ema", **READY)
+    averager.update(mlp())
+    averager.advance()
+    model.add_module("probe", torch.nn.Identity())
+    averager.averaged_state_dict()
+    del model.probe
+    averager.advance()
+    assert averager.n == 3
+
+
+def test_memory_that_moved_is_refused():
+    model = mlp()
+    averager = polyak.average(model, "ema", **READY)
+    averager.advance()
+    model[0].weight.data = torch.ones(5, 3)
+    with pytest.raises(polyak.MismatchError, match="replaced or moved"):
+        averager.advance()
 
 
 def test_a_resumed_averager_goes_on_in_a_step_that_is_compiled_after_it():

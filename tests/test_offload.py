@@ -6,6 +6,7 @@ There is no accelerator here: what would be staged from one is staged from the C
 from __future__ import annotations
 
 import copy
+import os
 import threading
 
 import pytest
@@ -143,6 +144,37 @@ def test_an_error_on_the_other_thread_is_raised_where_it_is_waited_for_and_once(
             averager.synchronize()
     assert (averager.n, average_bits(averager)) == (0, before)
     averager.update()
+    assert averager.n == 1
+
+
+def test_the_tensors_that_were_not_finite_are_named(offloaded):
+    model = mlp()
+    averager = polyak.average(model, "ema")
+    kept = model[0].weight.detach().clone()
+    model[0].weight.data[0, 0] = torch.inf
+    averager.update()
+    model[0].weight.data.copy_(kept)
+    with pytest.warns(polyak.PolyakWarning, match=r"in 0\.weight"):
+        averager.synchronize()
+
+
+def test_what_is_described_is_what_runs(offloaded):
+    assert "fused" in polyak.average(mlp(), "ema", dtype="float64").describe()
+
+
+def test_a_process_forked_during_an_update_says_so_and_does_not_hang(offloaded, held):
+    averager = polyak.average(mlp(), "ema")
+    averager.update()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            averager.synchronize()
+        except polyak.StateError:
+            code = 0
+        os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    held.set()
     assert averager.n == 1
 
 

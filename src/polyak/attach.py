@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from polyak.errors import ConfigError, MismatchError, UnboundError
@@ -27,13 +28,10 @@ class _Updates(Protocol):
 
 @runtime_checkable
 class Guarded(Protocol):
-    """An averager whose updates may go on reading the weights after ``update()`` has returned.
+    """An averager whose updates may go on reading the weights after ``update()`` has returned."""
 
-    Attributes:
-        guards: How many optimisers call ``release`` before each step.
-    """
-
-    guards: int
+    def guard(self, by: int) -> None:
+        """Count one optimiser more, or less, that calls ``release`` before each step."""
 
     def release(self) -> None:
         """Let the weights be overwritten by what is enqueued from now on, once they were read."""
@@ -50,7 +48,7 @@ class Attachment:
     def __init__(self, guarded: Guarded | None, handles: Sequence[RemovableHandle]) -> None:
         self._guarded, self._handles = guarded, handles
         if guarded is not None:
-            guarded.guards += 1
+            guarded.guard(1)
 
     def remove(self) -> None:
         """Take the hooks off; the optimiser no longer holds the averager. Twice is once."""
@@ -58,7 +56,7 @@ class Attachment:
             handle.remove()
         if self._guarded is not None:
             self._guarded.release()
-            self._guarded.guards -= 1
+            self._guarded.guard(-1)
             self._guarded = None
 
     def __enter__(self) -> Self:
@@ -76,7 +74,8 @@ def attach(optimizer: Optimizer, averager: _Updates) -> Attachment:
     it is a tensor on an accelerator, reading it waits for the device, and so does asking a fused optimiser under a
     ``GradScaler`` whether it left a step out.
 
-    Where several optimisers train one model, attach to the one that steps last.
+    Where several optimisers train one model, attach to the one that steps last; an offloaded average
+    (``device="cpu"``) would not be safe from the others, so call ``update()`` yourself there.
 
     Args:
         optimizer: The optimiser that trains the averager's model; not a wrapper around it.
@@ -116,7 +115,10 @@ def attach(optimizer: Optimizer, averager: _Updates) -> Attachment:
     if isinstance(averager, Guarded):
         # An offloaded update may still be reading the weights that the optimiser is about to overwrite.
         handles.append(optimizer.register_step_pre_hook(lambda *_: averager.release()))
-        return Attachment(averager, handles)
+        attachment = Attachment(averager, handles)
+        # An optimiser that is gone calls nothing any more.
+        weakref.finalize(optimizer, attachment.remove).atexit = False
+        return attachment
     return Attachment(None, handles)
 
 

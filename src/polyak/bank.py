@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import is_
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -31,7 +31,8 @@ FORMAT = 1
 class Bank(Mapping[str, "Averager"]):
     """Several averages of one model, by name; made by ``polyak.bank``. Each is a whole averager.
 
-    An update reads the weights once and moves all averages that are due; each is exactly what it would be alone.
+    An update reads the weights once and moves all averages that are due; each is exactly what it would be alone
+    (short averages but for the random numbers of their rounding).
 
     Often confused with: a list of averagers, each of which reads the weights anew.
 
@@ -84,13 +85,19 @@ class Bank(Mapping[str, "Averager"]):
             for engine in self._averagers.values():
                 engine.update(model)
             return
-        due: dict[str, list[tuple[Engine, Turn]]] = {}
-        for engine, turn in self._begin(model, step, lr):
-            due.setdefault(engine.options.nonfinite, []).append((engine, turn))
-        # Those that refuse by an exception come first: nothing has moved then.
-        for nonfinite in ("raise", "skip", "propagate"):
-            if nonfinite in due:
-                self._move(due[nonfinite], check=nonfinite != "propagate")
+        ended: list[tuple[Engine, Turn, bool]] = []
+        for due in _together(self._begin(model, step, lr)):
+            engine, turn = due[0]
+            if turn.plan.offload is not None:
+                engine.make(turn)
+                continue
+            done = self._move(due, check=engine.checks)
+            if not done and engine.options.nonfinite == "raise":
+                engine.end(turn, done=False)
+            ended += [(engine, turn, done) for engine, turn in due]
+        with ExitStack() as told:  # a listener that fails keeps none of the others from hearing
+            for engine, turn, done in reversed(ended):
+                told.callback(engine.end, turn, done=done)
 
     def advance(self, *, step: int | None = None, lr: float | None = None) -> None:
         """Count the updates that a CUDA graph or a compiled step is about to make; see ``Averager.advance``."""
@@ -112,15 +119,10 @@ class Bank(Mapping[str, "Averager"]):
         """The model, without wrappers; None after unpickling."""
         return next(iter(self._averagers.values())).model
 
-    @property
-    def guards(self) -> int:
-        """How many optimisers call ``release`` before each step."""
-        return next(iter(self._averagers.values())).guards
-
-    @guards.setter
-    def guards(self, count: int) -> None:
+    def guard(self, by: int) -> None:
+        """Count one optimiser more, or less, that calls ``release`` before each step."""
         for engine in self._averagers.values():
-            engine.guards = count
+            engine.guard(by)
 
     def applied(self, name: str) -> AbstractContextManager[None]:
         """Return a context in which the model computes with one of the averages; see ``Averager.applied``."""
@@ -148,34 +150,23 @@ class Bank(Mapping[str, "Averager"]):
             message = f"the state is that of a bank of {sorted(states)}, and this one has {sorted(self)}"
             raise StateError(message)
         received = [(engine, engine.receive(states[name])) for name, engine in self._averagers.items()]
+        self._movers.clear()
         for engine, one in received:
             engine.adopt(one)
 
     def _begin(self, model: Model | None, step: int | None, lr: float | None) -> list[tuple[Engine, Turn]]:
-        due: list[tuple[Engine, Turn]] = []
+        engines = [*self._averagers.values()]
+        before = [engine.progress for engine in engines]
         try:
-            for engine in self._averagers.values():
-                turn = engine.begin(model, step, lr)
-                if turn is None:
-                    continue
-                if due and _of_same_tensors(turn.plan, due[0][1].plan):
-                    turn.plan.watch = due[0][1].plan.watch
-                # It has just looked at the model: the others that share it need not.
-                turn.plan.watch.trusted = True
-                due.append((engine, turn))
-        finally:
-            for _, turn in due:
-                turn.plan.watch.trusted = False
-        return due
+            turns = [(engine, engine.begin(model, step, lr)) for engine in engines]
+        except BaseException:
+            for engine, progress in zip(engines, before, strict=True):
+                engine.progress = progress
+            raise
+        return [(engine, turn) for engine, turn in turns if turn is not None]
 
-    def _move(self, due: Sequence[tuple[Engine, Turn]], *, check: bool) -> None:
-        together = [(engine, turn) for engine, turn in due if turn.plan.offload is None]
-        for engine, turn in due:
-            if turn.plan.offload is not None:
-                engine.make(turn)
-        if not together:
-            return
-        turns = [turn for _, turn in together]
+    def _move(self, due: Sequence[tuple[Engine, Turn]], *, check: bool) -> bool:
+        turns = [turn for _, turn in due]
 
         def commit() -> None:
             for turn in turns:
@@ -183,9 +174,7 @@ class Bank(Mapping[str, "Averager"]):
 
         rates, generators = [turn.rate for turn in turns], [turn.state.generators for turn in turns]
         with Untracked():
-            done = self._mover([turn.plan for turn in turns]).update(rates, generators, commit, check=check)
-        for engine, turn in together:
-            engine.end(turn, done=done)
+            return self._mover([turn.plan for turn in turns]).update(rates, generators, commit, check=check)
 
     def _mover(self, plans: list[Plan]) -> Mover:
         key = tuple(map(id, plans))
@@ -199,6 +188,15 @@ class Bank(Mapping[str, "Averager"]):
         return {"_averagers": self._averagers, "_movers": {}}
 
 
-def _of_same_tensors(one: Plan, other: Plan) -> bool:
-    same = one.model is other.model and len(one.live) == len(other.live) and one.watch is not other.watch
-    return same and all(map(is_, one.live, other.live))
+def _together(due: Sequence[tuple[Engine, Turn]]) -> list[list[tuple[Engine, Turn]]]:
+    """Return what is moved by one pass each; those that refuse by an exception come first: nothing has moved then.
+
+    Only averages of the same weights are checked together: what one of them does not average cannot stop it.
+    """
+    passes: dict[object, list[tuple[Engine, Turn]]] = {}
+    for engine, turn in due:
+        alone = id(engine) if turn.plan.offload is not None else 0
+        checked = turn.plan.averaged if engine.checks else None
+        passes.setdefault((engine.options.nonfinite, checked, alone), []).append((engine, turn))
+    order = ("raise", "skip", "propagate")
+    return sorted(passes.values(), key=lambda one: order.index(one[0][0].options.nonfinite))

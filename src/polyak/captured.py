@@ -22,12 +22,16 @@ class _Pair(NamedTuple):
     average: Tensor
     live: Tensor
     rate: Tensor | None  # None: it is copied
+    due: Tensor | None  # None: always
 
     def move(self) -> None:
+        weight = self.live.detach().to(self.average.dtype)
+        if self.due is not None:
+            weight = torch.where(self.due, weight, self.average)
         if self.rate is None:
-            self.average.copy_(self.live)
+            self.average.copy_(weight)
         else:
-            self.average.lerp_(self.live.detach().to(self.average.dtype), self.rate[0])
+            self.average.lerp_(weight, self.rate[0])
 
 
 class Captured:
@@ -36,7 +40,7 @@ class Captured:
     A replay adds nothing to the memory of an update: a few numbers for the rates.
 
     Attributes:
-        plan: The plan whose tensors are moved.
+        recorded: Whether a CUDA graph has recorded it.
 
     Raises:
         ConfigError: The averager's options or tensors need work that no graph records.
@@ -44,24 +48,36 @@ class Captured:
 
     def __init__(self, plan: Plan, options: Options) -> None:
         _refuse(plan, options)
-        self.plan = plan
+        self.recorded = False
+        self._memory = _memory(plan)
+        self._sometimes = options.every > 1 or options.start > 0
+        self._due: dict[torch.device, Tensor] = {}
         self._rates: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._pairs: list[_Pair] = []
         self._others: list[_Pair] = []
         self._fused: list[tuple[FusedCUDA, Tensor]] = []
         for group in plan.mover.groups:
             rate = None if group.policy == "copy" else self._rate(group.averages[0][0])
-            pairs = [_Pair(a, w, rate) for a, w in zip(group.averages[0], group.weights, strict=True)]
+            due = self._due_on(group.averages[0][0].device) if self._sometimes else None
+            pairs = [_Pair(a, w, rate, due) for a, w in zip(group.averages[0], group.weights, strict=True)]
             self._pairs += pairs
             if isinstance(group.kernel, FusedCUDA) and rate is not None:
                 self._fused.append((group.kernel, rate))
             else:
                 self._others += pairs
 
-    def put(self, rate: float) -> None:
-        """Let the replays that follow move the average by ``rate``; 0 leaves it where it is."""
+    def follows(self, plan: Plan) -> bool:
+        """Return whether these are the tensors of a plan, in the memory that a graph would have recorded."""
+        return self._memory == _memory(plan)
+
+    def put(self, rate: float | None) -> None:
+        """Let the replays that follow move the average by ``rate``, or leave it as it is where that is None."""
         for tensor in self._rates.values():
-            tensor.fill_(rate)
+            tensor.fill_(rate or 0.0)
+        for due in self._due.values():
+            due.fill_(rate is not None)
+        for kernel, _ in self._fused:
+            kernel.guard.fill_(rate is None)
 
     def move(self) -> None:
         """Move every average by the rate that was put, by operations that a graph can record."""
@@ -70,14 +86,24 @@ class Captured:
             for pair in self._pairs if compiled else self._others:
                 pair.move()
             if not compiled:
+                self.recorded = True
                 for kernel, rate in self._fused:
                     kernel(rate, [], 0)
+
+    def _due_on(self, device: torch.device) -> Tensor:
+        if device not in self._due:
+            self._due[device] = torch.ones((), dtype=torch.bool, device=device)
+        return self._due[device]
 
     def _rate(self, average: Tensor) -> Tensor:
         dtype = average.dtype.to_real()
         if (key := (average.device, dtype)) not in self._rates:
             self._rates[key] = torch.zeros(1, dtype=dtype, device=average.device)
         return self._rates[key]
+
+
+def _memory(plan: Plan) -> list[int]:
+    return [t.data_ptr() for s, live in zip(plan.stored, plan.live, strict=True) for t in (s.average, live)]
 
 
 def recording() -> bool:

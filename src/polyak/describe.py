@@ -23,11 +23,8 @@ def describe(
     strategy: Strategy, options: Options, n: int, stored: Sequence[Stored], left: Sequence[Entry], plan: Plan | None
 ) -> str:
     """Return a line about the whole and one for each tensor, those that are left alone last."""
-    kernels = (
-        {}
-        if plan is None
-        else {id(a): group.kernel.name for group in plan.mover.groups for lane in group.averages for a in lane}
-    )
+    groups = [] if plan is None else (plan.offload or plan).mover.groups
+    kernels = {id(a): group.kernel.name for group in groups for lane in group.averages for a in lane}
     rows = [("tensor", "kind", "policy", "shape", "stored as", "kernel", "size")]
     for s in stored:
         place = f"{s.average.dtype} on {s.average.device}".removeprefix("torch.")

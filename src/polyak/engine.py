@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from polyak.binding import Binding
 from polyak.cadence import Progress
-from polyak.captured import Captured
 from polyak.describe import describe
 from polyak.errors import AppliedError
 from polyak.export import averaged_state_dict, overwrite_model
@@ -172,8 +171,7 @@ class Engine(Updating):
     def adopt(self, received: Received) -> None:
         """Go on from a state."""
         self._strategy, self._state, self._binding.plan = *received, None
-        if self._captured is not None:
-            self._captured = Captured(self._current(), self.options)
+        self._capture()
         self._repoint()
 
     # Copying
@@ -188,7 +186,7 @@ class Engine(Updating):
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self._strategy, self.options = saved["strategy"], saved["options"]
         self._knows, self._replica, self._warned, self.listeners = bool, None, set(), []
-        self._pending, self._captured, self.guards = None, None, 0
+        self._pending, self._captured, self._outdated, self._guards = None, None, False, 0
         self._binding = Binding(None, self.options)
         raw = torch.load(io.BytesIO(saved["state"]), weights_only=False)  # a pickle within a pickle
         averages = raw["slots"]["average"]

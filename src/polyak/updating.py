@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from concurrent.futures import wait
 from typing import TYPE_CHECKING
 
+import torch
 from typing_extensions import override
 
 from polyak.averager import Averager
 from polyak.binding import Binding
 from polyak.cadence import Progress, tick
 from polyak.captured import Captured, recording
-from polyak.errors import AppliedError, ConfigError, MismatchError, NonFiniteError, PolyakWarning
+from polyak.errors import AppliedError, ConfigError, MismatchError, NonFiniteError, PolyakWarning, StateError
 from polyak.options import Options
 from polyak.profile import History
 from polyak.state import State
@@ -47,8 +49,6 @@ class Updating(Averager):
 
     Attributes:
         options: The engine's options, completed by the strategy.
-        guards: How many optimisers call ``release`` before each step. Where none does, an offloaded update lets
-            whatever is enqueued after it wait until the weights were copied.
         listeners: Called after each averaged update.
 
     Raises:
@@ -69,10 +69,12 @@ class Updating(Averager):
         self.options = (options or Options()).completed(strategy)
         self._knows = knows
         self._binding = Binding(model, self.options, adapter)
-        self._pending: tuple[Turn, Future[bool]] | None = None
+        self._pending: tuple[Turn, Future[bool], int] | None = None
         self._settled = State(self._binding.allocate(), Progress(), History(), skipped=0, generators=OwnGenerators())
-        self._captured = Captured(self._current(), self.options) if self.options.capturable else None
-        self.guards = 0
+        self._captured: Captured | None = None
+        self._outdated = False
+        self._guards = 0
+        self._capture()
         self._warned: set[str] = set()
         self.listeners: list[Callable[[Averager, Clock], None]] = []
 
@@ -81,37 +83,42 @@ class Updating(Averager):
         if self._captured is not None and recording():
             self._captured.move()
             return
+        self._refuse_recording()
         if (turn := self.begin(model, step, lr)) is not None:
             self.make(turn)
 
     def make(self, turn: Turn) -> None:
         """Move the tensors of an update, now or beside the training."""
-        generators, check = turn.state.generators, self.options.nonfinite != "propagate"
+        generators, check = turn.state.generators, self.checks
         with Untracked():
             if turn.plan.offload is None:
                 done = turn.plan.mover.update([turn.rate], [generators], turn.commit, check=check)
             else:
                 moving = turn.plan.offload.start(turn.rate, generators, turn.commit, check=check)
-                self._pending = turn, moving
-                if not self.guards:
+                self._pending = turn, moving, os.getpid()
+                if not self._guards:
                     turn.plan.offload.release()
                 return
         self.end(turn, done=done)
 
     @override
     def advance(self, *, step: int | None = None, lr: float | None = None) -> None:
-        if self._captured is None:
+        if not self.options.capturable:
             message = "advance() is for updates in a captured graph; build the averager with capturable=True"
             raise ConfigError(message)
-        turn = self.begin(None, step, lr)
-        if turn is not None and turn.plan is not self._captured.plan:
+        if self._captured is None:
+            self._capture()
+        plan = self._binding.planned(self._binding.own(), self._state)
+        outdated = self._captured is None or (self._outdated and not self._captured.recorded)
+        if self._captured is None or outdated or not self._captured.follows(plan):
             message = (
-                "the model's tensors were replaced since the averager was made, and a graph keeps those that it was "
-                "captured with; build a new averager, load the state of this one, and capture the step again"
+                "tensors of the model or of the average were replaced or moved since, and a graph keeps those that it "
+                "was captured with; build a new averager, load the state of this one, and capture the step again"
             )
             raise MismatchError(message)
+        turn = self.begin(None, step, lr)
         with Untracked():
-            self._captured.put(0.0 if turn is None else turn.rate)
+            self._captured.put(None if turn is None else turn.rate)
         if turn is not None:
             turn.commit()
             self.end(turn, done=True)
@@ -119,7 +126,14 @@ class Updating(Averager):
     @override
     def synchronize(self) -> None:
         if self._pending is not None:
-            turn, moving = self._pending
+            turn, moving, process = self._pending
+            if process != os.getpid():
+                self._pending = None
+                message = (
+                    "the process was forked while an update was under way on another thread, which is not there now; "
+                    "call averager.synchronize() before forking. This process has half an average."
+                )
+                raise StateError(message)
             wait([moving])
             self._pending = None
             self.end(turn, done=moving.result())
@@ -128,6 +142,27 @@ class Updating(Averager):
         """Let the weights be overwritten by what is enqueued from now on, once an offloaded update has read them."""
         if self._pending is not None and (offload := self._pending[0].plan.offload) is not None:
             offload.release()
+
+    def guard(self, by: int) -> None:
+        """Count one optimiser more, or less, that calls ``release`` before each step.
+
+        Where there is none, an offloaded update lets whatever is enqueued after it wait until the weights were copied.
+        """
+        self._guards += by
+
+    @property
+    def checks(self) -> bool:
+        """Whether weights that are not finite are refused."""
+        return self.options.nonfinite != "propagate"
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is; a bank that cannot begin all of its updates puts it back."""
+        return self._state.progress
+
+    @progress.setter
+    def progress(self, progress: Progress) -> None:
+        self._state.progress = progress
 
     @property
     def _state(self) -> State:
@@ -169,8 +204,11 @@ class Updating(Averager):
     def end(self, turn: Turn, *, done: bool) -> None:
         """Tell of an update that was made, or left out because of weights that are not finite."""
         if not done:
-            self._refuse_nonfinite(turn.plan, turn.now.step)
-            turn.skip()
+            skips = self.options.nonfinite == "skip"
+            if skips:
+                turn.skip()
+            if not (skips and "nonfinite" in self._warned):
+                self._refuse_nonfinite(turn.plan, turn.now.step)
             return
         if self._binding.model is None:
             self._binding.model = turn.root
@@ -182,20 +220,32 @@ class Updating(Averager):
         return 1.0 if first else checked_rate(self._strategy, clock)
 
     def _refuse_nonfinite(self, plan: Plan, step: int) -> None:
-        if self.options.nonfinite == "skip" and "nonfinite" in self._warned:
-            return
-        pairs = zip(plan.stored, plan.live, strict=True)
+        pairs = zip(plan.stored, plan.live if plan.offload is None else plan.offload.staged, strict=True)
         names = ", ".join(s.name for s, t in pairs if s.policy == "average" and not FiniteCheck([t])())
         what = f"the weights hold NaN or infinities at step {step} (in {names[:200]})"
         if self.options.nonfinite == "raise":
             message = f"{what}; the average is unchanged. Use nonfinite='skip' to go on without such updates."
             raise NonFiniteError(message)
-        self._warn("nonfinite", f"{what}; such updates are left out and counted in averager.skipped")
+        self._warn("nonfinite", f"{what}; such updates are left out and counted in averager.skipped", level=6)
 
-    def _warn(self, kind: str, message: str) -> None:
+    def _warn(self, kind: str, message: str, level: int = 4) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(message, PolyakWarning, stacklevel=4)
+            warnings.warn(message, PolyakWarning, stacklevel=level)
+
+    def _capture(self) -> None:
+        """Make what a graph records, for the tensors as they are now."""
+        if self.options.capturable and self._binding.model is not None:
+            self._outdated = self._outdated or (self._captured is not None and self._captured.recorded)
+            self._captured = Captured(self._current(), self.options)
+
+    def _refuse_recording(self) -> None:
+        if not self.options.capturable and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            message = (
+                "a CUDA graph is being captured, which would repeat this update's rate for ever; build the averager "
+                "with capturable=True, and call advance() before each replay"
+            )
+            raise ConfigError(message)
 
     def _current(self) -> Plan:
         """Return the plan of the averager's own model, for reading the average through it."""

@@ -187,9 +187,46 @@ def test_new_data_in_a_parameter_and_shared_averages_are_found_again():
         assert average_bits(fused) == average_bits(loop)
 
 
-def test_weights_whose_memory_was_freed_are_refused_before_anything_is_written():
+def test_a_rate_next_to_one_is_one_where_float32_says_so():
+    for decay in (1e-9, 1e-8, 3e-8, 1e-7):
+        averages = []
+        for kernel in ("fused", "loop"):
+            model = nn.Linear(1, 1, bias=False)
+            nn.init.zeros_(model.weight)
+            averager = polyak.average(model, "ema", decay=decay, kernel=kernel)
+            nn.init.constant_(model.weight, 5.0)
+            averager.update()
+            averages.append(averager.averages["weight"].item())
+        assert averages[0] == averages[1], decay
+
+
+def test_finite_values_are_not_rounded_to_infinity():
+    average, weight = torch.full((10_000,), 65504.0).half(), torch.full((10_000,), 65519.0)
+    KERNELS["fused"]([[average]], [weight])([0.5], [_generator], 0)
+    assert average.eq(65504).all()
+    KERNELS["fused"]([[average]], [torch.full((10_000,), 65600.0)])([0.9], [_generator], 0)
+    assert average.isinf().all()
+
+
+def test_an_error_on_another_thread_is_raised_once(many_slices, monkeypatch):
+    fused = KERNELS["fused"]([[torch.zeros(100)]], [torch.ones(100)])
+
+    def fail(_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fused._moving, "_work", fail)
+        with pytest.raises(MemoryError):
+            fused([0.5], [_generator], 0)
+    fused.prepare(moved=False)
+    fused([0.5], [_generator], 0)
+    assert fused._averages[0].eq(0.5).all()
+
+
+@pytest.mark.parametrize("kernel", ["fused", "foreach", "loop"])
+def test_weights_whose_memory_was_freed_are_refused_before_anything_is_written(kernel):
     model = mlp()
-    averager = polyak.average(model, "ema", decay=0.5, kernel="fused")
+    averager = polyak.average(model, "ema", decay=0.5, kernel=kernel)
     averager.update()
     before, size = average_bits(averager), model[2].weight.untyped_storage().nbytes()
     model[2].weight.untyped_storage().resize_(0)

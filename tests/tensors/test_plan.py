@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import polyak
 from models import ZOO, Conv, average_bits, drifting, mlp
@@ -173,3 +174,27 @@ def test_a_plan_groups_what_one_call_can_move():
     for kernel, name in (("foreach", "foreach"), ("fused", "fused"), ("auto", "fused")):
         groups = polyak.average(model, kernel=kernel)._binding.plan.mover.groups
         assert [(group.kernel.name, len(group.weights)) for group in groups] == [(name, 8), ("copy", 1)]
+
+
+def test_a_tie_by_memory_that_moves_to_another_tensor_is_noticed():
+    model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in ("one", "two", "head")})
+    for name, value in (("one", 1.0), ("two", 2.0)):
+        nn.init.constant_(model[name].weight, value)
+    model["head"].weight.data = model["one"].weight.data
+    averager = polyak.average(model, "ema", decay=0.5)
+    averager.update()
+    model["head"].weight.data = model["two"].weight.data
+    averager.update()
+    assert averager.averaged_state_dict()["head.weight"].eq(2.0).all()
+
+
+def test_what_a_wrapper_inside_wraps_is_watched():
+    inner = checkpoint_wrapper(nn.Linear(2, 2, bias=False))
+    model = nn.Sequential(inner)
+    averager = polyak.average(model, "ema", decay=0.5)
+    averager.update()
+    inner._checkpoint_wrapped_module = nn.Linear(2, 2, bias=False)
+    nn.init.constant_(inner._checkpoint_wrapped_module.weight, 7.0)
+    before = averager.averages["0.weight"].clone()
+    averager.update()
+    assert torch.equal(averager.averages["0.weight"], before.lerp(torch.full((2, 2), 7.0), 0.5))

@@ -67,8 +67,14 @@ class Field:
     def unmoved(self, name: str) -> Callable[[], bool]:
         """Return what tells whether the averaged parameters of an entrant are as they are now."""
         names = [key for key, _ in self.model.named_parameters()]
-        before = {key: self._read(name)[key].detach().clone() for key in names}
-        return lambda: all(self._read(name)[key].equal(value) for key, value in before.items())
+        now = self._read(name)
+        before = {key: now[key].detach().clone() for key in names}
+
+        def same() -> bool:
+            after = self._read(name)
+            return all(after[key].equal(value) for key, value in before.items())
+
+        return same
 
     def _references(self) -> dict[str, Any]:
         dtype = None if self._dtype in _RESOLUTION else self._dtype

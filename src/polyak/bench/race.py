@@ -77,20 +77,23 @@ def race(
     device: torch.device,
     label: str,
     before: Callable[[], object] | None = None,
+    warm: int = 0,
 ) -> Samples:
     """Return the samples of as many rounds as ``budget`` seconds hold; ``before`` is called first in every round.
+
+    Each call is made ``warm`` times untimed before it is timed: then its own data is in the caches.
 
     Every call must have run before. The collector of garbage waits.
     """
     samples = Samples(calls)
     gc.collect()
     began = perf_counter()
-    _one_round(calls, Samples(calls), list(calls), device, before)  # tells how many rounds there is time for
+    _one_round(calls, Samples(calls), list(calls), device, before, warm)  # tells how many rounds there is time for
     rounds = min(max(round(budget / (perf_counter() - began)), LEAST), MOST)
     gc.disable()
     try:
         for order in track(orders(list(calls), rounds), label):
-            _one_round(calls, samples, order, device, before)
+            _one_round(calls, samples, order, device, before, warm)
     finally:
         gc.enable()
     return samples
@@ -113,15 +116,16 @@ def _one_round(
     order: Sequence[str],
     device: torch.device,
     before: Callable[[], object] | None,
+    warm: int,
 ) -> None:
     if before is not None:
         before()
-    already = _waited()
     for name in order:
+        for _ in range(warm):
+            calls[name]()
+        already = _waited()
         took = seconds(calls[name], device)
-        by_now = _waited()
-        samples.add(name, took, by_now - already)
-        already = by_now
+        samples.add(name, took, _waited() - already)
 
 
 def _wait_for(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,17 +42,20 @@ class Offload:
     weights must not be overwritten before these copies are made: ``release`` lets what is enqueued from then on wait
     for them. On other devices copies are made at once, and there is nothing to wait for.
 
+    Buffers, which the next forward overwrites, are copied first, and whatever is enqueued next waits for these.
+
     Needs as much memory on the CPU as the weights, and none on the accelerator.
     """
 
     def __init__(self, lane: Lane) -> None:
-        staging = _staging(lane.live)
-        self.mover = Mover([Lane(lane.stored, staging, lane.kernel, _Unmoved())])
-        self._pairs: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
-        for staged, live in zip(staging, lane.live, strict=True):
-            of_device = self._pairs.setdefault(live.device, ([], []))
-            of_device[0].append(staged)
-            of_device[1].append(live)
+        self.staged = _staging(lane.live)
+        self.mover = Mover([Lane(lane.stored, self.staged, lane.kernel, _Unmoved())])
+        self._pairs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+        # Buffers first: the next forward overwrites them, long before the optimiser overwrites the parameters.
+        ordered = sorted(zip(lane.stored, self.staged, lane.live, strict=True), key=lambda one: one[0].kind != "buffer")
+        for _, staged, live in ordered:
+            self._pairs.setdefault(live.device, []).append((staged, live))
+        self._buffers = Counter(live.device for stored, _, live in ordered if stored.kind == "buffer")
         on_cuda = [device for device in self._pairs if device.type == "cuda"]
         self._streams = {device: torch.cuda.Stream(device) for device in on_cuda}  # type: ignore[no-untyped-call]  # torch's own
         self._copied: list[torch.cuda.Event] = []
@@ -85,16 +89,24 @@ class Offload:
         self._copied = []
         for device, stream in self._streams.items():
             stream.wait_stream(torch.cuda.current_stream(device))
-        for device, (staged, live) in self._pairs.items():
+        for device, pairs in self._pairs.items():
             if device not in self._streams:
-                copy_all(staged, live)
+                copy_all([staged for staged, _ in pairs], [live for _, live in pairs])
                 continue
+            buffers = self._buffers[device]
             with torch.cuda.stream(self._streams[device]):
-                for target, source in zip(staged, live, strict=True):
-                    target.copy_(source, non_blocking=True)
-                    # `parameter.data = ...` may free its memory, which is not used again before it was copied.
-                    source.record_stream(self._streams[device])
+                self._enqueue(pairs[:buffers], device)
+                read = self._streams[device].record_event()
+                self._enqueue(pairs[buffers:], device)
                 self._copied.append(self._streams[device].record_event())
+            if buffers:
+                torch.cuda.current_stream(device).wait_event(read)
+
+    def _enqueue(self, pairs: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> None:
+        for staged, live in pairs:
+            staged.copy_(live, non_blocking=True)
+            # `parameter.data = ...` may free its memory, which is not used again before it was copied.
+            live.record_stream(self._streams[device])
 
 
 def _staging(live: Sequence[Tensor]) -> list[Tensor]:

@@ -31,7 +31,7 @@ class Plan:
         entries: Its entries, those that are skipped left out.
         stored: The stored tensor of each entry.
         live: The live tensor of each entry, as the adapter gives it.
-        watch: Notices when the model changes; plans of the same tensors may share one.
+        watch: Notices when the model changes.
         offload: Moves them beside the training, where they live on another device than the model; else None.
     """
 
@@ -59,6 +59,11 @@ class Plan:
     def mover(self) -> Mover:
         """Moves the averages while the caller waits."""
         return Mover([self.lane])
+
+    @cached_property
+    def averaged(self) -> frozenset[int]:
+        """The ids of the live tensors that are averaged."""
+        return frozenset(id(t) for s, t in zip(self.stored, self.live, strict=True) if s.policy == "average")
 
     def is_current(self, model: Model) -> bool:
         """Return whether the model still holds exactly the tensors this plan was built from."""

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from polyak.tensors.entries import PLAIN, STRIDED, Model, modules_of
+from polyak.errors import ModelError
+from polyak.tensors.entries import PLAIN, STRIDED, Model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,6 @@ class Watch:
     """Remembers a model's dictionaries and the layout of its tensors; comparing them is a few passes in C.
 
     Attributes:
-        trusted: Whether nothing can have changed since it was last asked, so that it need not look.
         epoch: How often ``unchanged`` found tensors in other memory, as ``parameter.data = ...`` leaves them.
     """
 
@@ -50,12 +50,12 @@ class Watch:
         everywhere = [*held, *(tensor for tensor in live if id(tensor) not in known)]
         self._addressed = [t for t in everywhere if type(t) in PLAIN and t.layout is STRIDED]
         self._addresses = [*map(Tensor.data_ptr, self._addressed)]
+        _refuse_freed(self._addressed)
         self.epoch = 0
-        self.trusted = False
 
     def unchanged(self) -> bool:
         """Return whether the same places hold the same tensors in the same layout, and the same ones share memory."""
-        return self.trusted or (
+        return (
             self._watchable
             and self._same_objects()
             and ((self._same_layouts is not None and self._same_layouts(*self._live)) or self._compare_layouts())
@@ -66,8 +66,10 @@ class Watch:
         addresses = [*map(Tensor.data_ptr, self._addressed)]
         if addresses != self._addresses:
             # `head.weight.data = emb.weight.data` ties two tensors, or unties them, and leaves all objects as they are.
-            if len({*addresses}) != len({*self._addresses}):
+            pairs = {*zip(self._addresses, addresses, strict=True)}
+            if not len({*addresses}) == len({*self._addresses}) == len(pairs):
                 return False
+            _refuse_freed(self._addressed)
             self._addresses = addresses
             self.epoch += 1
         return True
@@ -87,11 +89,33 @@ class Watch:
 def _holders(model: Model) -> list[Mapping[str, Any]]:
     if not isinstance(model, nn.Module):
         return [model]
-    return [
-        holder
-        for _, module in modules_of(model)
-        for holder in (module._parameters, module._buffers, module._modules)  # noqa: SLF001 - see entries.py
-    ]
+    holders: list[Mapping[str, Any]] = []
+    seen, waiting = {id(model)}, [model]
+    while waiting:
+        module = waiting.pop()  # wrappers, too: what they wrap may be replaced
+        holders += (module._parameters, module._buffers, module._modules)  # noqa: SLF001 - see entries.py
+        children = [child for child in module._modules.values() if child is not None and id(child) not in seen]  # noqa: SLF001 - see entries.py
+        seen.update(map(id, children))
+        waiting += children
+    return holders
+
+
+def _refuse_freed(tensors: Sequence[Tensor]) -> None:
+    # torch and compiled kernels alike would read memory that belongs to others.
+    freed = [t for t in tensors if t.numel() and not t.is_meta and not _has_memory(t)]
+    if freed:
+        message = (
+            f"{len(freed)} of the model's tensors (the first of shape {tuple(freed[0].shape)}) have no memory now: it "
+            "was freed, as sharded engines do between steps; update where they have their values. Nothing was changed."
+        )
+        raise ModelError(message)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    if not tensor.data_ptr():
+        return False
+    last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return bool((tensor.storage_offset() + last + 1) * tensor.itemsize <= tensor.untyped_storage().nbytes())
 
 
 def _differs_from_others(value: object) -> bool:

@@ -33,7 +33,7 @@ def host(subject: Subject, settings: Settings) -> list[Row]:
         still = [name for name, same in unmoved.items() if same()]
         calls = {name: field.updates[name] for name in still}
         reference = compared_with(field)
-        samples = race(calls, settings.seconds, settings.place, f"host {subject.name}") if calls else None
+        samples = race(calls, settings.seconds, settings.place, f"host {subject.name}", warm=2) if calls else None
     moved = {name: "its kernels cannot be switched off here" for name in unmoved if name not in still}
     more = {name: {"remark": remark} for name, remark in field.remarks.items()}
     rows = rows_of("host", subject, samples, reference, more=more) if samples else []

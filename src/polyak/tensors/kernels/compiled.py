@@ -90,7 +90,9 @@ def _overload_narrow(value: Any, noise: Any, like: Any) -> Any:
             sign = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000))
             rest = np.uint32(bits & np.uint32(0x7FFFFFFF))
             normal = np.uint32(np.uint32(rest + np.uint32(noise & np.uint32(0x1FFF))) >> np.uint32(13))
-            normal = np.uint32(min(normal, np.uint32(0x23C00)) - np.uint32(0x1C000))  # above the largest: infinity
+            # What is nearest to the largest finite value stays it; from there on all is infinity.
+            normal = min(normal, np.uint32(0x23BFF)) if rest < np.uint32(0x477FF000) else np.uint32(0x23C00)
+            normal = np.uint32(normal - np.uint32(0x1C000))
             # Below 2**-14 all steps are 2**-24: in fixed point, with 16 bits for what is below a step.
             fixed = np.uint32(
                 np.int32(min(np.uint32(rest).view(np.float32), np.float32(2.0**-14)) * np.float32(2.0**40))

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from typing_extensions import override
 
-from polyak.errors import ModelError
 from polyak.tensors.kernels import eager
 from polyak.tensors.kernels.kernel import SHORT, Kernel
 from polyak.tensors.kernels.threads import Slices
@@ -99,7 +98,7 @@ class FusedCPU(Kernel):
         self._checking = Slices(self._check, len(self._pieces.bounds))
         self._finite = True
         self.prepare(moved=True)
-        # Compiled here, where a failure can still be answered with another kernel.
+        # Compiled when the averager is made, and not in the first update.
         self._move_pieces(0, 0, np.zeros(1, np.bool_))
         self._check_pieces(0, 0)
 
@@ -109,13 +108,12 @@ class FusedCPU(Kernel):
         anchored = [*map(Tensor.data_ptr, self._anchors)]
         if moved or anchored != self._anchored:
             sources, targets = ([*map(Tensor.data_ptr, tensors)] for tensors in (self._weights, self._averages))
-            if not all(sources):
-                _refuse_freed(self._weights)
             self._sources = self._pieces.addresses(sources, self._weights[0].itemsize)[0]
             self._targets = self._pieces.addresses(targets, self._averages[0].itemsize)
             self._anchored = anchored
         self._moving.reset()
-        self._replaced = False
+        self._checking.reset()
+        self._replaced = self._drawn = False
 
     @override
     def finite(self) -> bool:
@@ -127,15 +125,17 @@ class FusedCPU(Kernel):
     def __call__(self, rates: Sequence[float], generators: Sequence[Generators], done: int) -> None:
         if not done:
             self._rates[:] = rates
-            if self._short:
-                self._seeds[:] = [0 if rate == 1.0 else _seed(own) for own, rate in zip(generators, rates, strict=True)]
-        if min(rates) < 1.0:
+        # As the kernel sees them: a rate next to 1 may be 1 in float32.
+        replaced = [lane for lane, rate in zip(self._lanes, self._rates, strict=True) if rate == 1]
+        if self._short and not self._drawn:
+            self._seeds[:] = [0 if rate == 1 else _seed(own) for own, rate in zip(generators, self._rates, strict=True)]
+            self._drawn = True
+        if len(replaced) < len(self._lanes):
             self._moving.run()
         # A sum would keep a NaN of the average. Twice is once.
-        for lane, rate in zip(self._lanes, rates, strict=True):
-            if rate == 1.0:
-                self._replaced = True
-                eager.copy_all(lane, self._weights)
+        for lane in replaced:
+            self._replaced = True
+            eager.copy_all(lane, self._weights)
         # What autograd saved of an average is no longer what it was.
         increment_version(self._counted)
 
@@ -158,16 +158,6 @@ class FusedCPU(Kernel):
     def _check_pieces(self, first: int, last: int) -> bool:
         work = self._sources, self._pieces.sizes, first, last
         return bool(self._compiled.finite(*work, self._weight.mask))
-
-
-def _refuse_freed(weights: Sequence[Tensor]) -> None:
-    freed = [tuple(weight.shape) for weight in weights if weight.numel() and not weight.data_ptr()]
-    if freed:
-        message = (
-            f"{len(freed)} of the model's tensors (the first of shape {freed[0]}) have no memory now: it was freed, as "
-            "sharded engines do between steps; update where they have their values. Nothing was changed."
-        )
-        raise ModelError(message)
 
 
 def _seed(generators: Generators) -> int:

@@ -96,8 +96,7 @@ class FusedCUDA:
         self._moving = {"average": getattr(tl, _FLOATS[average].name), "weight": getattr(tl, _FLOATS[weight].name)}
         self._finding = {"like": getattr(tl, _FLOATS[weight].bits), "exponent": _FLOATS[weight].exponent}
         self._finished = 0
-        # Compiled and loaded here, where a failure can still be answered with another kernel, and before any graph is
-        # captured. As long as the table is empty, nothing moves.
+        # Compiled and loaded before any graph is captured. As long as the table is empty, nothing moves.
         self._count = min(1, len(self._blocks))
         self._move()
         self.look(self._found)
@@ -149,7 +148,6 @@ class FusedCUDA:
             for seed, own in zip(self._seeds, generators, strict=True):
                 seed.random_(generator=own(self._device))
         self._move()
-        self._finished += 1
         # What autograd saved of an average is no longer what it was.
         increment_version(self._averages)
 
@@ -160,6 +158,7 @@ class FusedCUDA:
     def _move(self) -> None:
         seeds = self._rates if self._seeds is None else self._seeds  # wide averages are not rounded: never read
         self._launch(self._loops.move, self._rates, seeds, len(self._rates), self.guard, **self._moving)
+        self._finished += 1
 
     def _launch(
         self, loop: Mapping[tuple[int], Callable[..., object]], *arguments: object, **constants: object

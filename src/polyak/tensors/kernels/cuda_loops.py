@@ -16,6 +16,7 @@ import triton.language as tl  # type: ignore[import-untyped]  # brings no types
 __all__ = ["find", "move"]
 
 _HALF = tl.constexpr(0.5)
+_OVERFLOW = tl.constexpr(0x477FF000)  # 65520 as float32: from there on the nearest float16 is infinity
 _INFINITY = tl.constexpr(0x7F800000)  # as float32
 _NORMAL = tl.constexpr(0x38800000)  # the smallest normal float16, 2**-14, as float32
 
@@ -40,7 +41,9 @@ def _to_bfloat16(value: tl.tensor, noise: tl.tensor) -> tl.tensor:
 def _to_float16(value: tl.tensor, noise: tl.tensor) -> tl.tensor:
     bits = value.to(tl.uint32, bitcast=True)
     rest = bits & 0x7FFFFFFF
-    normal = tl.minimum((rest + (noise & 0x1FFF)) >> 13, 0x23C00) - 0x1C000  # above the largest: infinity
+    # What is nearest to the largest finite value stays it; from there on all is infinity.
+    cut = tl.minimum((rest + (noise & 0x1FFF)) >> 13, 0x23BFF)
+    normal = tl.where(rest < _OVERFLOW, cut, 0x23C00) - 0x1C000
     # Below 2**-14 all steps are 2**-24: in fixed point, with 16 bits for what is below a step.
     small = tl.where(rest < _NORMAL, rest, 0).to(tl.float32, bitcast=True)
     subnormal = ((small * 1099511627776.0).to(tl.uint32) + (noise & 0xFFFF)) >> 16

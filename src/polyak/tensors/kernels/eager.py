@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Copy", "Foreach", "PerTensor", "copy_all", "loop", "stochastic"]
 
-_CHUNK = 1 << 17  # elements: the temporary of a piece stays in the cache
+_CHUNK = 1 << 20  # elements: what a temporary may take, and enough that a call is little beside its work
 
 
 class _Scratch(threading.local):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, TypeVar
@@ -30,8 +30,8 @@ class _Pool:
     def need(self, threads: int) -> None:
         """Start threads until there are so many."""
         while self._started < threads:
-            self._started += 1
             Thread(target=_serve, args=[self._queue], name=f"polyak-{self._started}", daemon=True).start()
+            self._started += 1
 
     def do(self, future: Future[T], work: Callable[[], T]) -> None:
         """Let one of the threads do some work, unless its future is cancelled before."""
@@ -80,6 +80,7 @@ class Slices:
     def __init__(self, work: Callable[[int], None], count: int) -> None:
         self._work = work
         self._running: list[Future[None]] = []
+        self._process = os.getpid()
         self.done = np.zeros(count, np.bool_)
 
     def reset(self) -> None:
@@ -108,8 +109,10 @@ class Slices:
             self._running = [Future() for _ in range(threads - 1)]
             for future in self._running:
                 _POOL.do(future, lambda: self._take(slices))
-        self._take(slices)
-        self._join()
+        try:
+            self._take(slices)
+        finally:
+            self._join()
 
     def _take(self, slices: Iterator[int]) -> None:
         # Whoever is free takes the next one: a core that others use does not hold up the rest.
@@ -117,8 +120,12 @@ class Slices:
             self._work(number)
 
     def _join(self) -> None:
+        if self._process != os.getpid():  # forked: the threads that would have finished them are not here
+            self._running, self._process = [], os.getpid()
         while self._running:
             # Who has not begun is not needed any more.
             if not self._running[-1].cancel():
-                self._running[-1].result()
-            self._running.pop()
+                wait(self._running[-1:])
+                self._running.pop().result()
+            else:
+                self._running.pop()
