@@ -96,7 +96,7 @@ class Captured:
         return self._due[device]
 
     def _rate(self, average: Tensor) -> Tensor:
-        dtype = average.dtype.to_real()
+        dtype = average.dtype
         if (key := (average.device, dtype)) not in self._rates:
             self._rates[key] = torch.zeros(1, dtype=dtype, device=average.device)
         return self._rates[key]

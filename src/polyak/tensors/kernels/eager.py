@@ -179,10 +179,10 @@ def _converted(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tens
     # In memory that is used again: new pages at every update take longer than the sums.
     if weight.numel() > _CHUNK:
         return weight.to(device, dtype)
-    kept = _SCRATCH.kept
-    if (device, dtype) not in kept:
-        kept[device, dtype] = torch.empty(_CHUNK, dtype=dtype, device=device)
-    return kept[device, dtype][: weight.numel()].view(weight.shape).copy_(weight)
+    scratch = _SCRATCH.kept.get((device, dtype))
+    if scratch is None or scratch.numel() < weight.numel():
+        scratch = _SCRATCH.kept[device, dtype] = torch.empty(_CHUNK, dtype=dtype, device=device)
+    return scratch[: weight.numel()].view(weight.shape).copy_(weight)
 
 
 def _cut_bits(exact: Tensor, generator: torch.Generator) -> Tensor:
