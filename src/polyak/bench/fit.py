@@ -55,7 +55,7 @@ def fit(counts: Sequence[float], times: Sequence[float]) -> tuple[float, float]:
     x, y = np.asarray(counts, np.float64), np.asarray(times, np.float64)
     if len(x) == 1:
         return 0.0, float(y[0] / x[0])
-    solution = np.linalg.lstsq(np.stack([1 / y, x / y], axis=1), np.ones_like(y))[0]
+    solution = np.linalg.lstsq(np.stack([1 / y, x / y], axis=1), np.ones_like(y), rcond=None)[0]
     return float(solution[0]), float(solution[1])
 
 
