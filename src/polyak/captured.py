@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from polyak.options import Options
     from polyak.tensors.plan import Plan
 
-__all__ = ["Captured"]
+__all__ = ["Captured", "recording", "refuse_recording"]
 
 
 class _Pair(NamedTuple):
@@ -109,6 +109,20 @@ def _memory(plan: Plan) -> list[int]:
 def recording() -> bool:
     """Return whether what is called now is recorded, to be run later."""
     return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def refuse_recording() -> None:
+    """Refuse an update with its rate as a number inside of a CUDA graph.
+
+    Raises:
+        ConfigError: A CUDA graph is being captured.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        message = (
+            "a CUDA graph is being captured, which would repeat this update's rate for ever; build the averager with "
+            "capturable=True, and call advance() before each replay"
+        )
+        raise ConfigError(message)
 
 
 def _refuse(plan: Plan, options: Options) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from polyak.tensors.finite import FiniteCheck
+
 if TYPE_CHECKING:
     from polyak.cadence import Progress, Tick
     from polyak.clock import Clock
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     from polyak.tensors.plan import Plan
 
 __all__ = ["Turn"]
+
+_SHOWN = 200  # characters
 
 
 class Turn(NamedTuple):
@@ -44,3 +48,10 @@ class Turn(NamedTuple):
         """Count the update as left out."""
         self.state.progress = self.state.progress.seen(self.now)
         self.state.skipped += 1
+
+    def complaint(self) -> str:
+        """Return which of the weights that this update read are not finite."""
+        plan = self.plan
+        pairs = zip(plan.stored, plan.live if plan.offload is None else plan.offload.staged, strict=True)
+        names = ", ".join(s.name for s, t in pairs if s.policy == "average" and not FiniteCheck([t])())
+        return f"the weights hold NaN or infinities at step {self.now.step} (in {names[:_SHOWN]})"

@@ -7,19 +7,17 @@ import warnings
 from concurrent.futures import wait
 from typing import TYPE_CHECKING
 
-import torch
 from typing_extensions import override
 
 from polyak.averager import Averager
 from polyak.binding import Binding
 from polyak.cadence import Progress, tick
-from polyak.captured import Captured, recording
+from polyak.captured import Captured, recording, refuse_recording
 from polyak.errors import AppliedError, ConfigError, MismatchError, NonFiniteError, PolyakWarning, StateError
 from polyak.options import Options
 from polyak.profile import History
 from polyak.state import State
 from polyak.strategy import checked_rate, checked_weight
-from polyak.tensors.finite import FiniteCheck
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.modes import Untracked
 from polyak.turn import Turn
@@ -83,7 +81,8 @@ class Updating(Averager):
         if self._captured is not None and recording():
             self._captured.move()
             return
-        self._refuse_recording()
+        if not self.options.capturable:
+            refuse_recording()
         if (turn := self.begin(model, step, lr)) is not None:
             self.make(turn)
 
@@ -203,12 +202,16 @@ class Updating(Averager):
 
     def end(self, turn: Turn, *, done: bool) -> None:
         """Tell of an update that was made, or left out because of weights that are not finite."""
+        if not done and self.options.nonfinite == "raise":
+            message = (
+                f"{turn.complaint()}; the average is unchanged. nonfinite='skip' goes on without such updates."
+            )
+            raise NonFiniteError(message)
         if not done:
-            skips = self.options.nonfinite == "skip"
-            if skips:
-                turn.skip()
-            if not (skips and "nonfinite" in self._warned):
-                self._refuse_nonfinite(turn.plan, turn.now.step)
+            turn.skip()
+            if "nonfinite" not in self._warned:  # the names are looked for once only
+                what = f"{turn.complaint()}; such updates are left out and counted in averager.skipped"
+                self._warn("nonfinite", what, level=5)
             return
         if self._binding.model is None:
             self._binding.model = turn.root
@@ -218,15 +221,6 @@ class Updating(Averager):
     def _rate(self, clock: Clock) -> float:
         first = clock.n == 1 and self.options.origin == "first"
         return 1.0 if first else checked_rate(self._strategy, clock)
-
-    def _refuse_nonfinite(self, plan: Plan, step: int) -> None:
-        pairs = zip(plan.stored, plan.live if plan.offload is None else plan.offload.staged, strict=True)
-        names = ", ".join(s.name for s, t in pairs if s.policy == "average" and not FiniteCheck([t])())
-        what = f"the weights hold NaN or infinities at step {step} (in {names[:200]})"
-        if self.options.nonfinite == "raise":
-            message = f"{what}; the average is unchanged. Use nonfinite='skip' to go on without such updates."
-            raise NonFiniteError(message)
-        self._warn("nonfinite", f"{what}; such updates are left out and counted in averager.skipped", level=6)
 
     def _warn(self, kind: str, message: str, level: int = 4) -> None:
         if kind not in self._warned:
@@ -238,14 +232,6 @@ class Updating(Averager):
         if self.options.capturable and self._binding.model is not None:
             self._outdated = self._outdated or (self._captured is not None and self._captured.recorded)
             self._captured = Captured(self._current(), self.options)
-
-    def _refuse_recording(self) -> None:
-        if not self.options.capturable and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            message = (
-                "a CUDA graph is being captured, which would repeat this update's rate for ever; build the averager "
-                "with capturable=True, and call advance() before each replay"
-            )
-            raise ConfigError(message)
 
     def _current(self) -> Plan:
         """Return the plan of the averager's own model, for reading the average through it."""

@@ -107,9 +107,8 @@ def test_every_case_runs(says, tmp_path):
     assert of["step"][0]["subject"] == "training step"
     assert all(one["share"]["median"] > 0 for one in of["step"][1:])
     assert {one["model"] for one in of["scaling"]} == {*SERIES}
-    if hasattr(polyak, "bank"):
-        assert {one["setting"] for one in of["bank"]} == {f"{count} averages" for count in SIZES}
-    assert [one for one in rows if one["remark"] and one["case"] not in {"bank", "step", "scaling"}] == []
+    assert {one["setting"] for one in of["bank"]} == {f"{count} averages" for count in SIZES}
+    assert [one for one in rows if one["group"] == "polyak" and one["remark"] and one["case"] != "scaling"] == []
     for case in CASES.values():
         assert case.title in out
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from polyak.tensors.finite import FiniteCheck
 from polyak.tensors.groups import Lane, grouped
+from polyak.tensors.kernels import Checking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,8 +27,9 @@ class Mover:
         self._lanes, self._epochs = lanes, [lane.watch.epoch for lane in lanes]
         self.groups = grouped(lanes)
         averaged = [group for group in self.groups if group.policy == "average"]
-        self._checking = [group.kernel for group in averaged if group.kernel.checks]
-        self._others = FiniteCheck([t for group in averaged if not group.kernel.checks for t in group.weights])
+        self._checking = [group.kernel for group in averaged if isinstance(group.kernel, Checking)]
+        others = [group for group in averaged if not isinstance(group.kernel, Checking)]
+        self._others = FiniteCheck([weight for group in others for weight in group.weights])
 
     def update(
         self, rates: Sequence[float], generators: Sequence[Generators], commit: Callable[[], None], *, check: bool

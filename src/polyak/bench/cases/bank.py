@@ -8,7 +8,6 @@ import polyak
 from polyak.bench.cases.common import rows_of
 from polyak.bench.memory import peak
 from polyak.bench.race import race
-from polyak.bench.report import Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from polyak.bench.models import Subject
+    from polyak.bench.report import Row
     from polyak.bench.settings import Settings
 
 __all__ = ["SIZES", "bank"]
@@ -27,9 +27,6 @@ BANK = "polyak bank"
 
 def bank(subject: Subject, settings: Settings) -> list[Row]:
     """Return the time of one update of several averages, in one bank and as averagers of their own."""
-    if not hasattr(polyak, "bank"):
-        reason = "this version of polyak has no bank"
-        return [Row(case="bank", model=subject.name, subject=BANK, group="polyak", remark=reason)]
     return [row for count in SIZES for row in _one(subject, settings, count)]
 
 
@@ -60,5 +57,4 @@ def _separate(model: nn.Module, count: int) -> Callable[[], object]:
 
 
 def _together(model: nn.Module, count: int) -> Callable[[], object]:
-    update: Callable[[], object] = vars(polyak)["bank"](model, _settings(count)).update
-    return update
+    return polyak.bank(model, _settings(count)).update

@@ -16,14 +16,24 @@ import torch
 
 from polyak.errors import MissingExtraError, PolyakWarning
 from polyak.tensors.kernels import cpu, cuda, eager
-from polyak.tensors.kernels.kernel import SHORT, Generators, Kernel, KernelName, Lanes
+from polyak.tensors.kernels.kernel import SHORT, Checking, Generators, Kernel, KernelName, Lanes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-__all__ = ["KERNELS", "PIECEWISE", "Generators", "Kernel", "KernelName", "bind", "check_available", "kernel_for"]
+__all__ = [
+    "KERNELS",
+    "PIECEWISE",
+    "Checking",
+    "Generators",
+    "Kernel",
+    "KernelName",
+    "bind",
+    "check_available",
+    "kernel_for",
+]
 
 Binder = Callable[[Lanes, "Sequence[Tensor]"], Kernel]
 PIECEWISE = frozenset({"loop", "mixed", "stochastic"})

@@ -16,7 +16,7 @@ from torch.autograd.graph import increment_version
 from typing_extensions import override
 
 from polyak.tensors.kernels import eager
-from polyak.tensors.kernels.kernel import SHORT, Kernel
+from polyak.tensors.kernels.kernel import SHORT, Checking
 from polyak.tensors.kernels.threads import Slices
 from polyak.tensors.layout import dense
 
@@ -72,11 +72,10 @@ def fits(average: Tensor, weight: Tensor) -> bool:
     )
 
 
-class FusedCPU(Kernel):
+class FusedCPU(Checking):
     """All tensors and lanes of one pair of dtypes in one pass; wide averages equal those of ``loop`` bit for bit."""
 
     name = "fused"
-    checks = True
 
     def __init__(self, lanes: Lanes, weights: Sequence[Tensor]) -> None:
         from polyak.tensors.kernels import compiled

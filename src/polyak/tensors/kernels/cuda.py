@@ -73,7 +73,6 @@ class FusedCUDA:
     """
 
     name = "fused"
-    checks = True
 
     def __init__(self, lanes: Lanes, weights: Sequence[Tensor]) -> None:
         import triton.language as tl  # type: ignore[import-untyped]  # brings no types

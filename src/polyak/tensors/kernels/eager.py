@@ -49,8 +49,6 @@ class _Eager(Kernel):
     Averages may share a counter of writes, so that it is compared with what it was just before a write.
     """
 
-    checks = False
-
     def __init__(self) -> None:
         self._last: tuple[int, Tensor, int] | None = None
 
@@ -64,10 +62,6 @@ class _Eager(Kernel):
             return 0
         number, written, version = self._last
         return number + (_version(written) != version)
-
-    @override
-    def finite(self) -> bool:
-        raise NotImplementedError  # nobody asks a kernel that does not check
 
     def _write(self, number: int, average: Tensor) -> None:
         """Note that write ``number`` is about to be made, which ``average`` will show."""

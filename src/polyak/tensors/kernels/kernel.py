@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["SHORT", "Generators", "Kernel", "KernelName", "Lanes"]
+__all__ = ["SHORT", "Checking", "Generators", "Kernel", "KernelName", "Lanes"]
 
 KernelName = Literal["auto", "loop", "foreach", "fused"]
 SHORT = frozenset({torch.float16, torch.bfloat16})
@@ -29,8 +29,6 @@ class Kernel(Protocol):
     """
 
     name: str
-    checks: bool
-    """Whether it has a check of its own for weights that are not finite."""
 
     def prepare(self, *, moved: bool) -> None:
         """Look where the tensors are and begin anew; called at the beginning of each update.
@@ -51,5 +49,10 @@ class Kernel(Protocol):
     def position(self) -> int:
         """Return how many writes were made since ``prepare``."""
 
+
+@runtime_checkable
+class Checking(Kernel, Protocol):
+    """A kernel with a check of its own for weights that are not finite."""
+
     def finite(self) -> bool:
-        """Return whether all weights are finite now; asked only of a kernel that ``checks``."""
+        """Return whether all weights are finite now."""
