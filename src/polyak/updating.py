@@ -203,9 +203,7 @@ class Updating(Averager):
     def end(self, turn: Turn, *, done: bool) -> None:
         """Tell of an update that was made, or left out because of weights that are not finite."""
         if not done and self.options.nonfinite == "raise":
-            message = (
-                f"{turn.complaint()}; the average is unchanged. nonfinite='skip' goes on without such updates."
-            )
+            message = f"{turn.complaint()}; the average is unchanged. nonfinite='skip' goes on without such updates."
             raise NonFiniteError(message)
         if not done:
             turn.skip()

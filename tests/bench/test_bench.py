@@ -107,7 +107,9 @@ def test_every_case_runs(says, tmp_path):
     assert of["step"][0]["subject"] == "training step"
     assert all(one["share"]["median"] > 0 for one in of["step"][1:])
     assert {one["model"] for one in of["scaling"]} == {*SERIES}
-    assert {one["setting"] for one in of["bank"]} == {f"{count} averages" for count in SIZES}
+    assert {one["setting"] for one in of["bank"]} == {
+        f"{count} averages, {k}" for count in SIZES for k in ("auto", "loop")
+    }
     assert [one for one in rows if one["group"] == "polyak" and one["remark"] and one["case"] != "scaling"] == []
     for case in CASES.values():
         assert case.title in out
