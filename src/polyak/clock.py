@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-__all__ = ["Clock"]
+import numpy as np
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from numpy.typing import NDArray
+
+__all__ = ["Clock", "Clocks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +47,31 @@ class Clock:
     def __post_init__(self) -> None:
         if not self.elapsed:
             object.__setattr__(self, "elapsed", self.n * self.stride)
+
+
+class Clocks(NamedTuple):
+    """The moments of updates 1..n as arrays of shape (n,), under the names of a clock's attributes.
+
+    A rate that is arithmetic only takes them in the place of a clock and gives all rates at once.
+    """
+
+    n: NDArray[np.float64]
+    step: NDArray[np.float64]
+    stride: float
+    lr: float | None
+    mass: NDArray[np.float64]
+    elapsed: NDArray[np.float64]
+    counted: bool
+
+    @classmethod
+    def regular(cls, n: int, *, every: int = 1, first: int | None = None, lr: float | None = None) -> Self:
+        """Return the moments of ``n`` updates, one each ``every`` steps, from the step ``first`` on."""
+        count = np.arange(1.0, n + 1.0)
+        step = count * every + ((every if first is None else first) - every)
+        return cls(count, step, float(every), lr, np.zeros(n), count * every, counted=True)
+
+    def each(self) -> list[Clock]:
+        """Return them one by one; the mass is what the caller makes of it."""
+        stride = int(self.stride)
+        moments = zip(self.n.tolist(), self.step.tolist(), self.elapsed.tolist(), strict=True)
+        return [Clock(int(n), int(step), stride, self.lr, 0.0, int(elapsed)) for n, step, elapsed in moments]

@@ -84,7 +84,7 @@ class Engine(Updating):
 
     @override
     def profile(self) -> Profile:
-        return self._state.history.profile(self._state.progress.averaged)
+        return self._state.history.profile(self._strategy, self._state.progress.averaged)
 
     @override
     def describe(self) -> str:

@@ -72,7 +72,7 @@ def shares(
         ['EMA', 'SWA']
     """
     ax = _axes(ax)
-    by_age = {label: _by_age(profile) for label, profile in profiles.items() if len(profile)}
+    by_age = {label: profile.by_age for label, profile in profiles.items() if len(profile)}
     longest = max(map(len, by_age.values()), default=0)
     ages = np.arange(longest + 1.0) + (scale == "log")
     # The zero after the oldest step lets a line fall where its window ends.
@@ -128,13 +128,6 @@ def _axes(ax: Axes | None) -> Axes:
         message = f'polyak.plot draws with matplotlib, which cannot be imported ({error}): pip install "polyak[plot]"'
         raise MissingExtraError(message) from error
     return plt.subplots(layout="constrained")[1] if ax is None else ax
-
-
-def _by_age(profile: Profile) -> Floats:
-    """Return the share of each single step, the youngest first."""
-    strides = np.diff(profile.steps)
-    strides = np.concatenate((strides[:1], strides)) if len(strides) else np.ones(1, np.int64)
-    return np.repeat(profile.shares / strides, strides)[::-1]
 
 
 def _draw(

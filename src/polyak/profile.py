@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from polyak.clock import Clock
+from polyak.clock import Clocks
+from polyak.recursion import recursion_shares
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
     from polyak.strategy import Strategy
@@ -24,14 +26,16 @@ __all__ = ["History", "Profile"]
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """The shares of a running average: ``share_i = rate_i * prod_{j>i} (1 - rate_j)``.
+    """The shares of an average: what each past update counts in it, and what is left of the start.
 
-    The shares and what is left on the starting point add up to 1, and the average equals
-    ``start * origin + sum(shares * weights)``. Ages are in optimiser steps before the last update.
+    The shares and the start's add up to 1, and the average equals ``start * origin + sum(shares * weights)``. For a
+    strategy with one running tensor ``share_i = rate_i * prod_{j>i} (1 - rate_j)``. Ages are in optimiser steps before
+    the last update.
 
     Attributes:
-        rates: The rate of each update 1..n, float64, shape (n,).
+        shares: The share of each update 1..n, float64, shape (n,).
         steps: The optimiser step of each update, int64, shape (n,); increasing.
+        start: The share left on the weights that the average started from.
 
     Source: field notes of every paper on averaging; the identity itself is elementary.
 
@@ -44,62 +48,74 @@ class Profile:
         ([0.25, 0.25, 0.5], 0.0)
     """
 
-    rates: NDArray[np.float64]
+    shares: NDArray[np.float64]
     steps: NDArray[np.int64]
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.shares) != len(self.steps):
+            message = f"got {len(self.shares)} shares and {len(self.steps)} steps; give one step per share"
+            raise ValueError(message)
 
     @classmethod
     def from_rates(cls, rates: Iterable[float], steps: Iterable[int] | None = None) -> Self:
-        """Return the profile of these rates, at steps 1, 2, 3 … where none are given."""
-        r = np.fromiter(rates, np.float64)
-        s = np.arange(1, len(r) + 1) if steps is None else np.fromiter(steps, np.int64)
-        if len(r) != len(s):
-            message = f"got {len(r)} rates and {len(s)} steps; give one step per rate"
-            raise ValueError(message)
-        return cls(r, s)
+        """Return the profile of these rates of one running tensor, at steps 1, 2, 3 … where none are given."""
+        shares = recursion_shares(np.fromiter(rates, np.float64))
+        s = np.arange(1, len(shares.updates) + 1) if steps is None else np.fromiter(steps, np.int64)
+        return cls(shares.updates, s, shares.start)
 
     @classmethod
     def of(
-        cls, strategy: Strategy, n: int, *, every: int = 1, origin: str | None = None, lr: float | None = None
+        cls,
+        strategy: Strategy,
+        n: int,
+        *,
+        every: int = 1,
+        start: int = 0,
+        origin: str | None = None,
+        lr: float | None = None,
     ) -> Self:
-        """Return the profile that ``strategy`` has after ``n`` updates, one each ``every`` steps.
+        """Return the profile that ``strategy`` has after ``n`` updates.
+
+        A million updates take milliseconds for strategies whose rate is arithmetic only (``Strategy.elementwise``),
+        and seconds for others.
+
+        Args:
+            strategy: The strategy.
+            n: The count of averaged updates.
+            every: The optimiser steps from one to the next.
+            start: The first optimiser step that may be averaged.
+            origin: "initial" or "first", as in ``polyak.average``; None: the strategy's default, "first" after a
+                ``start``.
+            lr: The learning rate, for strategies that use it.
 
         Examples:
             >>> from polyak import SWA
             >>> Profile.of(SWA(), 4).shares.tolist()
             [0.25, 0.25, 0.25, 0.25]
         """
-        first = (origin or strategy.engine().get("origin", "initial")) == "first"
-        rates, mass = np.empty(n), 0.0
-        for i in range(n):
-            clock = Clock(n=i + 1, step=(i + 1) * every, stride=every, lr=lr, mass=mass)
-            rates[i] = 1.0 if first and i == 0 else strategy.rate(clock)
-            mass += strategy.weight(clock)
-        return cls(rates, every * np.arange(1, n + 1))
+        first = max(every, -(-start // every) * every)
+        clocks = Clocks.regular(n, every=every, first=first, lr=lr)
+        rates = _rates(strategy, clocks)
+        if n and (origin or ("first" if start else strategy.engine().get("origin", "initial"))) == "first":
+            rates[0] = 1.0
+        shares = strategy.shares(rates)
+        return cls(shares.updates, clocks.step.astype(np.int64), shares.start)
 
     def __len__(self) -> int:
-        return len(self.rates)
-
-    @cached_property
-    def _kept(self) -> NDArray[np.float64]:
-        # kept[i] = prod of (1 - rate) over updates i..n, in 1-based terms kept by updates i+1..n.
-        kept = np.ones(len(self) + 1)
-        kept[:-1] = np.cumprod((1.0 - self.rates)[::-1])[::-1]
-        return kept
-
-    @cached_property
-    def shares(self) -> NDArray[np.float64]:
-        """The share of each update 1..n, float64, shape (n,)."""
-        return self.rates * self._kept[1:]
-
-    @property
-    def start(self) -> float:
-        """The share left on the weights that the average started from."""
-        return float(self._kept[0])
+        return len(self.shares)
 
     @cached_property
     def ages(self) -> NDArray[np.float64]:
         """Steps between each update and the last one, shape (n,)."""
         return (self.steps[-1] - self.steps).astype(np.float64) if len(self) else np.empty(0)
+
+    @cached_property
+    def by_age(self) -> NDArray[np.float64]:
+        """What each single optimiser step counts, the last one first; an update's share is spread over its stride."""
+        strides = np.diff(self.steps)
+        strides = np.concatenate((strides[:1], strides)) if len(strides) else self.steps[:1].clip(1)
+        return np.repeat(self.shares / strides, strides)[::-1]
 
     def _moment(self, values: NDArray[np.float64]) -> float:
         total = self.shares.sum()
@@ -130,6 +146,62 @@ class Profile:
     def effective_size(self) -> float:
         """The number of equal shares with the same noise: ``1 / sum(share**2)``, the start counted as one more."""
         return float(1.0 / (np.sum(self.shares**2) + self.start**2))
+
+    def distance(self, other: Profile) -> float:
+        """Return the part of the one average that is made of other weights than the other average, from 0 to 1.
+
+        The total variation ``sum(|share - other share|) / 2`` over single optimiser steps, both profiles ending at
+        the last one, and over the start. 0: the same average; 1: no step in common.
+
+        Often confused with: the distance of the averaged *weights*, which is smaller: neighbouring steps have nearly
+        the same weights.
+
+        Examples:
+            >>> from polyak import EMA, SWA
+            >>> Profile.of(SWA(), 100).distance(Profile.of(SWA(), 50))
+            0.5
+            >>> round(Profile.of(EMA(decay=0.9), 100).distance(Profile.of(EMA(decay=0.99), 100)), 2)
+            0.7
+        """
+        length = max(len(self.by_age), len(other.by_age))
+        mine, theirs = (np.pad(p.by_age, (0, length - len(p.by_age))) for p in (self, other))
+        return float(np.abs(mine - theirs).sum() + abs(self.start - other.start)) / 2
+
+    def plot(self, ax: Axes | None = None, *, label: str = "share") -> Axes:
+        """Draw what each past step counts; several profiles in one picture: ``polyak.plot.shares``.
+
+        Args:
+            ax: Where to draw; a new figure where it is None.
+            label: The name of the line.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+
+        Examples:
+            >>> from polyak import EMA
+            >>> ax = Profile.of(EMA(decay=0.99), 1000).plot(label="EMA")
+            >>> [line.get_label() for line in ax.lines]
+            ['EMA']
+        """
+        from polyak.plot import shares
+
+        return shares({label: self}, ax)
+
+
+def _rates(strategy: Strategy, clocks: Clocks) -> NDArray[np.float64]:
+    """Return the rate of each update."""
+    n = len(clocks.n)
+    if strategy.elementwise:
+        moments: Any = clocks  # the names and the meanings of a clock, as arrays
+        weights = np.broadcast_to(np.asarray(strategy.weight(moments), np.float64), n)
+        moments = clocks._replace(mass=np.concatenate(([0.0], np.cumsum(weights)[:-1])) if n else clocks.mass)
+        return np.broadcast_to(np.asarray(strategy.rate(moments), np.float64), n).copy()
+    rates, mass = np.empty(n), 0.0
+    for i, moment in enumerate(clocks.each()):
+        clock = replace(moment, mass=mass) if mass else moment
+        rates[i] = strategy.rate(clock)
+        mass += strategy.weight(clock)
+    return rates
 
 
 class History:
@@ -168,11 +240,12 @@ class History:
         self.strides.append(stride)
         self.last.append(n)
 
-    def profile(self, last_step: int) -> Profile:
+    def profile(self, strategy: Strategy, last_step: int) -> Profile:
         """Return the profile of all updates so far, the last of which was made at ``last_step``."""
         runs = len(self.last)
         ends = np.array([0, *self.last], np.int64)
         counts = ends[1:] - ends[:-1]
         rates = np.repeat(np.array(self.rates[:runs], np.float64), counts)
         steps = np.cumsum(np.repeat(np.array(self.strides[:runs], np.int64), counts))
-        return Profile(rates, steps + (last_step - steps[-1]) if len(steps) else steps)
+        shares = strategy.shares(rates)
+        return Profile(shares.updates, steps + (last_step - steps[-1]) if len(steps) else steps, shares.start)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PrivateAttr
 from typing_extensions import override
 
 from polyak.errors import RateError, UnknownStrategyError
+from polyak.recursion import Shares, recursion_shares
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from polyak.clock import Clock
 
-__all__ = ["RESERVED", "MissingStrategy", "Strategy", "checked_rate", "checked_weight"]
+__all__ = ["RESERVED", "MissingStrategy", "Move", "Strategy", "checked_rate", "checked_weight"]
 
 RESERVED = frozenset(
     {
@@ -26,6 +30,20 @@ RESERVED = frozenset(
     }
 )  # fmt: skip
 """Names of engine options; a strategy may not define a field of the same name."""
+
+
+class Move(NamedTuple):
+    """A part of an update: ``target += rate * (source - target)`` for every averaged tensor.
+
+    Attributes:
+        target: The slot that is moved: ``"average"``, or one that the strategy declares.
+        source: What it is moved towards: ``"weights"``, or a slot.
+        rate: The coefficient; 1 replaces the target, and it may leave [0, 1] where the sum of all moves makes sense.
+    """
+
+    target: str
+    source: str
+    rate: float
 
 
 class Strategy(BaseModel, ABC):
@@ -57,6 +75,10 @@ class Strategy(BaseModel, ABC):
     source: ClassVar[str] = ""
     """Where the formula comes from: paper, year, arXiv id, or the library and version matched."""
 
+    elementwise: ClassVar[bool] = False
+    """Whether ``rate`` and ``weight`` are nothing but arithmetic (``+ - * / **`` and numpy's functions), so that one
+    call with arrays in the clock gives the rates of a million updates."""
+
     @abstractmethod
     def rate(self, clock: Clock) -> float:
         """Return the coefficient of this update, a number in [0, 1]; 1 replaces the average."""
@@ -68,6 +90,41 @@ class Strategy(BaseModel, ABC):
         be ``w / (clock.mass + w)``. The engine keeps the sum and saves it with the state.
         """
         return 1.0
+
+    def slots(self) -> tuple[str, ...]:
+        """Return the names of what it keeps for each averaged tensor beside the average, where one is not enough."""
+        return ()
+
+    def moves(self, n: int, rate: float) -> Sequence[Move]:  # noqa: ARG002 - the default does not depend on the count
+        """Return what update ``n`` does to the average and the slots, in this order; needed only with ``slots``.
+
+        Before the first update every slot holds the weights at construction.
+
+        Args:
+            n: The 1-based count of averaged updates.
+            rate: What ``rate(clock)`` returned, or 1 where the first update replaces the start.
+        """
+        return (Move("average", "weights", rate),)
+
+    def shares(self, rates: NDArray[np.float64]) -> Shares:
+        """Return what each update counts in the average after updates with these rates; needed only with ``slots``.
+
+        Args:
+            rates: The rate of each update 1..n, float64, shape (n,).
+        """
+        return recursion_shares(rates)
+
+    @classmethod
+    def with_mean_age(cls, age: float, steps: int) -> Self | None:  # noqa: ARG003 - the default has no parameter
+        """Return the member of a one-parameter family whose mean age is about ``age``; None where this is no family.
+
+        It lets ``polyak convert`` and sweeps walk along the family.
+
+        Args:
+            age: The mean age of the averaged weights, in optimiser steps.
+            steps: The length of the run in optimiser steps.
+        """
+        return None
 
     def engine(self) -> Mapping[str, Any]:
         """Return the engine options this strategy means where the user names none.
@@ -93,9 +150,28 @@ class MissingStrategy(Strategy):
 
     model_config = ConfigDict(extra="allow")
 
+    _slots: tuple[str, ...] = PrivateAttr(())
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any], slots: Iterable[str]) -> Self:
+        """Return what stands for the strategy of a saved state that has these slots."""
+        new = cls.model_validate(saved)
+        new._slots = tuple(slot for slot in slots if slot != "average")  # noqa: SLF001 - its own class
+        return new
+
+    @override
+    def slots(self) -> tuple[str, ...]:
+        return self._slots
+
     @override
     def rate(self, clock: Clock) -> float:
         raise self._missing()
+
+    @override
+    def shares(self, rates: NDArray[np.float64]) -> Shares:
+        if self._slots:
+            raise self._missing()
+        return super().shares(rates)
 
     @override
     def weight(self, clock: Clock) -> float:

@@ -36,6 +36,7 @@ class EMA(Strategy):
     """
 
     source: ClassVar[str] = "Polyak & Juditsky 1992; torch.optim.swa_utils"
+    elementwise: ClassVar[bool] = True
 
     name: Literal["ema"] = "ema"
     decay: Decay = 0.999
@@ -64,6 +65,7 @@ class DebiasedEMA(Strategy):
     """
 
     source: ClassVar[str] = "Kingma & Ba 2014, arXiv:1412.6980, section 3"
+    elementwise: ClassVar[bool] = True
 
     name: Literal["ema_debiased"] = "ema_debiased"
     decay: Decay = 0.999

@@ -34,6 +34,7 @@ class SWA(Strategy):
     """
 
     source: ClassVar[str] = "Izmailov et al. 2018, arXiv:1803.05407"
+    elementwise: ClassVar[bool] = True
 
     name: Literal["swa"] = "swa"
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeInt
 from typing_extensions import override
 
+from polyak.elementwise import at_least, at_most, where
 from polyak.strategies.ema import Decay
 from polyak.strategy import Strategy
 
@@ -38,6 +39,7 @@ class EMAV1(Strategy):
     """
 
     source: ClassVar[str] = "timm 1.0.31, ModelEma"
+    elementwise: ClassVar[bool] = True
 
     name: Literal["ema_v1"] = "ema_v1"
     decay: Decay = 0.9999
@@ -61,6 +63,7 @@ class EMAV2(Strategy):
     """
 
     source: ClassVar[str] = "timm 1.0.31, ModelEmaV2"
+    elementwise: ClassVar[bool] = True
 
     name: Literal["ema_v2"] = "ema_v2"
     decay: Decay = 0.9999
@@ -98,6 +101,7 @@ class EMAV3(Strategy):
     """
 
     source: ClassVar[str] = "timm 1.0.31, ModelEmaV3"
+    elementwise: ClassVar[bool] = True
 
     name: Literal["ema_v3"] = "ema_v3"
     decay: Decay = 0.9999
@@ -121,15 +125,13 @@ class EMAV3(Strategy):
     def rate(self, clock: Clock) -> float:
         if clock.counted and not self.use_warmup and not self.update_after_step:
             return 1.0 - self.decay
-        return 1.0 - self._decay_at(clock.step - self.update_after_step - 1)
-
-    def _decay_at(self, t: int) -> float:
-        if t <= 0:
-            return 0.0
-        if not self.use_warmup:
-            return self.decay
-        warm: float = 1.0 - (1.0 + t / self.warmup_gamma) ** -self.warmup_power
-        return max(min(warm, self.decay), self.min_decay)
+        t = clock.step - self.update_after_step - 1
+        decay: float = self.decay
+        if self.use_warmup:
+            warm = 1.0 - (1.0 + at_least(t, 0) / self.warmup_gamma) ** -self.warmup_power
+            decay = at_least(at_most(warm, self.decay), self.min_decay)
+        rate: float = where(t <= 0, 1.0, 1.0 - decay)
+        return rate
 
     @override
     def engine(self) -> Mapping[str, Any]:
