@@ -19,7 +19,9 @@ def where(condition: bool, then: float, otherwise: float) -> Any:  # noqa: ANN40
         >>> where(3 > 2, 1.0, 0.0), where(np.array([1, 3]) > 2, 1.0, 0.0)
         (1.0, array([0., 1.]))
     """
-    return np.where(condition, then, otherwise) if isinstance(condition, np.ndarray) else then if condition else otherwise
+    return (
+        np.where(condition, then, otherwise) if isinstance(condition, np.ndarray) else then if condition else otherwise
+    )
 
 
 def at_least(value: float, bound: float) -> Any:  # noqa: ANN401 - a number or an array
