@@ -88,7 +88,7 @@ class Bank(Mapping[str, "Averager"]):
         ended: list[tuple[Engine, Turn, bool]] = []
         for due in _together(self._begin(model, step, lr)):
             engine, turn = due[0]
-            if turn.plan.offload is not None:
+            if _alone(turn):
                 engine.make(turn)
                 continue
             done = self._move(due, check=engine.checks)
@@ -188,6 +188,10 @@ class Bank(Mapping[str, "Averager"]):
         return {"_averagers": self._averagers, "_movers": {}}
 
 
+def _alone(turn: Turn) -> bool:
+    return turn.plan.offload is not None or len(turn.moves) > 1
+
+
 def _together(due: Sequence[tuple[Engine, Turn]]) -> list[list[tuple[Engine, Turn]]]:
     """Return what is moved by one pass each; those that refuse by an exception come first: nothing has moved then.
 
@@ -195,7 +199,7 @@ def _together(due: Sequence[tuple[Engine, Turn]]) -> list[list[tuple[Engine, Tur
     """
     passes: dict[object, list[tuple[Engine, Turn]]] = {}
     for engine, turn in due:
-        alone = id(engine) if turn.plan.offload is not None else 0
+        alone = id(engine) if _alone(turn) else 0
         checked = turn.plan.averaged if engine.checks else None
         passes.setdefault((engine.options.nonfinite, checked, alone), []).append((engine, turn))
     order = ("raise", "skip", "propagate")

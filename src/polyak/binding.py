@@ -51,8 +51,8 @@ class Binding:
         self._options = options
         self._adapter = adapter or Adapter()
 
-    def allocate(self) -> list[Stored]:
-        """Return new storage for the model's tensors, holding their values now, and plan for it."""
+    def allocate(self, slots: Sequence[str]) -> list[Stored]:
+        """Return new storage for the model's tensors, with these slots, holding their values now, and plan for it."""
         with collector_paused():
             entries = walk(cast("Model", self.model))  # which says what is no model, None included
             chosen = self._policies(entries)
@@ -65,7 +65,7 @@ class Binding:
             options = self._options
             check_available(options.kernel)
             kept = [(entry, policy) for entry, policy in zip(entries, chosen, strict=True) if policy != "skip"]
-            stored = allocate(kept, device=as_device(options.device), dtype=as_dtype(options.dtype))
+            stored = allocate(kept, slots, device=as_device(options.device), dtype=as_dtype(options.dtype))
             self.plan = Plan(self.own(), stored, [entry for entry, _ in kept], options.kernel, self._adapter)
             return stored
 

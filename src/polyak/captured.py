@@ -56,7 +56,7 @@ class Captured:
         self._pairs: list[_Pair] = []
         self._others: list[_Pair] = []
         self._fused: list[tuple[FusedCUDA, Tensor]] = []
-        for group in plan.mover.groups:
+        for group in plan.moves.mover.groups:
             rate = None if group.policy == "copy" else self._rate(group.averages[0][0])
             due = self._due_on(group.averages[0][0].device) if self._sometimes else None
             pairs = [_Pair(a, w, rate, due) for a, w in zip(group.averages[0], group.weights, strict=True)]
@@ -132,6 +132,8 @@ def _refuse(plan: Plan, options: Options) -> None:
         if options.nonfinite != "propagate"
         else f"an average in a short dtype ({short[0]}), which is rounded at random; set dtype='float32'"
         if short
+        else "a strategy of several tensors, whose moves are not those of a graph; use one without slots"
+        if any(s.slots for s in plan.stored)
         else f"device={options.device!r}, while the model is elsewhere; leave device= out"
         if plan.offload is not None
         else ""

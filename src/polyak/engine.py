@@ -19,7 +19,7 @@ from polyak.errors import AppliedError
 from polyak.export import averaged_state_dict, overwrite_model
 from polyak.profile import History, Profile
 from polyak.replica import Replica
-from polyak.state import State, changed_options, dump, parse, received_strategy
+from polyak.state import State, changed_options, check_format, dump, parse, received_strategy
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.storage import Stored
 from polyak.tensors.swap import in_force
@@ -159,8 +159,9 @@ class Engine(Updating):
         if self._binding.depth:
             message = "load_state_dict() inside applied(), where the model holds the average; leave applied() first"
             raise AppliedError(message)
-        loaded = parse(state, self._state)
+        check_format(state)
         strategy, changed = received_strategy(state, self._strategy, self._knows)
+        loaded = parse(state, self._state, strategy.slots())
         changed += changed_options(state, self.options)
         if changed:
             self._warn(
@@ -192,7 +193,8 @@ class Engine(Updating):
         averages = raw["slots"]["average"]
         about = saved["about"]
         stored = [Stored(name, aliases, kind, policy, averages[name]) for name, aliases, kind, policy in about]
-        self._state = parse(raw, State(stored, Progress(), History(), skipped=0, generators=OwnGenerators()))
+        empty = State(stored, Progress(), History(), skipped=0, generators=OwnGenerators())
+        self._state = parse(raw, empty, self._strategy.slots())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         # A copy averages the same model, or the model's copy where that was made first; it never copies the model.

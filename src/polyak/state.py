@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from polyak.options import Options
     from polyak.tensors.storage import Stored
 
-__all__ = ["FORMAT", "State", "dump", "parse", "received_strategy"]
+__all__ = ["FORMAT", "State", "changed_options", "check_format", "dump", "parse", "received_strategy"]
 
 FORMAT = 1
 _SHOWN = 6
@@ -54,7 +54,13 @@ def dump(state: State, holding: Sequence[Tensor], strategy: Strategy, options: O
         "step": state.progress.step,
         "strategy": strategy.model_dump(mode="json"),
         "config": options.model_dump(mode="json"),
-        "slots": {"average": {s.name: t.detach().clone() for s, t in zip(state.stored, holding, strict=True)}},
+        "slots": {
+            "average": {s.name: t.detach().clone() for s, t in zip(state.stored, holding, strict=True)},
+            **{
+                slot: {s.name: s.slots[slot].detach().clone() for s in state.stored if slot in s.slots}
+                for slot in strategy.slots()
+            },
+        },
         "aliases": {s.name: list(s.aliases) for s in state.stored if len(s.aliases) > 1},
         "progress": state.progress._asdict(),
         "history": {
@@ -67,19 +73,22 @@ def dump(state: State, holding: Sequence[Tensor], strategy: Strategy, options: O
     }
 
 
-def parse(raw: Mapping[str, Any], current: State) -> State:
+def parse(raw: Mapping[str, Any], current: State, slots: Sequence[str]) -> State:
     """Return the state that ``raw`` describes, on the devices of the current one; nothing is written.
+
+    Args:
+        raw: What ``dump`` returned.
+        current: The state of an averager of the same model.
+        slots: The names of the strategy's slots.
 
     Raises:
         StateError: It is incomplete, of a newer format, or of another model.
     """
-    _check_format(raw)
     try:
-        tensors: Mapping[str, Tensor] = raw["slots"]["average"]
         progress = Progress(**raw["progress"])
         history = raw["history"]
         loaded = State(
-            stored=_stored(tensors, current.stored),
+            stored=_stored(raw["slots"], current.stored, slots),
             progress=progress,
             history=History(history["rates"].tolist(), history["strides"].tolist(), history["last"].tolist()),
             skipped=int(raw["skipped"]),
@@ -116,7 +125,8 @@ def received_strategy(
     name = saved["name"]
     mine = own.model_dump(mode="json")
     if name != own.name and not knows(name):
-        return MissingStrategy.model_validate(saved), []
+        slots = raw.get("slots")
+        return MissingStrategy.of(saved, slots if isinstance(slots, Mapping) else ()), []
     if name != own.name:
         message = (
             f"the state was made by the strategy {name!r}, and this averager uses {own.name!r}; "
@@ -136,7 +146,12 @@ def changed_options(raw: Mapping[str, Any], own: Options) -> list[str]:
     return [f"{key}={mine[key]!r} (saved: {saved[key]!r})" for key in counted if saved.get(key, mine[key]) != mine[key]]
 
 
-def _check_format(raw: Mapping[str, Any]) -> None:
+def check_format(raw: Mapping[str, Any]) -> None:
+    """Refuse what is no state, or one of a newer polyak.
+
+    Raises:
+        StateError: It is.
+    """
     version = raw.get("format") if isinstance(raw, Mapping) else None
     if not isinstance(version, int):
         message = f"expected what averager.state_dict() returned (a mapping with 'format': {FORMAT}); got {_kind(raw)}"
@@ -152,7 +167,30 @@ def _kind(raw: object) -> str:
     )
 
 
-def _stored(tensors: Mapping[str, Tensor], current: Sequence[Stored]) -> list[Stored]:
+def _stored(raw: Mapping[str, Mapping[str, Tensor]], current: Sequence[Stored], slots: Sequence[str]) -> list[Stored]:
+    if {*raw} != {"average", *slots}:
+        message = f"the state has the slots {sorted(raw)}, and this averager {sorted(['average', *slots])}"
+        msg = f"{message}; build it with the settings that the state was saved with. Nothing was loaded."
+        raise StateError(msg)
+    averaged = [s for s in current if s.policy == "average"]
+    problems = _problems(raw["average"], current)
+    problems += [f"{slot}: {one}" for slot in slots for one in _problems(raw[slot], averaged)]
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:_SHOWN])
+        message = f"the state belongs to another model ({len(problems)} differences):\n  {shown}\nNothing was loaded."
+        raise StateError(message)
+    with torch.inference_mode(mode=False), torch.no_grad():
+        return [
+            replace(
+                s,
+                average=_received(raw["average"][s.name], s),
+                slots={slot: _received(raw[slot][s.name], s) for slot in slots} if s.policy == "average" else {},
+            )
+            for s in current
+        ]
+
+
+def _problems(tensors: Mapping[str, Tensor], current: Sequence[Stored]) -> list[str]:
     own = {s.name: s for s in current}
     problems = [f"missing: {name}" for name in own if name not in tensors]
     problems += [f"unknown: {name}" for name in tensors if name not in own]
@@ -164,12 +202,7 @@ def _stored(tensors: Mapping[str, Tensor], current: Sequence[Stored]) -> list[St
             problems.append(f"reshaped: {name} is {tuple(tensor.shape)}, expected {tuple(average.shape)}")
         elif tensor.is_floating_point() != average.is_floating_point() or tensor.is_complex() != average.is_complex():
             problems.append(f"retyped: {name} is {tensor.dtype}, expected {average.dtype}")
-    if problems:
-        shown = "\n  ".join(sorted(problems)[:_SHOWN])
-        message = f"the state belongs to another model ({len(problems)} differences):\n  {shown}\nNothing was loaded."
-        raise StateError(message)
-    with torch.inference_mode(mode=False), torch.no_grad():
-        return [replace(s, average=_received(tensors[s.name], s)) for s in current]
+    return problems
 
 
 def _received(tensor: Tensor, own: Stored) -> Tensor:

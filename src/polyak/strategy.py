@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from polyak.clock import Clock
 
-__all__ = ["RESERVED", "MissingStrategy", "Move", "Strategy", "checked_rate", "checked_weight"]
+__all__ = ["RESERVED", "MissingStrategy", "Move", "Strategy", "checked_moves", "checked_rate", "checked_weight"]
 
 RESERVED = frozenset(
     {
@@ -216,3 +216,24 @@ def checked_weight(strategy: Strategy, clock: Clock) -> float:
         )
         raise RateError(message)
     return float(weight)
+
+
+def checked_moves(strategy: Strategy, n: int, rate: float) -> Sequence[Move]:
+    """Return a strategy's moves.
+
+    Raises:
+        RateError: There is none, one has no finite rate, or is of a slot that the strategy does not declare.
+    """
+    moves = strategy.moves(n, rate)
+    known = {"average", *strategy.slots()}
+    for move in moves:
+        if move.target not in known or move.source not in {"weights", *known} or not math.isfinite(move.rate):
+            message = (
+                f"the strategy {strategy!r} returned the move {move!r} for update {n}; expected a finite rate, and "
+                f"slots among {', '.join(sorted(known))} (the source may be 'weights'). Nothing was averaged."
+            )
+            raise RateError(message)
+    if not moves:
+        message = f"the strategy {strategy!r} returned no moves for update {n}; expected at least one"
+        raise RateError(message)
+    return moves

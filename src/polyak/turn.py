@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from polyak.tensors.finite import FiniteCheck
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from polyak.cadence import Progress, Tick
     from polyak.clock import Clock
     from polyak.state import State
+    from polyak.strategy import Move
     from polyak.tensors.entries import Model
     from polyak.tensors.plan import Plan
 
@@ -28,6 +31,7 @@ class Turn(NamedTuple):
         now: What the call of ``update`` amounts to.
         clock: The moment, as the strategy sees it.
         rate: The coefficient.
+        moves: What it does to the average and the slots.
         after: The progress once it is made.
     """
 
@@ -37,6 +41,7 @@ class Turn(NamedTuple):
     now: Tick
     clock: Clock
     rate: float
+    moves: Sequence[Move]
     after: Progress
 
     def commit(self) -> None:

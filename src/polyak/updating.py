@@ -17,7 +17,7 @@ from polyak.errors import AppliedError, ConfigError, MismatchError, NonFiniteErr
 from polyak.options import Options
 from polyak.profile import History
 from polyak.state import State
-from polyak.strategy import checked_rate, checked_weight
+from polyak.strategy import checked_moves, checked_rate, checked_weight
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.modes import Untracked
 from polyak.turn import Turn
@@ -68,7 +68,9 @@ class Updating(Averager):
         self._knows = knows
         self._binding = Binding(model, self.options, adapter)
         self._pending: tuple[Turn, Future[bool], int] | None = None
-        self._settled = State(self._binding.allocate(), Progress(), History(), skipped=0, generators=OwnGenerators())
+        self._settled = State(
+            self._binding.allocate(strategy.slots()), Progress(), History(), skipped=0, generators=OwnGenerators()
+        )
         self._captured: Captured | None = None
         self._outdated = False
         self._guards = 0
@@ -91,9 +93,9 @@ class Updating(Averager):
         generators, check = turn.state.generators, self.checks
         with Untracked():
             if turn.plan.offload is None:
-                done = turn.plan.mover.update([turn.rate], [generators], turn.commit, check=check)
+                done = turn.plan.moves.update(turn.moves, generators, turn.commit, check=check)
             else:
-                moving = turn.plan.offload.start(turn.rate, generators, turn.commit, check=check)
+                moving = turn.plan.offload.start(turn.moves, generators, turn.commit, check=check)
                 self._pending = turn, moving, os.getpid()
                 if not self._guards:
                     turn.plan.offload.release()
@@ -198,7 +200,8 @@ class Updating(Averager):
         clock = state.progress.clock(now, lr)
         rate = self._rate(clock)
         after = state.progress.averaged_at(clock, rate, checked_weight(self._strategy, clock))
-        return Turn(state, root, self._binding.planned(root, state), now, clock, rate, after)
+        moves = checked_moves(self._strategy, clock.n, rate)
+        return Turn(state, root, self._binding.planned(root, state), now, clock, rate, moves, after)
 
     def end(self, turn: Turn, *, done: bool) -> None:
         """Tell of an update that was made, or left out because of weights that are not finite."""
@@ -244,4 +247,4 @@ class Updating(Averager):
         if self.options.origin == "first" and not self.n and root is not None and not self._binding.holds_average(root):
             plan = self._binding.planned(root, self._state)
             with Untracked():
-                plan.mover.update([1.0], [self._state.generators], lambda: None, check=False)
+                plan.moves.mover.update([1.0], [self._state.generators], lambda: None, check=False)

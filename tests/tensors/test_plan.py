@@ -172,7 +172,7 @@ def test_a_mapping_is_watched_too():
 def test_a_plan_groups_what_one_call_can_move():
     model = Conv()
     for kernel, name in (("foreach", "foreach"), ("fused", "fused"), ("auto", "fused")):
-        groups = polyak.average(model, kernel=kernel)._binding.plan.mover.groups
+        groups = polyak.average(model, kernel=kernel)._binding.plan.moves.mover.groups
         assert [(group.kernel.name, len(group.weights)) for group in groups] == [(name, 8), ("copy", 1)]
 
 

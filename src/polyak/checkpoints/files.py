@@ -29,7 +29,8 @@ def save(averager: Averager, path: str | os.PathLike[str]) -> None:
     """Write the state of an averager, written beside and then renamed: the file is whole or absent.
 
     A ``.safetensors`` file says how it was made: its metadata hold the strategy, the options, the counters and the
-    profile's half-life and mean age; the tensors are called ``average/<name>``.
+    profile's half-life and mean age; the tensors are called ``average/<name>``, and
+    ``slots/<slot>/<name>`` what a strategy keeps beside.
 
     Args:
         averager: The averager.
@@ -117,16 +118,23 @@ def _read_safetensors(file: Path) -> dict[str, Any]:
         # A copy: what lies in the file may begin where no complex number may, and torch would crash.
         tensors[key] = torch.view_as_complex(tensors[key].clone())
     rest.pop("profile")
-    averages = {key.removeprefix("average/"): t for key, t in tensors.items() if key.startswith("average/")}
-    parts = {
-        part: {key.removeprefix(f"{part}/"): t for key, t in tensors.items() if key.startswith(f"{part}/")}
-        for part in ("history", "generators")
-    }
-    return {**rest, **parts, "slots": {"average": averages}}
+    parts: dict[str, dict[str, Tensor]] = {"average": {}, "history": {}, "generators": {}, "slots": {}}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition("/")
+        parts[part][name] = tensor
+    slots: dict[str, dict[str, Tensor]] = {"average": parts.pop("average")}
+    for key, tensor in parts.pop("slots").items():
+        slot, _, name = key.partition("/")
+        slots.setdefault(slot, {})[name] = tensor
+    return {**rest, **parts, "slots": slots}
 
 
 def _flattened(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {f"average/{name}": tensor for name, tensor in state["slots"]["average"].items()}
+    tensors = {
+        f"average/{name}" if slot == "average" else f"slots/{slot}/{name}": tensor
+        for slot, own in state["slots"].items()
+        for name, tensor in own.items()
+    }
     tensors |= {f"{part}/{key}": t for part in ("history", "generators") for key, t in state[part].items()}
     rest = {key: value for key, value in state.items() if key not in {"slots", "history", "generators"}}
     rest[_COMPLEX] = [key for key, tensor in tensors.items() if tensor.is_complex()]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
 
 from polyak.errors import MismatchError
 from polyak.tensors.entries import address
@@ -63,7 +64,7 @@ def _by_name(stored: Sequence[Stored], entries: Sequence[Entry], bound: Mapping[
         candidates = {id(holders[name]): holders[name] for name in entry.aliases}.values()
         s = next((s for s in candidates if bound.get(id(s)) == address(entry.tensor)), holders[entry.name])
         # A tie that was broken: both go on from the average they shared.
-        own = s if id(s) not in used else replace(s, average=s.average.clone())
+        own = s if id(s) not in used else s.mapped(Tensor.clone)
         used.add(id(s))
         chosen.append(own.named(entry))
     return chosen

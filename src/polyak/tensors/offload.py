@@ -13,12 +13,13 @@ from polyak.tensors.kernels.eager import copy_all
 from polyak.tensors.kernels.threads import background
 from polyak.tensors.layout import dense
 from polyak.tensors.modes import Untracked
-from polyak.tensors.mover import Mover
+from polyak.tensors.moves import Moves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
+    from polyak.strategy import Move
     from polyak.tensors.kernels import Generators
 
 __all__ = ["Offload", "crosses"]
@@ -49,7 +50,7 @@ class Offload:
 
     def __init__(self, lane: Lane) -> None:
         self.staged = _staging(lane.live)
-        self.mover = Mover([Lane(lane.stored, self.staged, lane.kernel, _Unmoved())])
+        self.moves = Moves(Lane(lane.stored, self.staged, lane.kernel, _Unmoved()))
         self._pairs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         # Buffers first: the next forward overwrites them, long before the optimiser overwrites the parameters.
         ordered = sorted(zip(lane.stored, self.staged, lane.live, strict=True), key=lambda one: one[0].kind != "buffer")
@@ -60,11 +61,13 @@ class Offload:
         self._streams = {device: torch.cuda.Stream(device) for device in on_cuda}  # type: ignore[no-untyped-call]  # torch's own
         self._copied: list[torch.cuda.Event] = []
 
-    def start(self, rate: float, generators: Generators, commit: Callable[[], None], *, check: bool) -> Future[bool]:
-        """Stage the weights as they are now and return the future of their averaging, as ``Mover.update`` tells it.
+    def start(
+        self, moves: Sequence[Move], generators: Generators, commit: Callable[[], None], *, check: bool
+    ) -> Future[bool]:
+        """Stage the weights as they are now and return the future of their averaging, as ``Moves.update`` tells it.
 
         Args:
-            rate: The coefficient of this update.
+            moves: What this update does.
             generators: What it draws random numbers from.
             commit: Counts the update; called on the other thread.
             check: Whether weights that are not finite are refused.
@@ -76,7 +79,7 @@ class Offload:
             for event in copied:
                 event.synchronize()
             with Untracked():
-                return self.mover.update([rate], [generators], commit, check=check)
+                return self.moves.update(moves, generators, commit, check=check)
 
         return background(move)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from polyak.tensors.entries import Entry, Model, address
 from polyak.tensors.groups import Lane
-from polyak.tensors.mover import Mover
+from polyak.tensors.moves import Moves
 from polyak.tensors.offload import Offload, crosses
 from polyak.tensors.watch import Watch
 
@@ -47,7 +47,7 @@ class Plan:
         pairs = zip(self.stored, self.live, strict=True)
         self.offload = Offload(self.lane) if any(crosses(s.average, t) for s, t in pairs) else None
         if self.offload is None:
-            self.mover  # noqa: B018 - compiled now, and not in the first update
+            self.moves  # noqa: B018 - compiled now, and not in the first update
         self._memory = [address(entry.tensor) for entry in entries]
 
     @property
@@ -56,9 +56,9 @@ class Plan:
         return Lane(self.stored, self.live, self._kernel, self.watch)
 
     @cached_property
-    def mover(self) -> Mover:
-        """Moves the averages while the caller waits."""
-        return Mover([self.lane])
+    def moves(self) -> Moves:
+        """Makes an update while the caller waits."""
+        return Moves(self.lane)
 
     @cached_property
     def averaged(self) -> frozenset[int]:

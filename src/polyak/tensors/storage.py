@@ -13,7 +13,7 @@ from polyak.errors import ConfigError, ModelError
 from polyak.tensors.memory import clones
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from polyak.tensors.entries import Entry, Kind
     from polyak.tensors.policies import Policy
@@ -36,6 +36,7 @@ class Stored:
         kind: ``"parameter"`` or ``"buffer"``.
         policy: ``"average"`` or ``"copy"``.
         average: The tensor.
+        slots: What a strategy keeps of it beside the average, by the names of its slots; none where it is copied.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Stored:
     kind: Kind
     policy: Policy
     average: Tensor = field(repr=False)
+    slots: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def shape(self) -> torch.Size:
@@ -56,7 +58,22 @@ class Stored:
     def beside(self, live: Tensor) -> Stored:
         """Return this on the device of a live tensor."""
         device = live.device
-        return self if self.average.device == device else replace(self, average=self.average.to(device))
+        return self if self.average.device == device else self.mapped(lambda tensor: tensor.to(device))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Stored:
+        """Return this with all its tensors changed."""
+        return replace(
+            self, average=change(self.average), slots={slot: change(tensor) for slot, tensor in self.slots.items()}
+        )
+
+    def slot(self, name: str) -> Tensor:
+        """Return the average, or what is kept beside it."""
+        return self.average if name == "average" else self.slots[name]
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of all its tensors, in bytes."""
+        return sum(tensor.nbytes for tensor in (self.average, *self.slots.values()))
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -136,9 +153,13 @@ def unfit(tensor: Tensor) -> str:
 
 
 def allocate(
-    entries: Sequence[tuple[Entry, Policy]], *, device: torch.device | None, dtype: torch.dtype | None
+    entries: Sequence[tuple[Entry, Policy]],
+    slots: Sequence[str],
+    *,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
 ) -> list[Stored]:
-    """Return a tensor of its own for each entry, holding the entry's value now.
+    """Return a tensor of its own for each entry, and one for each slot of those that are averaged, holding its value.
 
     Raises:
         ConfigError: The device is not there.
@@ -156,7 +177,13 @@ def allocate(
     # Normal tensors even under torch.inference_mode(): an inference tensor could never be updated outside of it.
     with torch.inference_mode(mode=False), torch.no_grad():
         averages = clones([entry.tensor for entry, _ in entries], places)
+        averaged = [i for i, (_, policy) in enumerate(entries) if policy == "average"]
+        values, where = [entries[i][0].tensor for i in averaged], [places[i] for i in averaged]
+        kept: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(entries))}
+        for slot in slots:
+            for i, tensor in zip(averaged, clones(values, where), strict=True):
+                kept[i][slot] = tensor
     return [
-        Stored(entry.name, entry.aliases, entry.kind, policy, average)
-        for (entry, policy), average in zip(entries, averages, strict=True)
+        Stored(entry.name, entry.aliases, entry.kind, policy, average, kept[i])
+        for i, ((entry, policy), average) in enumerate(zip(entries, averages, strict=True))
     ]
