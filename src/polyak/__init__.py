@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from polyak import posthoc
 from polyak.attach import attach
 from polyak.averager import Averager
 from polyak.bank import Bank
 from polyak.checkpoints import load, save
 from polyak.clock import Clock
 from polyak.config import AveragerConfig
+from polyak.convert import Conversion, convert
 from polyak.errors import (
     AppliedError,
     ConfigError,
@@ -19,6 +21,7 @@ from polyak.errors import (
     PolyakError,
     PolyakWarning,
     RateError,
+    SnapshotError,
     StateError,
     UnboundError,
     UnknownStrategyError,
@@ -27,41 +30,71 @@ from polyak.factory import average, bank
 from polyak.hookspecs import hookimpl
 from polyak.profile import Profile
 from polyak.recalibrate import recalibrate
+from polyak.recursion import Shares
 from polyak.registry import strategies
-from polyak.strategies import EMA, EMAV1, EMAV2, EMAV3, SWA, DebiasedEMA
-from polyak.strategy import Strategy
+from polyak.strategies import (
+    EMA,
+    EMAV1,
+    EMAV2,
+    EMAV3,
+    LAWA,
+    SWA,
+    TFEMA,
+    BlockMean,
+    DebiasedEMA,
+    DoubleEMA,
+    HalfLifeEMA,
+    PolynomialAveraging,
+    PowerEMA,
+    TailAveraging,
+)
+from polyak.strategy import Move, Strategy
 
 __all__ = [
     "EMA",
     "EMAV1",
     "EMAV2",
     "EMAV3",
+    "LAWA",
     "SWA",
+    "TFEMA",
     "AppliedError",
     "Averager",
     "AveragerConfig",
     "Bank",
+    "BlockMean",
     "Clock",
     "ConfigError",
+    "Conversion",
     "DebiasedEMA",
+    "DoubleEMA",
+    "HalfLifeEMA",
     "MismatchError",
     "MissingExtraError",
     "ModelError",
+    "Move",
     "NonFiniteError",
     "PluginError",
     "PolyakError",
     "PolyakWarning",
+    "PolynomialAveraging",
+    "PowerEMA",
     "Profile",
     "RateError",
+    "Shares",
+    "SnapshotError",
     "StateError",
     "Strategy",
+    "TailAveraging",
     "UnboundError",
     "UnknownStrategyError",
     "attach",
     "average",
     "bank",
+    "convert",
     "hookimpl",
     "load",
+    "posthoc",
     "recalibrate",
     "save",
     "strategies",

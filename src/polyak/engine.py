@@ -26,7 +26,7 @@ from polyak.tensors.swap import in_force
 from polyak.updating import Updating
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -74,6 +74,11 @@ class Engine(Updating):
     @override
     def is_applied(self) -> bool:
         return self._binding.depth > 0
+
+    @property
+    def stored(self) -> Sequence[Stored]:
+        """What it keeps of each tensor."""
+        return self._state.stored
 
     @property
     @override
@@ -174,6 +179,12 @@ class Engine(Updating):
         self._strategy, self._state, self._binding.plan = *received, None
         self._capture()
         self._repoint()
+
+    def restart(self) -> None:
+        """Forget what was averaged: the next update begins anew, at the cadence of before."""
+        state = self._state
+        state.progress = Progress(calls=state.progress.calls, step=state.progress.step)
+        state.history = History()
 
     # Copying
 

@@ -17,6 +17,7 @@ __all__ = [
     "PolyakError",
     "PolyakWarning",
     "RateError",
+    "SnapshotError",
     "StateError",
     "UnboundError",
     "UnknownStrategyError",
@@ -73,6 +74,10 @@ class UnboundError(PolyakError, RuntimeError):
 
 class StateError(PolyakError, ValueError):
     """A state that belongs to another model, strategy or version of the format, or is incomplete."""
+
+
+class SnapshotError(PolyakError, OSError):
+    """A snapshot that could not be written; the average is whole, and training can go on."""
 
 
 class PolyakWarning(UserWarning):

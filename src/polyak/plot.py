@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Looks = Mapping[str, Mapping[str, Any]]
 
-__all__ = ["curves", "palette", "shares"]
+__all__ = ["curves", "metrics", "palette", "shares"]
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart, and two of Tol's; dashes tell the rounds.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)))
 _LABEL = 26  # characters in a line of a joint label
 _SIZE = 9.0  # points
+_POOR = 0.1  # the error of a profile from which on the average is another one
 
 
 def palette(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -118,6 +119,48 @@ def curves(
     ax.set(xlabel="optimiser step", yscale="log")
     ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
     _name_ends(ax)
+    return ax
+
+
+def metrics(
+    points: Iterable[tuple[float, float, float]],
+    *,
+    best: tuple[float, float, str],
+    ax: Axes | None = None,
+    label: str = "metric",
+) -> Axes:
+    """Draw what averages of one run are worth against their half-lives.
+
+    Args:
+        points: The half-life as a fraction of the run, the metric, and the error of the profile; hollow where that is
+            more than a tenth, and the average so another than was wanted.
+        best: The half-life, the metric and the label of the best one.
+        ax: Where to draw; a new figure where it is None.
+        label: What the metric is.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+
+    Examples:
+        >>> ax = metrics([(0.01, 2.0, 0.0), (0.1, 1.5, 0.01)], best=(0.1, 1.5, "ema"), label="loss")
+        >>> ax.get_xlabel()
+        'half-life of the average, as part of the run'
+    """
+    ax = _axes(ax)
+    ordered = sorted(points)
+    ax.plot([x for x, _, _ in ordered], [y for _, y, _ in ordered], color=_COLORS[0], linewidth=1)
+    for exact in (True, False):
+        here = [(x, y) for x, y, error in ordered if (error <= _POOR) == exact]
+        name = None if exact or not here else f"profile error above {_POOR:.0%}"
+        face = _COLORS[0] if exact else "white"
+        ax.scatter(
+            [x for x, _ in here], [y for _, y in here], edgecolor=_COLORS[0], facecolor=face, zorder=3, label=name
+        )
+    x, y, text = best
+    ax.scatter([x], [y], s=160, facecolor="none", edgecolor=_COLORS[1], linewidth=2, zorder=4, label=f"best: {text}")
+    ax.set(xscale="log", xlabel="half-life of the average, as part of the run", ylabel=label)
+    ax.xaxis.set_major_formatter(lambda part, _: f"{100 * part:g} %")
+    ax.legend(frameon=False)
     return ax
 
 

@@ -36,6 +36,7 @@ class Profile:
         shares: The share of each update 1..n, float64, shape (n,).
         steps: The optimiser step of each update, int64, shape (n,); increasing.
         start: The share left on the weights that the average started from.
+        stride: The optimiser steps that the first update stands for; 0: as many as the second.
 
     Source: field notes of every paper on averaging; the identity itself is elementary.
 
@@ -51,6 +52,7 @@ class Profile:
     shares: NDArray[np.float64]
     steps: NDArray[np.int64]
     start: float = 0.0
+    stride: int = 0
 
     def __post_init__(self) -> None:
         if len(self.shares) != len(self.steps):
@@ -100,7 +102,7 @@ class Profile:
         if n and (origin or ("first" if start else strategy.engine().get("origin", "initial"))) == "first":
             rates[0] = 1.0
         shares = strategy.shares(rates)
-        return cls(shares.updates, clocks.step.astype(np.int64), shares.start)
+        return cls(shares.updates, clocks.step.astype(np.int64), shares.start, every)
 
     def __len__(self) -> int:
         return len(self.shares)
@@ -113,9 +115,13 @@ class Profile:
     @cached_property
     def by_age(self) -> NDArray[np.float64]:
         """What each single optimiser step counts, the last one first; an update's share is spread over its stride."""
-        strides = np.diff(self.steps)
-        strides = np.concatenate((strides[:1], strides)) if len(strides) else self.steps[:1].clip(1)
-        return np.repeat(self.shares / strides, strides)[::-1]
+        return np.repeat(self.shares / self._strides, self._strides)[::-1]
+
+    @cached_property
+    def _strides(self) -> NDArray[np.int64]:
+        later = np.diff(self.steps)
+        first = self.stride or (later[0] if len(later) else 1)
+        return np.concatenate(([first], later))[: len(self)].clip(1)
 
     def _moment(self, values: NDArray[np.float64]) -> float:
         total = self.shares.sum()
@@ -136,11 +142,7 @@ class Profile:
         """The age in steps within which the younger half of all shares lies; inf where the start holds more."""
         younger = np.cumsum(self.shares[::-1])
         i = int(np.searchsorted(younger, 0.5 - 1e-12))
-        return float(self.ages[::-1][i]) + float(self._stride) if i < len(self) else math.inf
-
-    @property
-    def _stride(self) -> float:
-        return float(self.steps[-1] / len(self)) if len(self) == 1 else float(np.diff(self.steps[-2:])[0])
+        return float(self.ages[::-1][i] + self._strides[-1]) if i < len(self) else math.inf
 
     @property
     def effective_size(self) -> float:
@@ -158,10 +160,10 @@ class Profile:
 
         Examples:
             >>> from polyak import EMA, SWA
-            >>> Profile.of(SWA(), 100).distance(Profile.of(SWA(), 50))
+            >>> round(Profile.of(SWA(), 100).distance(Profile.of(SWA(), 50)), 6)
             0.5
             >>> round(Profile.of(EMA(decay=0.9), 100).distance(Profile.of(EMA(decay=0.99), 100)), 2)
-            0.7
+            0.71
         """
         length = max(len(self.by_age), len(other.by_age))
         mine, theirs = (np.pad(p.by_age, (0, length - len(p.by_age))) for p in (self, other))
@@ -248,4 +250,5 @@ class History:
         rates = np.repeat(np.array(self.rates[:runs], np.float64), counts)
         steps = np.cumsum(np.repeat(np.array(self.strides[:runs], np.int64), counts))
         shares = strategy.shares(rates)
-        return Profile(shares.updates, steps + (last_step - steps[-1]) if len(steps) else steps, shares.start)
+        moved = steps + (last_step - steps[-1]) if len(steps) else steps
+        return Profile(shares.updates, moved, shares.start, self.strides[0] if runs else 0)

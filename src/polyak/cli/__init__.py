@@ -11,6 +11,7 @@ import typer
 
 from polyak import AveragerConfig, __version__
 from polyak.cli.bench import bench
+from polyak.cli.plan import plan
 from polyak.cli.tables import list_plugins, list_strategies, show, versions
 from polyak.config.files import write
 from polyak.registry import registry
@@ -39,6 +40,7 @@ def _options(
 
 
 app.command("bench")(bench)
+app.command("plan")(plan)
 
 
 @app.command("strategies")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from polyak.cli.tables import Listing, show
-from polyak.errors import ConfigError, PolyakError
+from polyak.cli.told import told
+from polyak.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from polyak.bench import Report
 
 __all__ = ["bench"]
@@ -50,7 +48,7 @@ def bench(
     """Measure what averaging costs here: time, memory, and beside other libraries and the memory's own limit."""
     from polyak.bench import Settings, measure
 
-    with _told():
+    with told():
         _check(json, plot)
         settings = Settings(
             models=tuple(model or ["resnet50"]), strategies=tuple(strategy or ["ema"]), kernels=tuple(kernel or []),
@@ -90,12 +88,3 @@ def _check(json: Path | None, plot: Path | None) -> None:
         from polyak.bench.picture import check_drawable
 
         check_drawable()
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    try:
-        yield
-    except PolyakError as error:
-        typer.echo(f"polyak: {error}", err=True)
-        raise typer.Exit(2) from error

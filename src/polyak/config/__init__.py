@@ -15,6 +15,7 @@ from polyak.config.schema import with_strategies
 from polyak.engine import Engine
 from polyak.errors import ConfigError, UnknownStrategyError
 from polyak.options import Options
+from polyak.profile import Profile
 from polyak.registry import registry
 from polyak.strategies import EMA
 from polyak.strategy import Strategy  # noqa: TC001 - pydantic reads the annotation
@@ -111,6 +112,17 @@ class AveragerConfig(Options):
         if names.listens:
             engine.listeners.append(names.updated)
         return engine
+
+    def profile(self, step: int) -> Profile:
+        """Return what each update counts in the average after ``step`` optimiser steps, without any model.
+
+        Examples:
+            >>> AveragerConfig(strategy="swa", start=76).profile(100).effective_size
+            25.0
+        """
+        first = max(self.every, -(-self.start // self.every) * self.every)
+        n = max(0, (step - first) // self.every + 1)
+        return Profile.of(self.strategy, n, every=self.every, start=self.start, origin=self.origin)
 
     @field_serializer("strategy", mode="wrap")
     def _named(self, strategy: Strategy, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

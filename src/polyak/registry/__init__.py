@@ -14,7 +14,7 @@ import pluggy
 from polyak import hookspecs
 from polyak.errors import PluginError, UnknownStrategyError
 from polyak.registry.offers import Offer, Plugin, Strategies, checked, normal
-from polyak.strategies import EMA, EMAV1, EMAV2, EMAV3, SWA, DebiasedEMA
+from polyak.strategies import BUILT_IN
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -34,7 +34,7 @@ class _BuiltIns:
 
     @hookspecs.hookimpl
     def polyak_strategies(self) -> list[type[Strategy]]:
-        return [EMA, DebiasedEMA, EMAV1, EMAV2, EMAV3, SWA]
+        return [*BUILT_IN]
 
 
 class Registry:

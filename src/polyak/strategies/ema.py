@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+import math
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 from typing_extensions import override
@@ -12,10 +13,20 @@ from polyak.strategy import Strategy
 if TYPE_CHECKING:
     from polyak.clock import Clock
 
-__all__ = ["EMA", "DebiasedEMA", "Decay"]
+__all__ = ["EMA", "DebiasedEMA", "Decay", "decay_of"]
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """What one optimiser step keeps of the average, in [0, 1)."""
+
+
+def decay_of(age: float) -> float:
+    """Return the decay of an EMA with this mean age in steps.
+
+    Examples:
+        >>> decay_of(99)
+        0.99
+    """
+    return min(age / (1.0 + age), math.nextafter(1.0, 0.0))
 
 
 class EMA(Strategy):
@@ -46,6 +57,11 @@ class EMA(Strategy):
     def rate(self, clock: Clock) -> float:
         return 1.0 - self.decay**clock.stride
 
+    @classmethod
+    @override
+    def with_mean_age(cls, age: float, steps: int) -> Self:
+        return cls(decay=decay_of(age))
+
 
 class DebiasedEMA(Strategy):
     """The bias-corrected EMA: ``rate = (1 - decay ** stride) / (1 - decay ** elapsed)``.
@@ -74,3 +90,8 @@ class DebiasedEMA(Strategy):
     @override
     def rate(self, clock: Clock) -> float:
         return (1.0 - self.decay**clock.stride) / (1.0 - self.decay**clock.elapsed)
+
+    @classmethod
+    @override
+    def with_mean_age(cls, age: float, steps: int) -> Self:
+        return cls(decay=decay_of(age))

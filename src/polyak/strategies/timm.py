@@ -6,13 +6,13 @@ and integer buffers are copied (timm V1 and V2: averaged and cut off).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt
 from typing_extensions import override
 
 from polyak.elementwise import at_least, at_most, where
-from polyak.strategies.ema import Decay
+from polyak.strategies.ema import Decay, decay_of
 from polyak.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ class EMAV1(Strategy):
     def rate(self, clock: Clock) -> float:
         return 1.0 - self.decay
 
+    @classmethod
+    @override
+    def with_mean_age(cls, age: float, steps: int) -> Self:
+        return cls(decay=decay_of(age))
+
 
 class EMAV2(Strategy):
     """timm's ``ModelEmaV2``: the constant rate ``1 - decay`` at each update, tensors matched by order.
@@ -76,6 +81,11 @@ class EMAV2(Strategy):
     @override
     def engine(self) -> Mapping[str, Any]:
         return {"match": "order"}
+
+    @classmethod
+    @override
+    def with_mean_age(cls, age: float, steps: int) -> Self:
+        return cls(decay=decay_of(age))
 
 
 class EMAV3(Strategy):
@@ -140,3 +150,8 @@ class EMAV3(Strategy):
             "kernel": "auto" if self.foreach else "loop",
             "buffers": "copy" if self.exclude_buffers else "auto",
         }
+
+    @classmethod
+    @override
+    def with_mean_age(cls, age: float, steps: int) -> Self:
+        return cls(decay=decay_of(age))

@@ -1,0 +1,165 @@
+"""What an average will cost at a given size, on paper: memory, traffic and time per update on each rank."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from polyak.errors import ConfigError
+
+__all__ = ["Budget", "Hardware", "Job", "budget"]
+
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_PASSES_OF_AN_EXCHANGE = 6  # a clone, and two copies: each reads and writes
+
+
+@dataclass(frozen=True)
+class Job:
+    """The training run.
+
+    Attributes:
+        params: Values in the model (70e9 for a 70 B model).
+        ranks: Processes, one accelerator each.
+        replicas: Copies of the sharded model (HSDP); equal to ``ranks`` under DDP, where each has all of it.
+        weights: The dtype of the weights that are averaged; under FSDP2 that of the sharded master weights.
+        step: Seconds that a training step takes; None: from ``tokens`` and the hardware's speed.
+        tokens: Tokens in a step of all ranks; a step then takes ``6 * params * tokens / (ranks * flops)`` seconds.
+    """
+
+    params: float
+    ranks: int = 1
+    replicas: int = 1
+    weights: str = "float32"
+    step: float | None = None
+    tokens: float | None = None
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the run is on; the defaults are round figures of a node of eight H100.
+
+    Attributes:
+        memory: Bytes per second that an accelerator's memory moves.
+        link: Bytes per second from an accelerator to the host, one way.
+        host: Bytes per second that the host's memory moves, for all ranks of a node.
+        node: Ranks on a node.
+        flops: Operations per second that an accelerator sustains in training.
+    """
+
+    memory: float = 3.35e12
+    link: float = 25e9
+    host: float = 300e9
+    node: int = 8
+    flops: float = 400e12
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What averaging costs each rank; bytes and seconds.
+
+    Attributes:
+        elements: Values of a rank's shard.
+        averages: Memory of the averages, where they live.
+        staging: Page-locked memory on the host that weights on their way are copied to; 0 beside the model.
+        on_node: Memory of the host that all ranks of a node take; 0 beside the model.
+        moved: What an update moves through the accelerator's memory.
+        sent: What it sends to the host.
+        on_host: What it moves through the host's memory, for one rank.
+        seconds: What an update takes, at these speeds and if nothing else used them.
+        exchange: What putting the averages into the model, or out of it, moves.
+        gathered: Memory of rank 0 for ``averaged_state_dict(full=True)``.
+        step: Seconds of a training step; None where neither they nor the tokens were given.
+    """
+
+    elements: float
+    averages: float
+    staging: float
+    on_node: float
+    moved: float
+    sent: float
+    on_host: float
+    seconds: float
+    exchange: float
+    gathered: float
+    step: float | None
+
+    def every(self, share: float) -> int | None:
+        """Return the smallest ``every=`` that keeps averaging under a share of the training time; None: no step known.
+
+        Examples:
+            >>> cost = budget(Job(70e9, ranks=64, tokens=262144), device="cpu")
+            >>> cost.every(0.01), cost.every(0.5)
+            (18, 1)
+        """
+        return None if self.step is None else max(1, math.ceil(self.seconds / (share * self.step)))
+
+
+def budget(
+    job: Job,
+    hardware: Hardware | None = None,
+    *,
+    dtype: str = "float32",
+    device: str = "cuda",
+    averages: int = 1,
+    checked: bool = True,
+) -> Budget:
+    """Return what averaging costs each rank.
+
+    Per value and update: the weights are read once, and once more by the check for NaN; each average is read and
+    written. Shards are averaged where they are: nothing is sent between ranks.
+
+    Args:
+        job: The run.
+        hardware: What it is on.
+        dtype: Of the averages.
+        device: Where they live: with the model ("cuda"), or on the host ("cpu").
+        averages: How many there are, as in a bank; each slot of a strategy with slots is one more.
+        checked: Whether non-finite weights are looked for (``nonfinite="skip"`` or ``"raise"``).
+
+    Raises:
+        ConfigError: A number that is not positive, replicas that do not divide the ranks, an unknown dtype or device.
+
+    Often confused with: a measurement; ``polyak bench`` measures.
+
+    Examples:
+        >>> cost = budget(Job(70e9, ranks=64))
+        >>> round(cost.averages / 1e9, 2), round(1e3 * cost.seconds, 1)  # GB, ms
+        (4.38, 5.2)
+    """
+    hardware = hardware or Hardware()
+    _check(job, hardware, dtype, device, averages)
+    w, a = _BYTES[job.weights], _BYTES[dtype] * averages
+    elements = job.params * job.replicas / job.ranks
+    words = (2 if checked else 1) * w + 2 * a
+    offloaded = device == "cpu"
+    moved = elements * (w if offloaded else words)
+    sent = elements * w if offloaded else 0.0
+    on_host = elements * (w + words) if offloaded else 0.0
+    on_node = min(hardware.node, job.ranks)
+    seconds = sent / hardware.link + on_host * on_node / hardware.host if offloaded else moved / hardware.memory
+    step = job.step
+    if step is None and job.tokens is not None:
+        step = 6 * job.params * job.tokens / (job.ranks * hardware.flops)
+    return Budget(
+        elements=elements, averages=elements * a, staging=sent, on_node=(elements * a + sent) * on_node * offloaded,
+        moved=moved, sent=sent, on_host=on_host, seconds=seconds,
+        exchange=_PASSES_OF_AN_EXCHANGE * elements * w, gathered=job.params * w, step=step,
+    )  # fmt: skip
+
+
+def _check(job: Job, hardware: Hardware, dtype: str, device: str, averages: int) -> None:
+    numbers = {**vars(job), **vars(hardware), "averages": averages}
+    for name, value in numbers.items():
+        if isinstance(value, (int, float)) and not (value > 0 and math.isfinite(value)):
+            message = f"{name}: got {value!r}; expected a positive number"
+            raise ConfigError(message)
+    if job.ranks % job.replicas:
+        message = f"replicas: got {job.replicas} for {job.ranks} ranks; expected a divisor (1: all sharded)"
+        raise ConfigError(message)
+    for name, value in (("dtype", dtype), ("weights", job.weights)):
+        if value not in _BYTES:
+            message = f"{name}: got {value!r}; expected {', '.join(_BYTES)}"
+            raise ConfigError(message)
+    if device not in {"cuda", "cpu"}:
+        message = f"device: got {device!r}; expected 'cuda' (with the model) or 'cpu' (on the host)"
+        raise ConfigError(message)

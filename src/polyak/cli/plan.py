@@ -1,0 +1,85 @@
+"""``polyak plan``: what an average will cost at a size that is not at hand."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from polyak.budget import Budget, Hardware, Job, budget
+from polyak.cli.tables import Listing, show
+from polyak.cli.told import told
+
+__all__ = ["plan"]
+
+_SHARES = (0.001, 0.01, 0.05)
+
+
+def plan(  # noqa: PLR0913, PLR0917 - typer makes an option of each
+    params: Annotated[float, typer.Option(help="Values in the model: 70e9 for 70 B.")],
+    ranks: Annotated[int, typer.Option(help="Processes, one accelerator each.")] = 1,
+    replicas: Annotated[int, typer.Option(help="Copies of the sharded model (HSDP); as many as ranks: DDP.")] = 1,
+    weights: Annotated[
+        str, typer.Option(help="Dtype of the weights that are averaged (FSDP2: the master's).")
+    ] = "float32",
+    dtype: Annotated[str, typer.Option(help="Dtype of the averages.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where they live: cuda, beside the model, or cpu, on the host.")] = "cuda",
+    averages: Annotated[int, typer.Option(help="How many there are, as in a bank.")] = 1,
+    unchecked: Annotated[bool, typer.Option("--unchecked", help='As with nonfinite="propagate".')] = False,  # noqa: FBT002 - a flag
+    step: Annotated[float | None, typer.Option(help="Seconds that a training step takes.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Tokens in a step of all ranks, in place of --step.")] = None,
+    memory: Annotated[float, typer.Option(help="GB/s of an accelerator's memory.")] = 3350,
+    link: Annotated[float, typer.Option(help="GB/s from an accelerator to the host.")] = 25,
+    host: Annotated[float, typer.Option(help="GB/s of a host's memory, for all of its ranks.")] = 300,
+    node: Annotated[int, typer.Option(help="Ranks on a host.")] = 8,
+    flops: Annotated[float, typer.Option(help="TFLOP/s that an accelerator sustains in training.")] = 400,
+) -> None:
+    """Tell what averages will cost each rank, on paper: memory, traffic, time, and which every= keeps it small."""
+    with told():
+        job = Job(params, ranks, replicas, weights, step, tokens)
+        hardware = Hardware(memory * 1e9, link * 1e9, host * 1e9, node, flops * 1e12)
+        cost = budget(job, hardware, dtype=dtype, device=device, averages=averages, checked=not unchecked)
+    show(Listing(("each rank", "figure", "what it is"), _rows(cost, on_host=device == "cpu"), wraps=2))
+    for line in _cadence(cost):
+        typer.echo(line)
+
+
+def _rows(cost: Budget, *, on_host: bool) -> list[tuple[str, ...]]:
+    rows = [
+        ("values", f"{cost.elements:.4g}", "of its shard"),
+        ("averages", _size(cost.averages), "on the host" if on_host else "on the accelerator"),
+    ]
+    if on_host:
+        rows += [
+            ("staging", _size(cost.staging), "page-locked memory on the host"),
+            ("host memory", _size(cost.on_node), "of all ranks of a node together"),
+            ("sent", _size(cost.sent), "to the host, each update"),
+            ("host traffic", _size(cost.on_host), "through the host's memory, each update"),
+        ]
+    return [
+        *rows,
+        ("accelerator traffic", _size(cost.moved), "through its memory, each update"),
+        ("update", _time(cost.seconds), "at these speeds, if nothing else uses them"),
+        ("applied()", _size(cost.exchange), "moved to put the average in, and again to take it out"),
+        ("between ranks", _size(0), "shards are averaged where they are"),
+        ("full state dict", _size(cost.gathered), "on rank 0, for averaged_state_dict(full=True)"),
+    ]
+
+
+def _cadence(cost: Budget) -> list[str]:
+    if cost.step is None:
+        return ["Give --step or --tokens to see what share of the training that is."]
+    whole = f"A step takes {_time(cost.step)}: an update at each is {cost.seconds / cost.step:.2%} of it."
+    return [whole, *(f"every={cost.every(share)} keeps it under {share:.1%}." for share in _SHARES)]
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:  # noqa: PLR2004 - the next unit
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -1,0 +1,10 @@
+"""Train once, choose the average afterwards: snapshots of a run, and any average that they can be combined into."""
+
+from __future__ import annotations
+
+from polyak.posthoc.recorder import Recorder
+from polyak.posthoc.store import Store
+from polyak.posthoc.sweep import Sweep, sweep
+from polyak.posthoc.synthesis import Synthesis, synthesize
+
+__all__ = ["Recorder", "Store", "Sweep", "Synthesis", "sweep", "synthesize"]

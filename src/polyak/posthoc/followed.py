@@ -1,0 +1,112 @@
+"""What a recorder follows: averages that can be recorded, their model, and the means of blocks beside them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from torch import nn
+
+from polyak.bank import Bank
+from polyak.engine import Engine
+from polyak.errors import ConfigError, UnboundError
+from polyak.options import Options
+from polyak.posthoc.snapshot import Layout
+from polyak.strategies import SWA
+from polyak.tensors.entries import walk
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from polyak.averager import Averager
+    from polyak.tensors.entries import Model
+
+__all__ = ["block_means", "engines_of", "layout_of", "model_of", "weights_of"]
+
+_FOR_SYNTHESIS = {"power", "block_mean"}
+
+
+def engines_of(averager: Averager | Bank) -> dict[str, Engine]:
+    """Return the averages by the names that their snapshots get.
+
+    Raises:
+        ConfigError: It is none, or its updates are made where nobody can follow.
+    """
+    named = dict(averager) if isinstance(averager, Bank) else {"average": averager}
+    for name, one in named.items():
+        if not isinstance(one, Engine):
+            message = f"got {type(one).__name__}; expected what polyak.average() or polyak.bank() returned"
+            raise ConfigError(message)
+        if one.options.capturable:
+            message = f"{name} is updated inside a captured graph, which tells nobody; build it without capturable=True"
+            raise ConfigError(message)
+    engines = cast("dict[str, Engine]", named)
+    averaged = {name: _averaged(engine) for name, engine in engines.items()}
+    first = next(iter(averaged))
+    for name, tensors in averaged.items():
+        if tensors != averaged[first]:
+            message = f"{name!r} averages other tensors than {first!r}; record averages of different tensors one by one"
+            raise ConfigError(message)
+    return engines
+
+
+def model_of(engine: Engine) -> Model:
+    """Return the model, without wrappers.
+
+    Raises:
+        UnboundError: There is none.
+    """
+    if engine.model is None:
+        message = "the averager has no model (it was unpickled); update it once, then record it"
+        raise UnboundError(message)
+    return engine.model
+
+
+def layout_of(engine: Engine) -> Layout:
+    """Return what an average is loaded into: the keys, names and dtypes of its model's state dict."""
+    model = model_of(engine)
+    entries = walk(model)
+    names = {id(slot.tensor): entry.name for entry in entries for slot in entry.slots}
+    tensors = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
+    keys = {key: names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
+    kept = {*keys.values()}
+    dtypes = {entry.name: str(entry.tensor.dtype).removeprefix("torch.") for entry in entries if entry.name in kept}
+    return Layout(keys, dtypes, [name for name in _averaged(engine) if name in kept])
+
+
+def weights_of(engine: Engine, layout: Layout) -> dict[str, Tensor]:
+    """Return an average of a model's state dict by canonical name; what it leaves alone is the model's own."""
+    averages = engine.averages
+    live = {entry.name: entry.tensor for entry in walk(model_of(engine))}
+    return {name: averages.get(name, live[name]) for name in layout.dtypes}
+
+
+def block_means(engines: Mapping[str, Engine], wanted: bool | None) -> Engine | None:  # noqa: FBT001 - as in Recorder
+    """Return what averages the weights of each block, or None where nobody wants it.
+
+    Raises:
+        ConfigError: It is wanted beside an average that is moved beside the training.
+    """
+    fastest = min(engines.values(), key=lambda engine: engine.options.every)
+    offloaded = any(engine.plan is not None and engine.plan.offload is not None for engine in engines.values())
+    if wanted is None:
+        wanted = not offloaded and any(engine.strategy.name not in _FOR_SYNTHESIS for engine in engines.values())
+    if not wanted:
+        return None
+    if offloaded:
+        message = (
+            "blocks=True reads the weights after each update, and this one is made later, beside the training; put "
+            'block means into the bank: {"blocks": {"name": "block_mean", "length": every}}'
+        )
+        raise ConfigError(message)
+    own = fastest.options
+    options = Options(
+        every=own.every, origin="first", buffers=own.buffers, include=own.include, exclude=own.exclude,
+        match=own.match, nonfinite="propagate" if fastest.checks else "skip",
+    )  # fmt: skip
+    return Engine(model_of(fastest), SWA(), options)
+
+
+def _averaged(engine: Engine) -> list[str]:
+    return [stored.name for stored in engine.stored if stored.policy == "average"]

@@ -1,0 +1,235 @@
+"""The recorder: follows an averager and keeps snapshots for synthesis after the run."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from polyak.errors import ConfigError, PolyakWarning, StateError
+from polyak.posthoc.followed import block_means, engines_of, layout_of, weights_of
+from polyak.posthoc.snapshot import file_name, safetensors, write
+from polyak.posthoc.store import Store
+from polyak.profile import Profile
+from polyak.tensors.storage import as_dtype
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
+    import torch
+    from torch import Tensor
+
+    from polyak.averager import Averager
+    from polyak.bank import Bank
+    from polyak.clock import Clock
+    from polyak.engine import Engine
+
+__all__ = ["Recorder"]
+
+BLOCKS, START = "blocks", "start"
+
+
+class Recorder:
+    """Follows an averager, or a bank, by itself and writes snapshots that any average can be made of afterwards.
+
+    A snapshot is an average at one moment with its profile: a safetensors file, whole or absent. ``close()``, or the
+    end of a ``with``, writes what the last updates brought.
+
+    Args:
+        averager: What ``polyak.average`` or ``polyak.bank`` returned; each average of a bank is a series of snapshots.
+        directory: The folder to write to; made where it is missing. One run has a folder of its own.
+        every: The optimiser steps from one snapshot to the next. 64 snapshots in a run rebuild most averages well.
+        keep: How many snapshots of each series are kept, the latest; None: all.
+        blocks: Whether plain means of the weights of each ``every`` steps are kept, too, which rebuild averages that
+            were not thought of and need no negative coefficients. They cost one more pass over the weights for each
+            update. None: where no average is made for synthesis (``power``, ``block_mean``).
+        dtype: The dtype of what is averaged; "auto": the average's own, float32 at the least. Shorter ones save disk,
+            and synthesis amplifies their rounding (``Synthesis.rounding``).
+
+    Raises:
+        ConfigError: A wrong setting, or an averager whose updates are made in a graph or beside the training.
+        MissingExtraError: safetensors is not installed.
+
+    While it follows, ``update()`` raises SnapshotError where a snapshot cannot be written (the update is made, and
+    training can go on), and StateError where the folder holds another run's snapshots.
+
+    Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (2023), arXiv:2312.02696,
+    section 3.2, for power-function averages; block means and other families are linear in the same way.
+
+    Often confused with: checkpoints. Raw weights of single steps cannot be averaged into the mean of the steps between.
+
+    Examples:
+        >>> import polyak, tempfile, torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> averager = polyak.average(model, "ema", decay=0.9)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with polyak.posthoc.Recorder(averager, folder, every=25):
+        ...         for step in range(100):
+        ...             averager.update()
+        ...     made = polyak.posthoc.synthesize(folder, "swa")
+        >>> sorted(made.state_dict), made.profile_error < 1e-12
+        (['bias', 'weight'], True)
+    """
+
+    def __init__(
+        self,
+        averager: Averager | Bank,
+        directory: str | os.PathLike[str],
+        *,
+        every: int,
+        keep: int | None = None,
+        blocks: bool | None = None,
+        dtype: str | torch.dtype = "auto",
+    ) -> None:
+        for name, value in (("every", every), ("keep", keep)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                message = f"{name}: got {value!r}; expected a whole number of at least 1"
+                raise ConfigError(message)
+        safetensors()
+        self.directory, self._every, self._keep, self._dtype = Path(directory), every, keep, as_dtype(dtype)
+        self._engines = engines_of(averager)
+        self._layout = layout_of(next(iter(self._engines.values())))
+        self._blocks = block_means(self._engines, blocks)
+        self._fastest = min(self._engines, key=lambda name: self._engines[name].options.every)
+        self._seen: dict[str, int] = {}
+        self._written: dict[str, int] = {}
+        self._begun = False
+        self._at_start = self._copies_at_start()
+        self._make_folder()
+        self._listeners = [(engine, self._listener(name)) for name, engine in self._engines.items()]
+        for engine, listener in self._listeners:
+            engine.listeners.append(listener)
+
+    def close(self) -> None:
+        """Write the snapshots of the last updates, and follow no longer; twice is once."""
+        for engine, listener in self._listeners:
+            engine.synchronize()
+            engine.listeners.remove(listener)
+        self._listeners = []
+        for name in self._series():
+            if self._seen.get(name, -1) > self._written.get(name, -1):
+                self._write(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what an exact resume between two snapshots needs: the mean of the block that has begun."""
+        blocks = None if self._blocks is None else self._blocks.state_dict()
+        return {"seen": dict(self._seen), "written": dict(self._written), BLOCKS: blocks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where the state was taken; without it, the first block after a resume is a shorter one.
+
+        Raises:
+            StateError: It is no state of such a recorder.
+        """
+        if not isinstance(state, dict) or {*state} != {"seen", "written", BLOCKS}:
+            message = "expected what Recorder.state_dict() returned"
+            raise StateError(message)
+        if (state[BLOCKS] is None) != (self._blocks is None):
+            message = "the state was saved with another setting of blocks=; build the recorder with that one"
+            raise StateError(message)
+        if self._blocks is not None:
+            self._blocks.load_state_dict(state[BLOCKS])
+        self._seen, self._written = dict(state["seen"]), dict(state["written"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _series(self) -> dict[str, Engine]:
+        return self._engines if self._blocks is None else {**self._engines, BLOCKS: self._blocks}
+
+    def _listener(self, name: str) -> Callable[[Any, Clock], None]:
+        def updated(_: Averager, clock: Clock) -> None:
+            if not self._begun:
+                self._begin(clock)
+            if self._blocks is not None and name == self._fastest:
+                self._blocks.update(step=clock.step)
+                self._due(BLOCKS, clock)
+            self._due(name, clock)
+
+        return updated
+
+    def _due(self, name: str, clock: Clock) -> None:
+        previous = self._seen.get(name, clock.step - clock.stride)
+        self._seen[name] = clock.step
+        if clock.step // self._every > previous // self._every:
+            self._write(name)
+
+    def _write(self, name: str) -> None:
+        engine = self._series()[name]
+        if not engine.n:  # every update of a block was left out because of a NaN
+            return
+        profile = engine.profile()
+        step = int(profile.steps[-1])
+        self._put(name, step, engine, weights_of(engine, self._layout), profile)
+        self._written[name] = step
+        if engine is self._blocks:
+            engine.restart()
+        if self._keep is not None:
+            for old in sorted(self.directory.glob(file_name(name)))[: -self._keep]:
+                old.unlink()
+
+    def _put(self, name: str, step: int, engine: Engine, weights: Mapping[str, Tensor], profile: Profile) -> None:
+        write(
+            self.directory, average=name, step=step, weights=weights, profile=profile, strategy=engine.strategy,
+            layout=self._layout, dtype=self._dtype,
+        )  # fmt: skip
+
+    def _begin(self, clock: Clock) -> None:
+        """Look, at the first update, whether what lies in the folder is this run's."""
+        found = Store(self.directory).snapshots
+        if found and found[0].layout != self._layout:
+            message = f"{str(self.directory)!r} holds snapshots of another model; give this run a folder of its own"
+            raise StateError(message)
+        if clock.n == 1:
+            if recorded := [snapshot for snapshot in found if snapshot.step]:
+                message = (
+                    f"{str(self.directory)!r} holds {len(recorded)} snapshots of another run, up to step "
+                    f"{recorded[-1].step}, and this one has just begun; give it a folder of its own, or load the state "
+                    "of the averager to go on with that run"
+                )
+                raise StateError(message)
+            self._write_start()
+        elif later := [snapshot for snapshot in found if snapshot.step > clock.step - clock.stride]:
+            warnings.warn(
+                f"{len(later)} snapshots after step {clock.step - clock.stride}, where this run goes on, are removed: "
+                "they belong to steps that are made again",
+                PolyakWarning,
+                stacklevel=5,
+            )
+            for snapshot in later:
+                snapshot.path.unlink()
+        self._begun, self._at_start = True, None
+
+    def _write_start(self) -> None:
+        if self._at_start is not None:
+            engine = self._engines[self._fastest]
+            nothing = Profile(np.empty(0), np.empty(0, np.int64), start=1.0)
+            self._put(START, 0, engine, self._at_start, nothing)
+
+    def _copies_at_start(self) -> dict[str, Tensor] | None:
+        """Return the weights at construction, where they count."""
+        engines = self._engines.values()
+        counts = self._blocks is not None or any(engine.options.origin == "initial" for engine in engines)
+        if not counts or any(engine.n for engine in engines):
+            return None
+        weights = weights_of(self._engines[self._fastest], self._layout)
+        return {name: tensor.detach().clone() for name, tensor in weights.items()}
+
+    def _make_folder(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"the folder {str(self.directory)!r} cannot be made ({error}); give another one"
+            raise ConfigError(message) from error
+        # A process that died while it wrote left its half.
+        for half in self.directory.glob(f".{file_name('*')}.*.tmp"):
+            half.unlink()

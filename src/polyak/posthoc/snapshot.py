@@ -1,0 +1,197 @@
+"""One average at one moment in a file, with the profile that tells what it is made of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from urllib.parse import quote
+
+import torch
+
+from polyak.atomic import write_whole
+from polyak.checkpoints.tensor_file import TensorFile
+from polyak.errors import MissingExtraError, SnapshotError, StateError
+from polyak.posthoc.recipe import described, from_description
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from polyak.profile import Profile
+    from polyak.strategy import Strategy
+
+__all__ = ["Layout", "Snapshot", "file_name", "safetensors", "write"]
+
+FORMAT = 1
+_DIGITS = 12
+_ABOUT = "polyak_snapshot"
+
+
+class Layout(NamedTuple):
+    """The model that snapshots are of.
+
+    Attributes:
+        keys: Each key of its state dict, and the canonical name of the tensor there.
+        dtypes: The model's dtype of each canonical name.
+        averaged: The canonical names of what is averaged; the rest is copied from the last step.
+    """
+
+    keys: dict[str, str]
+    dtypes: dict[str, str]
+    averaged: list[str]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One average at one moment, in a file.
+
+    Attributes:
+        file: The file.
+        about: What its metadata say.
+    """
+
+    file: TensorFile
+    about: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """Return the snapshot in a file, its tensors unread; None where the file is another's.
+
+        Raises:
+            StateError: It is damaged, or of a newer polyak.
+        """
+        file = TensorFile(path)
+        if _ABOUT not in file.metadata:
+            return None
+        about = json.loads(file.metadata[_ABOUT])
+        if about.get("format") != FORMAT:
+            message = (
+                f"{str(path)!r} has format {about.get('format')!r}, and this polyak reads {FORMAT}; upgrade polyak"
+            )
+            raise StateError(message)
+        return cls(file, about)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.file.path
+
+    @property
+    def average(self) -> str:
+        """The name of its average: in the bank, or ``"average"``; ``"blocks"`` for means of blocks."""
+        return str(self.about["average"])
+
+    @property
+    def step(self) -> int:
+        """The optimiser step of its last update."""
+        return int(self.about["step"])
+
+    @property
+    def layout(self) -> Layout:
+        """The model."""
+        return Layout(**self.about["layout"])
+
+    @cached_property
+    def profile(self) -> Profile:
+        """What each step counts in it."""
+        names = [name for name in self.file.names if name.startswith("profile/")]
+        tensors = {name.removeprefix("profile/"): self.file.read(name) for name in names}
+        return from_description(self.about["profile"], tensors)
+
+    @property
+    def precision(self) -> float:
+        """The relative rounding of a value in it: half a unit in the last place of its shortest dtype."""
+        names = [f"weights/{name}" for name in self.layout.averaged]
+        return max(torch.finfo(self.file.dtype(name)).eps for name in names) / 2
+
+    def read_weights(self, name: str) -> Tensor:
+        """Return one of its tensors by canonical name."""
+        tensor = self.file.read(f"weights/{name}")
+        return torch.view_as_complex(tensor) if name in self.about["complex"] else tensor
+
+
+def write(
+    directory: Path,
+    *,
+    average: str,
+    step: int,
+    weights: Mapping[str, Tensor],
+    profile: Profile,
+    strategy: Strategy,
+    layout: Layout,
+    dtype: torch.dtype | None,
+) -> Path:
+    """Write a snapshot; the file is whole or absent.
+
+    Args:
+        directory: Where.
+        average: Its name.
+        step: The optimiser step of its last update; 0 for the weights at the start.
+        weights: The tensors, by canonical name.
+        profile: What each step counts in them.
+        strategy: What made the profile.
+        layout: The model.
+        dtype: The dtype of what is averaged; None: its own, but float32 at the least.
+
+    Raises:
+        SnapshotError: The file cannot be written, as on a full disk.
+    """
+    told, tensors = described(profile, strategy)
+    averaged = {*layout.averaged}
+    tensors = {f"profile/{name}": tensor for name, tensor in tensors.items()}
+    is_complex = []
+    for name, tensor in weights.items():
+        here = tensor.detach().cpu().resolve_conj()
+        if here.is_complex():
+            is_complex.append(name)
+            here = torch.view_as_real(here)
+        if name in averaged:
+            here = here.to(dtype or torch.promote_types(here.dtype, torch.float32))
+        tensors[f"weights/{name}"] = here.contiguous()
+    summary = {"half_life": profile.half_life, "mean_age": profile.mean_age} if len(profile) else {}
+    about = {
+        "format": FORMAT,
+        "average": average,
+        "step": step,
+        "strategy": strategy.model_dump(mode="json"),
+        "profile": told,
+        "summary": {key: str(value) for key, value in summary.items()},
+        "layout": layout._asdict(),
+        "complex": is_complex,
+    }
+    path = directory / f"{quote(average, safe='')}-{step:0{_DIGITS}d}.safetensors"
+    save = safetensors().save_file
+    try:
+        write_whole(path, lambda scratch: save(tensors, scratch, metadata={_ABOUT: json.dumps(about)}))
+    except Exception as error:
+        # safetensors reports a full disk by an error of its own.
+        message = (
+            f"the snapshot {path.name!r} could not be written to {str(directory)!r} ({type(error).__name__}: {error}). "
+            "The average is whole and training can go on; what is missing is this snapshot."
+        )
+        raise SnapshotError(message) from error
+    return path
+
+
+def file_name(average: str) -> str:
+    """Return the pattern of the names of an average's snapshots, which sort by their steps; ``"*"`` of all."""
+    name = average if average == "*" else quote(average, safe="")
+    return f"{name}-{'[0-9]' * _DIGITS}.safetensors"
+
+
+def safetensors() -> Any:  # noqa: ANN401 - an optional package
+    """Return the package that writes the files.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        import safetensors.torch as package
+    except ImportError as error:
+        message = 'snapshots need the package safetensors: pip install "polyak[posthoc]"'
+        raise MissingExtraError(message) from error
+    return package

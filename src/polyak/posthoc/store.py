@@ -1,0 +1,61 @@
+"""The snapshots of one run, in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from polyak.errors import StateError
+from polyak.posthoc.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    import os
+
+__all__ = ["Store"]
+
+
+class Store:
+    """The snapshots of one run, in the order of their steps; what else lies in the folder is left alone.
+
+    Attributes:
+        directory: The folder.
+        snapshots: The snapshots.
+
+    Raises:
+        StateError: There is no such folder, a snapshot in it is damaged, or they are of different models.
+
+    Examples:
+        >>> Store("no-such-folder")
+        Traceback (most recent call last):
+        polyak.errors.StateError: there is no folder 'no-such-folder'; expected what polyak.posthoc.Recorder wrote
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            message = f"there is no folder {str(directory)!r}; expected what polyak.posthoc.Recorder wrote"
+            raise StateError(message)
+        # What begins with a dot is a file that is being written, or was when its process died.
+        paths = sorted(path for path in self.directory.glob("*.safetensors") if not path.name.startswith("."))
+        found = [snapshot for path in paths if (snapshot := Snapshot.read(path)) is not None]
+        self.snapshots = sorted(found, key=lambda snapshot: (snapshot.step, snapshot.average))
+        for one in self.snapshots[1:]:
+            if one.layout != self.snapshots[0].layout:
+                message = (
+                    f"{one.path.name!r} and {self.snapshots[0].path.name!r} are of different models; take them apart"
+                )
+                raise StateError(message)
+
+    def until(self, step: int | None) -> tuple[list[Snapshot], int]:
+        """Return the snapshots up to an optimiser step, and that step; the last one's where it is None.
+
+        Raises:
+            StateError: There is none.
+        """
+        chosen = [snapshot for snapshot in self.snapshots if step is None or snapshot.step <= step]
+        if not any(snapshot.step for snapshot in chosen):
+            which = "no snapshots" if not self.snapshots else f"no snapshot up to step {step}"
+            first = next((f"; the first is of step {s.step}" for s in self.snapshots if s.step), "")
+            message = f"there are {which} in {str(self.directory)!r}{first}; record some with polyak.posthoc.Recorder"
+            raise StateError(message)
+        return chosen, chosen[-1].step if step is None else step

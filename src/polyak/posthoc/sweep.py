@@ -1,0 +1,194 @@
+"""Which average would have been best: many targets, one evaluation each."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from polyak.errors import ConfigError, PolyakWarning
+from polyak.posthoc.solve import fit
+from polyak.posthoc.store import Store
+from polyak.posthoc.synthesis import Synthesis, Target, combine, target_profile
+from polyak.profile import Profile
+from polyak.progress import track
+from polyak.strategy import Strategy
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from matplotlib.axes import Axes
+    from torch import Tensor
+
+__all__ = ["Row", "Sweep", "sweep"]
+
+_GRID = (0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5)  # half-lives, of the run
+
+
+class Row(NamedTuple):
+    """One target that was tried.
+
+    Attributes:
+        label: Its name.
+        half_life: Of its profile, as a fraction of the run.
+        metric: What ``evaluate`` returned.
+        profile_error: How far the synthesised profile is from the wanted one; see ``Synthesis``.
+        amplification: How much rounding may grow; see ``Synthesis``.
+    """
+
+    label: str
+    half_life: float
+    metric: float
+    profile_error: float
+    amplification: float
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a grid of targets was worth.
+
+    Attributes:
+        rows: One for each target, in the order of their half-lives.
+        best: The best row.
+        synthesis: The best average.
+        file: Where the best average was saved; None where it was not.
+    """
+
+    rows: list[Row]
+    best: Row
+    synthesis: Synthesis
+    file: Path | None
+
+    def table(self) -> str:
+        """Return the rows as text, the best one marked."""
+        lines = [f"{'target':36s} {'half-life/run':>13s} {'metric':>12s} {'profile error':>13s} {'sum |x|':>8s}"]
+        for row in self.rows:
+            figures = f"{row.half_life:13.2%} {row.metric:12.6g} {row.profile_error:13.2g} {row.amplification:8.2f}"
+            lines.append(f"{row.label:36s} {figures}{'  <- best' * (row is self.best)}")
+        return "\n".join(lines)
+
+    def plot(self, ax: Axes | None = None, *, label: str = "metric") -> Axes:
+        """Draw the metric against the half-life as a fraction of the run; points of poor synthesis are hollow.
+
+        Args:
+            ax: Where to draw; a new figure where it is None.
+            label: What the metric is.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        from polyak.plot import metrics
+
+        points = [(row.half_life, row.metric, row.profile_error) for row in self.rows if math.isfinite(row.half_life)]
+        return metrics(points, best=(self.best.half_life, self.best.metric, self.best.label), ax=ax, label=label)
+
+
+def sweep(
+    directory: str | os.PathLike[str] | Store,
+    evaluate: Callable[[dict[str, Tensor]], float],
+    targets: Mapping[str, Target] | Iterable[Target] | None = None,
+    *,
+    at_step: int | None = None,
+    mode: Literal["min", "max"] = "min",
+    nonnegative: bool = False,
+    output: str | os.PathLike[str] | None = None,
+) -> Sweep:
+    """Return what each of many averages of a recorded run is worth, and the best of them.
+
+    Args:
+        directory: What ``Recorder`` wrote.
+        evaluate: Returns the metric of an averaged state dict, such as the loss on held-out data.
+        targets: What to try, as ``synthesize`` takes it, labelled or not; None: bias-corrected EMAs with half-lives
+            from 0.5 % to 50 % of the run.
+        at_step: The optimiser step at which the averages are wanted; None: that of the last snapshot.
+        mode: Whether a small metric is good ("min") or a large one ("max").
+        nonnegative: Whether no coefficient may be negative.
+        output: A ``.safetensors`` file for the best average; None: ``best.safetensors`` in the folder.
+
+    Raises:
+        StateError: There are no snapshots, or damaged ones, or of different models.
+        ConfigError: A wrong target or mode, no target, or a metric that is no number.
+
+    Often confused with: a sweep of training runs. Here one run is evaluated many times; choose by held-out data that
+    is not the test set, as with any other setting.
+
+    Examples:
+        >>> import polyak, tempfile, torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> averager = polyak.average(model, "ema", decay=0.9)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with polyak.posthoc.Recorder(averager, folder, every=10):
+        ...         for step in range(100):
+        ...             _ = torch.nn.init.constant_(model.weight, step)
+        ...             averager.update()
+        ...     found = polyak.posthoc.sweep(
+        ...         folder, lambda state: abs(state["weight"].mean() - 90), [{"name": "tail", "fraction": 0.2}, "swa"]
+        ...     )
+        >>> found.best.label
+        'tail(fraction=0.2)'
+    """
+    if mode not in {"min", "max"}:
+        message = f"mode: got {mode!r}; expected 'min' (a loss) or 'max' (an accuracy)"
+        raise ConfigError(message)
+    store = directory if isinstance(directory, Store) else Store(directory)
+    snapshots, step = store.until(at_step)
+    wanted = {label: target_profile(target, {}, snapshots, step) for label, target in _labelled(targets, step).items()}
+    if not wanted:
+        message = "there is nothing to try; give at least one target"
+        raise ConfigError(message)
+    fits = fit([snapshot.profile for snapshot in snapshots], [*wanted.values()], nonnegative=nonnegative)
+    rows: list[Row] = []
+    best: tuple[Row, Synthesis] | None = None
+    order = sorted(zip(wanted.items(), fits, strict=True), key=lambda one: one[0][1].half_life)
+    for (label, profile), found in track(order, "trying averages"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PolyakWarning)  # the table says it of each row
+            made = combine(snapshots, found, profile, step)
+        row = Row(label, profile.half_life / step, _metric(evaluate, made), made.profile_error, made.amplification)
+        rows.append(row)
+        if math.isfinite(row.metric) and (best is None or (row.metric < best[0].metric) == (mode == "min")):
+            best = row, made
+    if best is None:
+        message = "every metric was NaN or infinite; check evaluate()"
+        raise ConfigError(message)
+    file = store.directory / "best.safetensors" if output is None else Path(output)
+    best[1].save(file)
+    return Sweep(rows, *best, file)
+
+
+def _metric(evaluate: Callable[[dict[str, Tensor]], float], made: Synthesis) -> float:
+    value = evaluate(made.state_dict)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        message = f"evaluate() returned {value!r}; expected a number"
+        raise ConfigError(message) from error
+
+
+def _labelled(targets: Mapping[str, Target] | Iterable[Target] | None, step: int) -> dict[str, Target]:
+    if targets is None:
+        return {
+            f"half-life {part:.1%} of the run": {"name": "ema_debiased", "decay": 0.5 ** (1 / (part * step))}
+            for part in _GRID
+            if part * step >= 1
+        }
+    if isinstance(targets, (str, Strategy, Profile)):
+        message = f"targets are a list or a mapping of targets; got {targets!r}. For one target: synthesize()"
+        raise ConfigError(message)
+    if isinstance(targets, Mapping):
+        return dict(targets)
+    return {_label(target, number): target for number, target in enumerate(targets, 1)}
+
+
+def _label(target: Target, number: int) -> str:
+    if isinstance(target, Strategy):
+        target = {"name": target.name, **target.model_dump(exclude_unset=True, exclude={"name"})}
+    if isinstance(target, Mapping):
+        own: Mapping[str, Any] = target
+        settings = {key: value for key, value in own.items() if key != "name"}
+        return f"{own.get('name', 'ema')}({', '.join(f'{key}={value}' for key, value in settings.items())})"
+    return target if isinstance(target, str) else f"profile {number}"

@@ -1,0 +1,86 @@
+"""The exponential moving average by its half-life, in the unit people mean."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+from typing_extensions import override
+
+from polyak.strategy import Strategy
+
+if TYPE_CHECKING:
+    from polyak.clock import Clock
+
+__all__ = ["HalfLifeEMA"]
+
+_NEEDS = {"samples": "batch_size", "tokens": "tokens_per_step", "epochs": "steps_per_epoch", "fraction": "total_steps"}
+_SHORTEST = 1e-9  # steps of mean age, for which the half-life is a twentieth of a step and only the last weights count
+
+
+class HalfLifeEMA(Strategy):
+    """The exponential moving average by half-life: ``rate = 1 - 2 ** (-stride / h)``, h in optimiser steps.
+
+    After so many steps (samples, tokens, epochs, or that fraction of the run) what a step counts has halved, whatever
+    ``every`` and the size of a batch are.
+
+    Source: the decay of ``ema``, ``2 ** (-1 / h)``; by half-life in Composer (``EMA(half_life=...)``). That the decay
+    of a batch κ times as large is ``decay ** κ``: Busbridge et al., "How to Scale Your EMA" (2023), arXiv:2307.13813.
+
+    Often confused with: the horizon ``1 / (1 - decay)``, which is 1.44 times the half-life, and the mean age.
+
+    Examples:
+        >>> from polyak import Clock
+        >>> HalfLifeEMA(halflife=10).rate(Clock(n=1, step=10, stride=10))
+        0.5
+        >>> HalfLifeEMA(halflife=2000, unit="samples", batch_size=256).in_steps
+        7.8125
+    """
+
+    source: ClassVar[str] = "Composer, EMA(half_life=...); Busbridge et al. 2023, arXiv:2307.13813"
+    elementwise: ClassVar[bool] = True
+
+    name: Literal["ema_halflife"] = "ema_halflife"
+    halflife: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """What it takes until a step counts half, in ``unit``."""
+    unit: Literal["steps", "samples", "tokens", "epochs", "fraction"] = "steps"
+    """What ``halflife`` is measured in; "fraction": in parts of the whole run."""
+    batch_size: PositiveInt | None = None
+    """Samples per optimiser step, all devices and accumulated batches together; for "samples"."""
+    tokens_per_step: PositiveInt | None = None
+    """Tokens per optimiser step; for "tokens"."""
+    steps_per_epoch: Annotated[float, Field(gt=0)] | None = None
+    """Optimiser steps per epoch; for "epochs"."""
+    total_steps: PositiveInt | None = None
+    """Optimiser steps of the whole run; for "fraction"."""
+
+    @model_validator(mode="after")
+    def _has_what_the_unit_needs(self) -> Self:
+        given = {field for field in _NEEDS.values() if getattr(self, field) is not None}
+        needed = {_NEEDS[self.unit]} if self.unit in _NEEDS else set()
+        if given != needed:
+            wants = f"needs {_NEEDS[self.unit]!r} and no other" if needed else "needs none"
+            message = (
+                f"a half-life in {self.unit} {wants} of {', '.join(map(repr, _NEEDS.values()))}; "
+                f"got {', '.join(map(repr, sorted(given))) or 'none of them'}"
+            )
+            raise ValueError(message)
+        return self
+
+    @property
+    def in_steps(self) -> float:
+        """The half-life in optimiser steps."""
+        if self.unit in {"samples", "tokens"}:
+            return self.halflife / (self.batch_size or self.tokens_per_step or 1)
+        return self.halflife * (self.steps_per_epoch or self.total_steps or 1)
+
+    @override
+    def rate(self, clock: Clock) -> float:
+        kept: float = 2.0 ** (-clock.stride / self.in_steps)
+        return 1.0 - kept
+
+    @classmethod
+    @override
+    def with_mean_age(cls, age: float, steps: int) -> Self:
+        return cls(halflife=math.log(2) / math.log1p(1 / max(age, _SHORTEST)))
