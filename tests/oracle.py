@@ -26,6 +26,14 @@ SETTINGS: dict[str, list[dict[str, object]]] = {
         {"decay": 0.8, "update_after_step": 2, "foreach": False},
     ],
     "swa": [{}],
+    "ema_halflife": [{"halflife": 3.0}, {"halflife": 0.5, "unit": "fraction", "total_steps": 12, "origin": "first"}],
+    "ema_tf": [{}, {"decay": 0.4}, {"decay": 0.0}, {"follow": 2}],
+    "polynomial": [{}, {"eta": 0.5}, {"eta": 0.0}],
+    "power": [{}, {"gamma": 0.5}],
+    "tail": [{}, {"fraction": 0.3, "total_steps": 10}],
+    "lawa": [{}, {"window": 3}],
+    "dema": [{"decay": 0.6}, {"decay": 0.9, "origin": "first"}],
+    "block_mean": [{"length": 5}],
     "byol": [{"decay": 0.9, "steps": 20}],
 }
 
@@ -50,13 +58,16 @@ def rates_of(
     return rates
 
 
-def shares_of(rates: Sequence[float]) -> tuple[float, list[float]]:
-    """Return the share of the start and of each update: ``rate_i * prod_{j>i} (1 - rate_j)``."""
-    shares, kept = [], 1.0
-    for rate in reversed(rates):
-        shares.append(rate * kept)
-        kept *= 1.0 - rate
-    return kept, shares[::-1]
+def shares_of(strategy: polyak.Strategy, rates: Sequence[float]) -> tuple[float, list[float]]:
+    """Return the share of the start and of each update: the strategy's moves, made on one-hot vectors."""
+    one_hot = torch.eye(len(rates) + 1, dtype=torch.float64)
+    tensors = dict.fromkeys(("average", *strategy.slots()), one_hot[0])
+    for n, rate in enumerate(rates, start=1):
+        tensors["weights"] = one_hot[n]
+        for target, source, by in strategy.moves(n, rate):
+            tensors[target] = tensors[target] * (1.0 - by) + tensors[source] * by
+    start, *shares = tensors["average"].tolist()
+    return start, shares
 
 
 class Reference:
@@ -70,9 +81,8 @@ class Reference:
     def see(self) -> None:
         self.seen.append(_exact(self.model))
 
-    def mean(self, name: str, rates: Sequence[float]) -> Tensor:
-        """Return what an averaged tensor must be."""
-        left, shares = shares_of(rates)
+    def mean(self, name: str, left: float, shares: Sequence[float]) -> Tensor:
+        """Return what an averaged tensor must be, of which the start has the share ``left``."""
         total = left * self.start[name]
         for share, weights in zip(shares, self.seen, strict=True):
             total = total + share * weights[name]

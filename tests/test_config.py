@@ -31,9 +31,18 @@ OTHER = {
         "warmup_power": 0.75, "foreach": False, "exclude_buffers": True,
     },
     "swa": {},
+    "ema_halflife": {"halflife": 1.5, "unit": "samples", "batch_size": 3},
+    "ema_tf": {"decay": 0.9, "follow": 1},
+    "polynomial": {"eta": 1e-9},
+    "power": {"gamma": 3.25},
+    "tail": {"fraction": 0.1, "total_steps": 1000},
+    "lawa": {"window": 3},
+    "dema": {"decay": 1e-7},
+    "block_mean": {"length": 7},
     "byol": {"decay": 0.99, "steps": 3},
     "lr_weighted": {"power": 1.5},
 }  # fmt: skip
+NEEDED = {"ema_halflife": {"halflife": 300}, "block_mean": {"length": 5}}  # settings without a default
 OPTIONS = {
     "start": 100,
     "every": 10,
@@ -50,7 +59,7 @@ OPTIONS = {
 CONFIGS = [
     pytest.param({"strategy": {"name": name, **settings}, **options}, id=f"{name}-{len(settings)}-{len(options)}")
     for name in polyak.strategies()
-    for settings, options in (({}, {}), (OTHER.get(name, {}), OPTIONS))
+    for settings, options in ((NEEDED.get(name, {}), {}), (OTHER.get(name, {}), OPTIONS))
 ]
 
 
@@ -281,7 +290,7 @@ def test_the_schema_accepts_what_a_config_accepts_and_what_it_writes(data, schem
     schema.validate(yaml.safe_load((tmp_path / "a.yaml").read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("name", [*polyak.strategies(), "polyak:ema", "polyak-byol:byol"])
+@pytest.mark.parametrize("name", [*(polyak.strategies().keys() - NEEDED), "polyak:ema", "polyak-byol:byol"])
 def test_the_schema_accepts_a_name_alone_and_with_its_distribution(name, schema):
     schema.validate({"strategy": name})
     schema.validate({"strategy": {"name": name}})

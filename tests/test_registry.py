@@ -15,7 +15,10 @@ import polyak
 from polyak.registry import Registry, registry
 from scratch import defining, distribute, installed, offering
 
-BUILT_IN = ["ema", "ema_debiased", "ema_v1", "ema_v2", "ema_v3", "swa"]
+BUILT_IN = [
+    "ema", "ema_debiased", "ema_v1", "ema_v2", "ema_v3", "swa",
+    "ema_halflife", "ema_tf", "polynomial", "power", "tail", "lawa", "dema", "block_mean",
+]  # fmt: skip
 
 HOOK = "import polyak\n\n@polyak.hookimpl\ndef "
 NAMELESS = """

@@ -239,6 +239,7 @@ def test_several_strategies_are_checked_and_every_broken_one_named():
 
 def test_all_installed_strategies_obey_the_laws():
     check_strategies()
+    check_strategies([polyak.HalfLifeEMA(halflife=7), polyak.BlockMean(length=6)])  # they have settings to be given
 
 
 def test_the_global_random_state_is_left_alone():

@@ -18,6 +18,11 @@ class Shares(NamedTuple):
     Attributes:
         updates: The share of each update 1..n, float64, shape (n,).
         start: The share of the start.
+
+    Examples:
+        >>> from polyak import LAWA
+        >>> LAWA(window=2).shares(np.array([1.0, 0.5, 0.5]))
+        Shares(updates=array([0. , 0.5, 0.5]), start=0.0)
     """
 
     updates: NDArray[np.float64]

@@ -39,6 +39,13 @@ class Move(NamedTuple):
         target: The slot that is moved: ``"average"``, or one that the strategy declares.
         source: What it is moved towards: ``"weights"``, or a slot.
         rate: The coefficient; 1 replaces the target, and it may leave [0, 1] where the sum of all moves makes sense.
+
+    Often confused with: the rate of an update, which is one number; a strategy of one tensor is one move with it.
+
+    Examples:
+        >>> from polyak import DoubleEMA
+        >>> [(target, source, round(rate, 3)) for target, source, rate in DoubleEMA(decay=0.9).moves(1, 0.1)]
+        [('first', 'weights', 0.1), ('second', 'first', 0.1), ('average', 'first', 1.0), ('average', 'second', -1.0)]
     """
 
     target: str

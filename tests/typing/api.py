@@ -81,6 +81,29 @@ def look(averager: polyak.Averager) -> None:
     print(shares.sum())  # noqa: T201 - uses the value
 
 
+def choose() -> list[polyak.Strategy]:
+    found = polyak.convert(polyak.EMA(decay=0.999), "power", steps=10_000, every=2, to_every=10)
+    assert_type(found, polyak.Conversion)
+    assert_type(found.strategy, polyak.Strategy)
+    assert_type(found.distance, float)
+    assert_type(found.profile, polyak.Profile)
+    polyak.convert({"name": "ema", "decay": 0.9}, polyak.LAWA, steps=100)
+    power = polyak.PowerEMA(sigma_rel=0.05)
+    assert_type(power.exponent, float)
+    assert_type(power.width, float)
+    half = polyak.HalfLifeEMA(halflife=2e6, unit="samples", batch_size=256)
+    assert_type(half.in_steps, float)
+    return [
+        polyak.TFEMA(decay=0.99, follow=1),
+        polyak.PolynomialAveraging(eta=8),
+        polyak.PowerEMA(gamma=6.94),
+        polyak.TailAveraging(fraction=0.25, total_steps=1000),
+        polyak.LAWA(window=5),
+        polyak.DoubleEMA(decay=0.99),
+        polyak.BlockMean(length=100),
+    ]
+
+
 def keep(averager: polyak.Averager, batches: list[Tensor]) -> None:
     polyak.save(averager, "average.safetensors")
     polyak.load(averager, "average.safetensors")

@@ -56,7 +56,9 @@ def check_strategies(
     *,
     lr: Callable[[int], float] = learning_rate,
 ) -> None:
-    """Check several strategies, all that are installed where none are given; see ``check_strategy``.
+    """Check several strategies; where none are given, all that are installed and need no settings.
+
+    See ``check_strategy``.
 
     Args:
         strategies: Classes, instances or names.
@@ -71,13 +73,18 @@ def check_strategies(
         >>> check_strategies([polyak.EMA, polyak.SWA(), "ema_v3"])
     """
     problems = []
-    for strategy in registry().strategies() if strategies is None else strategies:
+    for strategy in _ready() if strategies is None else strategies:
         try:
             check_strategy(strategy, lr=lr)
         except AssertionError as error:
             problems.append(str(error))
     if problems:
         raise AssertionError("\n".join(problems))
+
+
+def _ready() -> list[str]:
+    fields = {name: cls.model_fields.values() for name, cls in registry().strategies().items()}
+    return [name for name, own in fields.items() if not any(field.is_required() for field in own)]
 
 
 def _instance(strategy: object, settings: dict[str, Any]) -> Strategy:

@@ -6,6 +6,8 @@ import math
 from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from polyak.clock import Clock
 from polyak.errors import RateError
 from polyak.profile import Profile
@@ -90,7 +92,8 @@ def expected(
         rates.append(1.0 if replaces and n == 1 else _asked(case.strategy, "rate", clock, 1.0))
         mass += _asked(case.strategy, "weight", clock, math.inf)
         last = step
-    profile = Profile.from_rates(rates)
+    shares = case.strategy.shares(np.array(rates))
+    profile = Profile(shares.updates, np.arange(1, len(rates) + 1), shares.start)
     total = profile.start + profile.shares.sum()
     require(abs(total - 1) <= ROUNDING * math.sqrt(len(rates)), f"the shares add up to {total!r}; expected 1")
     return profile
