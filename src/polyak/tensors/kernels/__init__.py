@@ -17,6 +17,7 @@ import torch
 from polyak.errors import MissingExtraError, PolyakWarning
 from polyak.tensors.kernels import cpu, cuda, eager
 from polyak.tensors.kernels.kernel import SHORT, Checking, Generators, Kernel, KernelName, Lanes
+from polyak.tensors.kernels.readings import Readings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +34,7 @@ __all__ = [
     "bind",
     "check_available",
     "kernel_for",
+    "readings_of",
 ]
 
 Binder = Callable[[Lanes, "Sequence[Tensor]"], Kernel]
@@ -94,6 +96,16 @@ def check_available(wanted: KernelName) -> None:
             'pip install "polyak[fast]", or take kernel="auto", which uses what there is'
         )
         raise MissingExtraError(message)
+
+
+def readings_of(tensors: Sequence[Tensor], wanted: KernelName) -> Readings | None:
+    """Return what compares the layouts and addresses of dense tensors at once; None where that cannot be had."""
+    if wanted not in {"auto", "fused"} or not _works("numba"):
+        return None
+    try:
+        return Readings(tensors)
+    except (AttributeError, OSError, ValueError):  # a torch whose tensors are otherwise
+        return None
 
 
 _TRIALS = {"numba": cpu.try_out, "triton": cuda.try_out}
