@@ -52,6 +52,7 @@ def _fused(lanes: Lanes, weights: Sequence[Tensor]) -> Kernel:
 
 KERNELS: dict[str, Binder] = {
     "copy": eager.Copy,
+    "compiled copy": cpu.CopyCPU,
     "loop": _one_by_one("loop", eager.loop),
     "mixed": _one_by_one("mixed", eager.loop),  # the same, told apart where averages are described
     "stochastic": _one_by_one("stochastic", eager.stochastic),
@@ -69,7 +70,8 @@ def bind(name: str, lanes: Lanes, weights: Sequence[Tensor]) -> Kernel:
 def kernel_for(average: Tensor, weight: Tensor, wanted: KernelName, *, copied: bool) -> str:
     """Return the name of the fastest kernel that a pair fits, among those that were asked for."""
     if copied:
-        return "copy"
+        compiled = wanted in {"auto", "fused"} and cpu.fits_copy(average, weight) and _works("numba")
+        return "compiled copy" if compiled else "copy"
     if wanted in {"auto", "fused"} and _fused_fits(average, weight):
         return "fused"
     if average.dtype in SHORT:

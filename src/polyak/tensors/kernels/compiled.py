@@ -12,7 +12,7 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
-__all__ = ["finite", "jit", "move", "pointer"]
+__all__ = ["copy", "finite", "jit", "move", "pointer"]
 
 _ROUNDS = (np.uint32(0x7FEB352D), np.uint32(0x846CA68B))  # lowbias32, a public-domain hash of 32 bits
 
@@ -179,6 +179,17 @@ def move(
                 continue
             target = carray(pointer(averages[lane, piece], average), (sizes[piece],))
             _move_piece(target, source, rates[lane], _noise(seed[lane], piece))
+    done[0] = True
+
+
+@jit()
+def copy(targets: Any, sources: Any, sizes: Any, first: int, last: int, byte: Any, done: Any) -> None:
+    """Copy pieces ``first`` to ``last``, of ``sizes`` bytes; ``byte`` is an empty array, ``done`` is set at the end."""
+    for piece in range(first, last):
+        source = carray(pointer(sources[piece], byte), (sizes[piece],))
+        target = carray(pointer(targets[piece], byte), (sizes[piece],))
+        for i in range(sizes[piece]):
+            target[i] = source[i]
     done[0] = True
 
 
