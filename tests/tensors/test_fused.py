@@ -16,7 +16,7 @@ import polyak
 from interrupts import at_line
 from models import average_bits, bits, drifting, mlp
 from polyak.tensors import mover
-from polyak.tensors.kernels import KERNELS, cpu, eager, threads
+from polyak.tensors.kernels import KERNELS, cpu, eager, kernel_for, pieces, threads
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHORT = [torch.bfloat16, torch.float16]
@@ -27,8 +27,8 @@ RATES = st.floats(0, 1) | st.sampled_from([0.0, 1e-9, 0.5, 0.49999999, 1.0])
 @pytest.fixture
 def many_slices(monkeypatch):
     """Small tensors are cut and shared among threads as large ones are."""
-    monkeypatch.setattr(cpu, "_PIECE", 7)
-    monkeypatch.setattr(cpu, "_ALONE", 0)
+    monkeypatch.setattr(pieces, "_PIECE", 7)
+    monkeypatch.setattr(pieces, "_ALONE", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -66,6 +66,35 @@ def test_wide_averages_equal_the_loop_bit_for_bit_in_every_lane(shapes, average,
     lanes = [_tensors(shapes, average, seed + lane) for lane in range(len(rates))]
     weights = _tensors(shapes, weight, seed + 50)
     assert _moved("fused", lanes, weights, rates) == _moved("loop", lanes, weights, rates)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.float64, torch.complex64])
+def test_what_is_copied_is_copied_bit_for_bit(dtype, many_slices):
+    weights = [tensor.mul(9).to(dtype) for tensor in _tensors([(3, 5), (), (100,), (0,), (41, 3)], torch.float32, 0)]
+    weights.append(weights[0].t())
+    averages = [torch.zeros_like(weight) for weight in weights]
+    assert {kernel_for(*pair, "auto", copied=True) for pair in zip(averages, weights, strict=True)} == {"compiled copy"}
+    kernel = KERNELS["compiled copy"]([averages], weights)
+    before = averages[0]._version
+    for value in (1, 0):
+        kernel.prepare(moved=False)
+        kernel([0.5], [_generator], 0)
+        assert [*map(bits, averages)] == [*map(bits, weights)]
+        assert kernel.position() > 0
+        weights[0].fill_(value)
+    assert averages[0]._version == before + 2
+
+
+def test_what_is_no_plain_memory_of_the_same_values_is_copied_by_torch():
+    turned, conjugated = torch.ones(2, 3).t(), torch.ones(3, 2, dtype=torch.complex64).conj()
+    for average, weight in (
+        (torch.ones(3, 2), turned),
+        (torch.ones(3, 2, dtype=torch.complex64), conjugated),
+        (torch.ones(3, dtype=torch.int32), torch.ones(3, dtype=torch.int64)),
+        (torch.ones(3), torch.ones(1).expand(3)),
+    ):
+        assert kernel_for(average, weight, "auto", copied=True) == "copy"
+    assert kernel_for(torch.ones(3), torch.ones(3), "foreach", copied=True) == "copy"
 
 
 @pytest.mark.parametrize("average", [torch.float32, torch.float64])
@@ -220,7 +249,7 @@ def test_an_error_on_another_thread_is_raised_once(many_slices, monkeypatch):
             fused([0.5], [_generator], 0)
     fused.prepare(moved=False)
     fused([0.5], [_generator], 0)
-    assert fused._averages[0].eq(0.5).all()
+    assert fused._lanes[0][0].eq(0.5).all()
 
 
 @pytest.mark.parametrize("kernel", ["fused", "foreach", "loop"])

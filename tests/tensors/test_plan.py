@@ -16,9 +16,15 @@ def _is_current(averager):
     return binding.plan.is_current(binding.model)
 
 
-def _averager(model=None):
+@pytest.fixture(params=["auto", "foreach"])  # tensors are looked at in a compiled pass, or in several of torch's
+def kernel(request):
+    return request.param
+
+
+def _averager(model=None, kernel="auto"):
     model = mlp() if model is None else model
-    averager = polyak.average(model, "ema", decay=0.5)
+    averager = polyak.average(model, "ema", decay=0.5, kernel=kernel)
+    assert (averager._binding.plan.watch._readings is not None) == (kernel == "auto")
     averager.update()
     assert _is_current(averager)
     return model, averager
@@ -46,8 +52,8 @@ def deleted_and_registered_again(model):
 @pytest.mark.parametrize(
     "change", [replaced_parameter, assigned_state_dict, replaced_module, deleted_and_registered_again]
 )
-def test_a_replaced_tensor_is_noticed_and_followed(change):
-    model, averager = _averager()
+def test_a_replaced_tensor_is_noticed_and_followed(change, kernel):
+    model, averager = _averager(kernel=kernel)
     before = averager.averages["0.weight"].clone()
     change(model)
     assert not _is_current(averager)
@@ -58,18 +64,19 @@ def test_a_replaced_tensor_is_noticed_and_followed(change):
     assert torch.equal(model[0].weight, torch.full((5, 3), 8.0))
 
 
-def test_new_data_in_the_same_parameter_is_followed_without_a_new_plan():
-    model, averager = _averager()
-    before = averager.averages["0.weight"].clone()
-    model[0].weight.data = torch.full((5, 3), 8.0)
-    assert _is_current(averager)
-    averager.update()
-    assert torch.allclose(averager.averages["0.weight"], (before + 8.0) / 2)
+def test_new_data_in_the_same_parameter_is_followed_without_a_new_plan(kernel):
+    model, averager = _averager(kernel=kernel)
+    for value in (8.0, 4.0):
+        before = averager.averages["0.weight"].clone()
+        model[0].weight.data = torch.full((5, 3), value)
+        assert _is_current(averager)
+        averager.update()
+        assert torch.allclose(averager.averages["0.weight"], (before + value) / 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_a_change_of_dtype_in_place_is_noticed_and_the_average_keeps_its_own(dtype):
-    model, averager = _averager()
+def test_a_change_of_dtype_in_place_is_noticed_and_the_average_keeps_its_own(dtype, kernel):
+    model, averager = _averager(kernel=kernel)
     model.to(dtype)
     assert not _is_current(averager)
     for _ in drifting(model, 2):
@@ -112,8 +119,8 @@ def reshaped_in_place(model):
     "change",
     [added_parameter, added_buffer, added_module, removed_parameter, removed_module, renamed_module, reshaped_in_place],
 )
-def test_another_structure_is_noticed_and_refused(change):
-    model, averager = _averager()
+def test_another_structure_is_noticed_and_refused(change, kernel):
+    model, averager = _averager(kernel=kernel)
     before = average_bits(averager)
     change(model)
     assert not _is_current(averager)
@@ -176,12 +183,52 @@ def test_a_plan_groups_what_one_call_can_move():
         assert [(group.kernel.name, len(group.weights)) for group in groups] == [(name, 8), ("copy", 1)]
 
 
-def test_a_tie_by_memory_that_moves_to_another_tensor_is_noticed():
+def test_tensors_that_were_swapped_with_others_are_followed(kernel):
+    model, averager = _averager(kernel=kernel)
+    before = averager.averages["0.weight"].clone()
+    torch.utils.swap_tensors(model[0].weight, nn.Parameter(torch.full((5, 3), 8.0)))
+    averager.update()
+    assert torch.allclose(averager.averages["0.weight"], (before + 8.0) / 2)
+
+
+def other_strides(model):
+    model[0].weight.data = model[0].weight.data.as_strided((5, 3), (1, 5))
+
+
+def other_type_over_the_same_memory(model):
+    model[0].weight.data = model[0].weight.data.view(torch.int32)
+
+
+@pytest.mark.parametrize("change", [other_strides, other_type_over_the_same_memory])
+def test_another_layout_over_the_same_memory_is_noticed(change, kernel):
+    model, averager = _averager(kernel=kernel)
+    model[0].weight.requires_grad_(False)
+    change(model)
+    assert not _is_current(averager)
+
+
+def test_freed_memory_is_refused_each_time_until_it_is_back(kernel):
+    model, averager = _averager(kernel=kernel)
+    weight = model[0].weight
+    size = weight.untyped_storage().nbytes()
+    weight.untyped_storage().resize_(0)
+    for _ in range(2):
+        with pytest.raises(polyak.ModelError, match="no memory now"):
+            averager.update()
+    assert averager.n == 1
+    weight.untyped_storage().resize_(size)
+    weight.data.fill_(8.0)
+    before = averager.averages["0.weight"].clone()
+    averager.update()
+    assert torch.allclose(averager.averages["0.weight"], (before + 8.0) / 2)
+
+
+def test_a_tie_by_memory_that_moves_to_another_tensor_is_noticed(kernel):
     model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in ("one", "two", "head")})
     for name, value in (("one", 1.0), ("two", 2.0)):
         nn.init.constant_(model[name].weight, value)
     model["head"].weight.data = model["one"].weight.data
-    averager = polyak.average(model, "ema", decay=0.5)
+    averager = polyak.average(model, "ema", decay=0.5, kernel=kernel)
     averager.update()
     model["head"].weight.data = model["two"].weight.data
     averager.update()

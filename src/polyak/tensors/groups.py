@@ -96,7 +96,7 @@ def _kind(stored: Stored, live: Tensor, wanted: KernelName, lane: int) -> _Kind:
     name = kernel_for(average, live, wanted, copied=stored.policy == "copy")
     # What is moved piece by piece may be interrupted between tensors, so each of them has a group of its own;
     # what is copied has one for each lane.
-    alone = id(stored) if name in PIECEWISE else lane if name == "copy" else 0
+    alone = id(stored) if name in PIECEWISE else lane if stored.policy == "copy" else 0
     return _Kind(name, stored.policy, (average.device, average.dtype), (live.device, live.dtype), alone)
 
 

@@ -43,7 +43,7 @@ class Plan:
         self.stored = list(stored)
         self.live = [adapter.local(entry.tensor) for entry in entries]
         self._kernel = kernel
-        self.watch = Watch(model, self.live)
+        self.watch = Watch(model, self.live, kernel)
         pairs = zip(self.stored, self.live, strict=True)
         self.offload = Offload(self.lane) if any(crosses(s.average, t) for s, t in pairs) else None
         if self.offload is None:

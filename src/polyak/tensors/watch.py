@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from polyak.errors import ModelError
 from polyak.tensors.entries import PLAIN, STRIDED, Model
+from polyak.tensors.kernels import KernelName, readings_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +23,16 @@ _LAYOUT = (attrgetter("dtype"), attrgetter("device"), attrgetter("shape"))
 class Watch:
     """Remembers a model's dictionaries and the layout of its tensors; comparing them is a few passes in C.
 
+    Args:
+        model: The model.
+        live: Its tensors that are averaged or copied, as the adapter gives them.
+        kernel: The kernel that was asked for: whether a compiled pass may be made.
+
     Attributes:
         epoch: How often ``unchanged`` found tensors in other memory, as ``parameter.data = ...`` leaves them.
     """
 
-    def __init__(self, model: Model, live: Sequence[Tensor]) -> None:
+    def __init__(self, model: Model, live: Sequence[Tensor], kernel: KernelName = "auto") -> None:
         holders = _holders(model)
         # What TorchScript modules hold tensors in is no dict and cannot be watched: such a model is walked anew.
         self._watchable = not isinstance(model, nn.Module) or all(isinstance(holder, dict) for holder in holders)
@@ -51,16 +57,20 @@ class Watch:
         self._addressed = [t for t in everywhere if type(t) in PLAIN and t.layout is STRIDED]
         self._addresses = [*map(Tensor.data_ptr, self._addressed)]
         _refuse_freed(self._addressed)
+        everything = {*map(id, self._addressed)}.issuperset(map(id, live))
+        self._readings = readings_of(self._addressed, kernel) if everything and self._addressed else None
         self.epoch = 0
 
     def unchanged(self) -> bool:
         """Return whether the same places hold the same tensors in the same layout, and the same ones share memory."""
-        return (
-            self._watchable
-            and self._same_objects()
-            and ((self._same_layouts is not None and self._same_layouts(*self._live)) or self._compare_layouts())
-            and self._same_ties()
-        )
+        if not (self._watchable and self._same_objects()):
+            return False
+        if self._readings is not None and self._readings.same():
+            return True
+        same = self._compare_layouts() and self._same_ties()
+        if same and self._readings is not None:
+            self._readings.note()
+        return same
 
     def _same_ties(self) -> bool:
         addresses = [*map(Tensor.data_ptr, self._addressed)]
@@ -83,7 +93,8 @@ class Watch:
         return same and all(map(is_, map(getitem, owners, keys), values))
 
     def _compare_layouts(self) -> bool:
-        return _layouts(self._live) == self._layouts
+        quickly = self._same_layouts is not None and self._same_layouts(*self._live)
+        return quickly or _layouts(self._live) == self._layouts
 
 
 def _holders(model: Model) -> list[Mapping[str, Any]]:

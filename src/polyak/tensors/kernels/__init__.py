@@ -17,6 +17,7 @@ import torch
 from polyak.errors import MissingExtraError, PolyakWarning
 from polyak.tensors.kernels import cpu, cuda, eager
 from polyak.tensors.kernels.kernel import SHORT, Checking, Generators, Kernel, KernelName, Lanes
+from polyak.tensors.kernels.readings import Readings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +34,7 @@ __all__ = [
     "bind",
     "check_available",
     "kernel_for",
+    "readings_of",
 ]
 
 Binder = Callable[[Lanes, "Sequence[Tensor]"], Kernel]
@@ -50,6 +52,7 @@ def _fused(lanes: Lanes, weights: Sequence[Tensor]) -> Kernel:
 
 KERNELS: dict[str, Binder] = {
     "copy": eager.Copy,
+    "compiled copy": cpu.CopyCPU,
     "loop": _one_by_one("loop", eager.loop),
     "mixed": _one_by_one("mixed", eager.loop),  # the same, told apart where averages are described
     "stochastic": _one_by_one("stochastic", eager.stochastic),
@@ -67,7 +70,8 @@ def bind(name: str, lanes: Lanes, weights: Sequence[Tensor]) -> Kernel:
 def kernel_for(average: Tensor, weight: Tensor, wanted: KernelName, *, copied: bool) -> str:
     """Return the name of the fastest kernel that a pair fits, among those that were asked for."""
     if copied:
-        return "copy"
+        compiled = wanted in {"auto", "fused"} and cpu.fits_copy(average, weight) and _works("numba")
+        return "compiled copy" if compiled else "copy"
     if wanted in {"auto", "fused"} and _fused_fits(average, weight):
         return "fused"
     if average.dtype in SHORT:
@@ -94,6 +98,16 @@ def check_available(wanted: KernelName) -> None:
             'pip install "polyak[fast]", or take kernel="auto", which uses what there is'
         )
         raise MissingExtraError(message)
+
+
+def readings_of(tensors: Sequence[Tensor], wanted: KernelName) -> Readings | None:
+    """Return what compares the layouts and addresses of dense tensors at once; None where that cannot be had."""
+    if wanted not in {"auto", "fused"} or not _works("numba"):
+        return None
+    try:
+        return Readings(tensors)
+    except (AttributeError, OSError, ValueError):  # a torch whose tensors are otherwise
+        return None
 
 
 _TRIALS = {"numba": cpu.try_out, "triton": cuda.try_out}

@@ -12,12 +12,14 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
-__all__ = ["finite", "move"]
+__all__ = ["copy", "finite", "jit", "move", "pointer"]
 
 _ROUNDS = (np.uint32(0x7FEB352D), np.uint32(0x846CA68B))  # lowbias32, a public-domain hash of 32 bits
 
 
-def _jit(**options: Any) -> Any:
+def jit(**options: Any) -> Any:
+    """Return what compiles a function without Python's lock and caches it on disk."""
+
     # "contract" allows one rounding for a product and a sum, as torch's own kernels do.
     def decorate(function: Any) -> Any:
         settings = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}, **options}
@@ -30,7 +32,7 @@ def _jit(**options: Any) -> Any:
 
 
 @intrinsic
-def _pointer(_: Any, address: Any, like: Any) -> Any:
+def pointer(_: Any, address: Any, like: Any) -> Any:
     """Return an address as a pointer to the elements that ``like`` has."""
     signature = types.CPointer(like.dtype)(address, like)
 
@@ -116,7 +118,7 @@ def _noise_for(seed: Any, place: Any, like: Any) -> Any:
     """Return 32 random bits where ``like`` is a short dtype, else nothing at no cost."""
 
 
-_noise = _jit(inline="always")(_noise)
+_noise = jit(inline="always")(_noise)
 
 
 @overload(_noise_for, strict=False)
@@ -126,7 +128,7 @@ def _overload_noise_for(seed: Any, place: Any, like: Any) -> Any:
     return lambda seed, place, like: np.uint32(0)
 
 
-@_jit()
+@jit()
 def _move_piece(average: Any, weight: Any, rate: Any, seed: Any) -> None:
     # As torch's lerp, from the nearer end; the sum is made in the type of the rate.
     wide = type(rate)
@@ -143,7 +145,7 @@ def _move_piece(average: Any, weight: Any, rate: Any, seed: Any) -> None:
             average[i] = _narrow(value, _noise_for(seed, i, average[i]), average[i])
 
 
-@_jit()
+@jit()
 def move(
     averages: Any,
     weights: Any,
@@ -171,21 +173,32 @@ def move(
         done: One flag, set at the end.
     """
     for piece in range(last - 1, first - 1, -1):
-        source = carray(_pointer(weights[piece], weight), (sizes[piece],))
+        source = carray(pointer(weights[piece], weight), (sizes[piece],))
         for lane in range(len(rates)):
             if rates[lane] == 1:  # it is copied: a sum would keep a NaN of the average
                 continue
-            target = carray(_pointer(averages[lane, piece], average), (sizes[piece],))
+            target = carray(pointer(averages[lane, piece], average), (sizes[piece],))
             _move_piece(target, source, rates[lane], _noise(seed[lane], piece))
     done[0] = True
 
 
-@_jit()
+@jit()
+def copy(targets: Any, sources: Any, sizes: Any, first: int, last: int, byte: Any, done: Any) -> None:
+    """Copy pieces ``first`` to ``last``, of ``sizes`` bytes; ``byte`` is an empty array, ``done`` is set at the end."""
+    for piece in range(first, last):
+        source = carray(pointer(sources[piece], byte), (sizes[piece],))
+        target = carray(pointer(targets[piece], byte), (sizes[piece],))
+        for i in range(sizes[piece]):
+            target[i] = source[i]
+    done[0] = True
+
+
+@jit()
 def finite(weights: Any, sizes: Any, first: int, last: int, masks: Any) -> bool:
     """Return whether no element of some pieces has all the bits set that the one element of ``masks`` has."""
     mask = masks[0]
     for piece in range(first, last):
-        bits = carray(_pointer(weights[piece], masks), (sizes[piece],))
+        bits = carray(pointer(weights[piece], masks), (sizes[piece],))
         # Four places at once: one stream alone cannot keep the memory busy.
         quarter = bits.size // 4
         found = 0

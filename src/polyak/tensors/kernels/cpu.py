@@ -6,7 +6,6 @@ stochastically; no temporary tensor is made.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,8 @@ from torch.autograd.graph import increment_version
 from typing_extensions import override
 
 from polyak.tensors.kernels import eager
-from polyak.tensors.kernels.kernel import SHORT, Checking
+from polyak.tensors.kernels.kernel import SHORT, Checking, Kernel
+from polyak.tensors.kernels.pieces import Places
 from polyak.tensors.kernels.threads import Slices
 from polyak.tensors.layout import dense
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from polyak.tensors.kernels.kernel import Generators, Lanes
 
-__all__ = ["FusedCPU", "fits", "try_out"]
+__all__ = ["CopyCPU", "FusedCPU", "fits", "fits_copy", "try_out"]
 
 
 class _Float(NamedTuple):
@@ -52,23 +52,26 @@ _FLOATS = {
     torch.bfloat16: _float(np.uint16, np.uint16, 0x7F80),
     torch.float16: _float(np.int16, np.uint16, 0x7C00),
 }
-_PIECE = 1 << 14  # elements: the weights of a piece stay in the cache while each lane is moved
-_CALL = 64  # elements that could be moved in the time that a piece costs beside its elements
-_ALONE = 1 << 20  # elements: below, waking another thread takes longer than the work
-_SLICES = 8  # for each thread: a core that others use takes fewer
 
 
 def fits(average: Tensor, weight: Tensor) -> bool:
     """Return whether such a pair is dense memory of the CPU in the same order, of dtypes that are known here."""
+    return average.dtype in _FLOATS and weight.dtype in _FLOATS and _alike(average, weight)
+
+
+def fits_copy(average: Tensor, weight: Tensor) -> bool:
+    """Return whether the bytes of such a pair mean the same in the same order, in memory of the CPU."""
+    return average.dtype == weight.dtype and _alike(average, weight)
+
+
+def _alike(average: Tensor, weight: Tensor) -> bool:
     return (
-        average.dtype in _FLOATS
-        and weight.dtype in _FLOATS
-        and average.is_cpu
+        average.is_cpu
         and weight.is_cpu
         and type(weight) in (Tensor, torch.nn.Parameter)
         and average.stride() == weight.stride()
         and dense(weight)
-        and not weight.is_neg()
+        and not (weight.is_neg() or weight.is_conj())
     )
 
 
@@ -82,19 +85,13 @@ class FusedCPU(Checking):
 
         self._compiled = compiled
         self._lanes, self._weights = lanes, list(weights)
-        self._averages = [average for lane in lanes for average in lane]
         dtype = lanes[0][0].dtype
         self._average, self._weight, self._short = _FLOATS[dtype], _FLOATS[weights[0].dtype], dtype in SHORT
         self._rates = np.zeros(len(lanes), np.float64 if dtype == torch.float64 else np.float32)
         self._seeds = np.zeros(len(lanes), np.uint32)
-        # One tensor of each storage tells where all in it are, and views of one tensor count their writes once.
-        self._anchors = [*{t.untyped_storage().data_ptr(): t for t in self._averages}.values()]
-        self._counted = [*{id(t) if t._base is None else id(t._base): t for t in self._averages}.values()]  # noqa: SLF001 - torch has no public way to read it
-        self._anchored: list[int] = []
-        self._pieces = _Pieces([tensor.numel() for tensor in weights])
-        self._sources, self._targets = np.empty(0, np.uint64), np.empty((len(lanes), 0), np.uint64)
-        self._moving = Slices(self._move, len(self._pieces.bounds))
-        self._checking = Slices(self._check, len(self._pieces.bounds))
+        self._places = Places(lanes, weights)
+        self._moving = Slices(self._move, len(self._places.bounds))
+        self._checking = Slices(self._check, len(self._places.bounds))
         self._finite = True
         self.prepare(moved=True)
         # Compiled when the averager is made, and not in the first update.
@@ -103,13 +100,7 @@ class FusedCPU(Checking):
 
     @override
     def prepare(self, *, moved: bool) -> None:
-        # Sharing a tensor with another process moves its memory, too.
-        anchored = [*map(Tensor.data_ptr, self._anchors)]
-        if moved or anchored != self._anchored:
-            sources, targets = ([*map(Tensor.data_ptr, tensors)] for tensors in (self._weights, self._averages))
-            self._sources = self._pieces.addresses(sources, self._weights[0].itemsize)[0]
-            self._targets = self._pieces.addresses(targets, self._averages[0].itemsize)
-            self._anchored = anchored
+        self._places.look(moved=moved)
         self._moving.reset()
         self._checking.reset()
         self._replaced = self._drawn = False
@@ -135,8 +126,7 @@ class FusedCPU(Checking):
         for lane in replaced:
             self._replaced = True
             eager.copy_all(lane, self._weights)
-        # What autograd saved of an average is no longer what it was.
-        increment_version(self._counted)
+        increment_version(self._places.counted)
 
     @override
     def position(self) -> int:
@@ -144,19 +134,55 @@ class FusedCPU(Checking):
 
     def _move(self, number: int) -> None:
         # Backwards: what the check read last is still in the cache.
-        self._move_pieces(*self._pieces.bounds[-1 - number], self._moving.done[number : number + 1])
+        self._move_pieces(*self._places.bounds[-1 - number], self._moving.done[number : number + 1])
 
     def _move_pieces(self, first: int, last: int, done: NDArray[np.bool_]) -> None:
-        work = self._targets, self._sources, self._pieces.sizes, first, last
+        work = self._places.targets, self._places.sources, self._places.sizes, first, last
         self._compiled.move(*work, self._rates, self._seeds, self._average.tag, self._weight.tag, done)
 
     def _check(self, number: int) -> None:
-        if self._finite and not self._check_pieces(*self._pieces.bounds[number]):
+        if self._finite and not self._check_pieces(*self._places.bounds[number]):
             self._finite = False
 
     def _check_pieces(self, first: int, last: int) -> bool:
-        work = self._sources, self._pieces.sizes, first, last
+        work = self._places.sources, self._places.sizes, first, last
         return bool(self._compiled.finite(*work, self._weight.mask))
+
+
+class CopyCPU(Kernel):
+    """Copies each weight over its average, byte by byte: small tensors cost a loop instead of calls of torch."""
+
+    name = "copy"
+
+    def __init__(self, lanes: Lanes, weights: Sequence[Tensor]) -> None:
+        from polyak.tensors.kernels import compiled
+
+        self._compiled, self._byte = compiled, np.empty(0, np.uint8)
+        self._places = Places(lanes, weights, in_bytes=True)
+        self._copying = Slices(self._copy, len(self._places.bounds))
+        self.prepare(moved=True)
+        self._copy_pieces(0, 0, np.zeros(1, np.bool_))
+
+    @override
+    def prepare(self, *, moved: bool) -> None:
+        self._places.look(moved=moved)
+        self._copying.reset()
+
+    @override
+    def __call__(self, rates: Sequence[float], generators: Sequence[Generators], done: int) -> None:
+        self._copying.run()
+        increment_version(self._places.counted)
+
+    @override
+    def position(self) -> int:
+        return self._copying.finished()
+
+    def _copy(self, number: int) -> None:
+        self._copy_pieces(*self._places.bounds[number], self._copying.done[number : number + 1])
+
+    def _copy_pieces(self, first: int, last: int, done: NDArray[np.bool_]) -> None:
+        places = self._places
+        self._compiled.copy(places.targets[0], places.sources, places.sizes, first, last, self._byte, done)
 
 
 def _seed(generators: Generators) -> int:
@@ -166,32 +192,3 @@ def _seed(generators: Generators) -> int:
 def try_out() -> None:
     """Import the compiler and compile for float32, whatever that raises."""
     FusedCPU([[torch.zeros(1)]], [torch.zeros(1)])
-
-
-class _Pieces:
-    """Tensors cut into pieces that fit the cache, and runs of pieces that are equal amounts of work.
-
-    Attributes:
-        sizes: The elements of each piece.
-        bounds: The first piece of each slice and that after its last.
-    """
-
-    def __init__(self, sizes: Sequence[int]) -> None:
-        counts = [-(-size // _PIECE) for size in sizes]
-        self._tensors = len(sizes)
-        self._tensor = np.repeat(np.arange(len(sizes)), counts)
-        within = np.arange(sum(counts)) - np.repeat(np.cumsum([0, *counts[:-1]]), counts)
-        self._offset = (within * _PIECE).astype(np.uint64)
-        self.sizes = np.minimum(np.asarray(sizes, np.int64)[self._tensor] - within * _PIECE, _PIECE)
-        # A piece costs its elements and a call.
-        work = np.cumsum(self.sizes + _CALL)
-        slices = _SLICES * torch.get_num_threads() if sum(sizes) >= _ALONE else 1
-        cuts = np.searchsorted(work, np.linspace(0, work[-1] if len(work) else 0, slices + 1))
-        cuts[0], cuts[-1] = 0, len(work)
-        self.bounds = [(first, last) for first, last in pairwise(cuts.tolist()) if first < last]
-
-    def addresses(self, bases: Sequence[int], itemsize: int) -> NDArray[np.uint64]:
-        """Return where each piece begins, from where each tensor does; ``bases`` may hold several lanes."""
-        starts = np.array(bases, np.uint64).reshape(-1, self._tensors)
-        addresses: NDArray[np.uint64] = starts[:, self._tensor] + self._offset * np.uint64(itemsize)
-        return addresses
