@@ -168,12 +168,13 @@ def _kind(raw: object) -> str:
 
 
 def _stored(raw: Mapping[str, Mapping[str, Tensor]], current: Sequence[Stored], slots: Sequence[str]) -> list[Stored]:
+    averages = raw["average"]
     if {*raw} != {"average", *slots}:
         message = f"the state has the slots {sorted(raw)}, and this averager {sorted(['average', *slots])}"
         msg = f"{message}; build it with the settings that the state was saved with. Nothing was loaded."
         raise StateError(msg)
     averaged = [s for s in current if s.policy == "average"]
-    problems = _problems(raw["average"], current)
+    problems = _problems(averages, current)
     problems += [f"{slot}: {one}" for slot in slots for one in _problems(raw[slot], averaged)]
     if problems:
         shown = "\n  ".join(sorted(problems)[:_SHOWN])
@@ -183,7 +184,7 @@ def _stored(raw: Mapping[str, Mapping[str, Tensor]], current: Sequence[Stored], 
         return [
             replace(
                 s,
-                average=_received(raw["average"][s.name], s),
+                average=_received(averages[s.name], s),
                 slots={slot: _received(raw[slot][s.name], s) for slot in slots} if s.policy == "average" else {},
             )
             for s in current

@@ -1,0 +1,111 @@
+"""What an average will cost, on paper: against figures worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import polyak
+from polyak.budget import Hardware, Job, budget
+from polyak.cli import app
+
+SEVENTY = Job(70e9, ranks=64)
+SHARD = 70e9 / 64
+
+
+def test_a_float32_average_of_seventy_billion_on_64_ranks():
+    cost = budget(SEVENTY, checked=False)
+    assert cost.averages == 4 * SHARD  # 4.38 GB
+    assert cost.moved == 3 * 4 * SHARD  # read the weights, read and write the average: 13.1 GB
+    assert cost.seconds == pytest.approx(13.125e9 / 3.35e12)  # 3.9 ms on an H100
+    assert (cost.sent, cost.staging, cost.on_node, cost.on_host) == (0, 0, 0, 0)
+    assert cost.exchange == 26.25e9
+    assert cost.gathered == 280e9
+
+
+def test_the_check_for_nan_reads_the_weights_once_more():
+    assert budget(SEVENTY).moved == 4 * 4 * SHARD
+
+
+def test_short_averages_are_shorter():
+    cost = budget(SEVENTY, dtype="bfloat16", checked=False)
+    assert cost.averages == 2 * SHARD
+    assert cost.moved == (4 + 2 * 2) * SHARD  # 8.8 GB
+
+
+def test_an_average_on_the_host_costs_the_link_and_the_hosts_memory():
+    cost = budget(SEVENTY, device="cpu", checked=False)
+    assert cost.sent == cost.moved == cost.staging == 4 * SHARD
+    assert cost.on_host == (4 + 12) * SHARD  # staged, then read, and the average read and written
+    assert cost.on_node == 8 * 8 * SHARD
+    assert cost.seconds == pytest.approx(4.375e9 / 25e9 + 8 * 17.5e9 / 300e9)
+
+
+def test_a_bank_reads_the_weights_once():
+    one, eight = budget(SEVENTY, checked=False), budget(SEVENTY, averages=8, checked=False)
+    assert eight.averages == 8 * one.averages
+    assert eight.moved == (1 + 2 * 8) * 4 * SHARD
+
+
+def test_ddp_keeps_all_on_each_rank_and_hsdp_a_shard_of_each_replica():
+    assert budget(Job(7e9, ranks=8, replicas=8)).elements == 7e9
+    assert budget(Job(7e9, ranks=8, replicas=2)).elements == 7e9 / 4
+
+
+def test_the_share_of_a_step_that_is_sent_depends_on_the_tokens_alone():
+    # 4 F / (6 T B): bytes over the link against operations, whatever the size and the ranks.
+    fast_host = Hardware(host=1e30)
+    for params, ranks in ((7e9, 8), (70e9, 64), (1e12, 2048)):
+        cost = budget(Job(params, ranks=ranks, tokens=262144), fast_host, device="cpu", checked=False)
+        assert cost.seconds / cost.step == pytest.approx(4 * 400e12 / (6 * 262144 * 25e9))  # 4.1 %
+
+
+@given(st.floats(1e6, 1e13), st.integers(1, 4096), st.floats(1e-3, 100), st.floats(1e-4, 0.5))
+def test_every_keeps_an_update_under_its_share_and_no_longer_than_it_must(params, ranks, step, share):
+    cost = budget(Job(params, ranks=ranks, step=step))
+    every = cost.every(share)
+    assert cost.seconds / every <= share * step * (1 + 1e-12)
+    assert every == 1 or cost.seconds / (every - 1) > share * step * (1 - 1e-12)
+
+
+def test_without_a_step_there_is_no_share_of_it():
+    assert budget(SEVENTY).every(0.01) is None
+
+
+@pytest.mark.parametrize(
+    ("job", "options", "says"),
+    [
+        (Job(0), {}, "params: got 0; expected a positive number"),
+        (Job(math.nan), {}, "params: got nan"),
+        (Job(1e9, ranks=-1), {}, "ranks: got -1"),
+        (Job(1e9, ranks=8, replicas=3), {}, "replicas: got 3 for 8 ranks; expected a divisor"),
+        (Job(1e9, weights="int8"), {}, "weights: got 'int8'; expected float64, float32, bfloat16, float16"),
+        (Job(1e9), {"dtype": "half"}, "dtype: got 'half'"),
+        (Job(1e9), {"device": "tpu"}, "device: got 'tpu'; expected 'cuda'"),
+        (Job(1e9), {"averages": 0}, "averages: got 0"),
+        (Job(1e9, step=-1.0), {}, "step: got -1.0"),
+    ],
+)
+def test_wrong_numbers_are_refused(job, options, says):
+    with pytest.raises(polyak.ConfigError, match=says.replace("(", r"\(")):
+        budget(job, **options)
+
+
+def test_the_command_prints_the_figures_and_the_cadence():
+    result = CliRunner().invoke(app, ["plan", "--params", "70e9", "--ranks", "64", "--tokens", "262144"])
+    assert result.exit_code == 0
+    lines = {line.split("  ")[0]: line for line in result.output.splitlines()}
+    assert "4.38 GB" in lines["averages"]
+    assert "17.5 GB" in lines["accelerator traffic"]
+    assert "5.22 ms" in lines["update"]
+    assert "every=2 keeps it under 0.1%." in result.output
+
+
+def test_the_command_answers_a_wrong_number_in_one_line():
+    result = CliRunner().invoke(app, ["plan", "--params", "7e9", "--ranks", "8", "--replicas", "3"])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == ["polyak: replicas: got 3 for 8 ranks; expected a divisor (1: all sharded)"]
