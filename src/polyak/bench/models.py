@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from polyak.errors import ConfigError, MissingExtraError, PolyakError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["MODELS", "Known", "Subject", "build", "layers", "size"]
+__all__ = ["MODELS", "Known", "Subject", "build", "imported", "layers", "size"]
 
 
 class Known(NamedTuple):
@@ -97,6 +97,14 @@ def build(name: str, device: torch.device) -> Subject:
         return Subject(name, model.to(device), [tensor.to(device) for tensor in inputs], told)
 
 
+def imported(name: str) -> Any:  # noqa: ANN401 - whatever has that name
+    """Return what ``"module:name"`` names; the current directory is looked in, too."""
+    module, _, called = name.partition(":")
+    if str(Path.cwd()) not in sys.path:  # where an installed command does not look by itself
+        sys.path.insert(0, str(Path.cwd()))
+    return getattr(import_module(module), called)
+
+
 def size(model: nn.Module) -> tuple[int, int]:
     """Return how many distinct floating tensors a model has, and how many values are in them."""
     floats = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
@@ -117,11 +125,8 @@ def _made(name: str, known: Known) -> nn.Module:
 
 
 def _imported(name: str) -> tuple[nn.Module, *tuple[Tensor, ...]]:
-    module, _, called = name.partition(":")
-    if str(Path.cwd()) not in sys.path:  # where an installed command does not look by itself
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        made = getattr(import_module(module), called)()
+        made = imported(name)()
     except PolyakError:
         raise
     except Exception as error:

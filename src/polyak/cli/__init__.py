@@ -1,4 +1,4 @@
-"""The command line: which strategies there are, what became of the plugins, and the schema of configs."""
+"""The command line: what is installed, what averages count and cost, and which one to choose after a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import typer
 
 from polyak import AveragerConfig, __version__
 from polyak.cli.bench import bench
+from polyak.cli.convert import convert
 from polyak.cli.plan import plan
+from polyak.cli.posthoc import snapshots, sweep, synthesize
+from polyak.cli.profile import profile
 from polyak.cli.tables import list_plugins, list_strategies, show, versions
 from polyak.config.files import write
 from polyak.registry import registry
@@ -19,7 +22,7 @@ from polyak.registry import registry
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="Weight averaging for PyTorch: what this installation can do.",
+    help="Weight averaging for PyTorch: which average, what it costs, and which one after the run.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,6 +42,11 @@ def _options(
     pass
 
 
+app.command("profile")(profile)
+app.command("convert")(convert)
+app.command("snapshots")(snapshots)
+app.command("synthesize")(synthesize)
+app.command("sweep")(sweep)
 app.command("bench")(bench)
 app.command("plan")(plan)
 

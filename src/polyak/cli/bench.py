@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from polyak.cli.files import check_folder
 from polyak.cli.tables import Listing, show
 from polyak.cli.told import told
-from polyak.errors import ConfigError
 
 if TYPE_CHECKING:
     from polyak.bench import Report
@@ -80,10 +80,7 @@ def _show(report: Report) -> None:
 
 def _check(json: Path | None, plot: Path | None) -> None:
     # What would fail after minutes of measuring fails before them.
-    for file in filter(None, (json, plot)):
-        if not file.absolute().parent.is_dir():
-            message = f"{file} cannot be written: there is no folder {file.absolute().parent}; make it first"
-            raise ConfigError(message)
+    check_folder(json, plot)
     if plot is not None:
         from polyak.bench.picture import check_drawable
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from polyak.budget import Budget, Hardware, Job, budget
-from polyak.cli.tables import Listing, show
+from polyak.cli.tables import Listing, show, size
 from polyak.cli.told import told
 
 __all__ = ["plan"]
@@ -47,22 +47,22 @@ def plan(  # noqa: PLR0913, PLR0917 - typer makes an option of each
 def _rows(cost: Budget, *, on_host: bool) -> list[tuple[str, ...]]:
     rows = [
         ("values", f"{cost.elements:.4g}", "of its shard"),
-        ("averages", _size(cost.averages), "on the host" if on_host else "on the accelerator"),
+        ("averages", size(cost.averages), "on the host" if on_host else "on the accelerator"),
     ]
     if on_host:
         rows += [
-            ("staging", _size(cost.staging), "page-locked memory on the host"),
-            ("host memory", _size(cost.on_node), "of all ranks of a node together"),
-            ("sent", _size(cost.sent), "to the host, each update"),
-            ("host traffic", _size(cost.on_host), "through the host's memory, each update"),
+            ("staging", size(cost.staging), "page-locked memory on the host"),
+            ("host memory", size(cost.on_node), "of all ranks of a node together"),
+            ("sent", size(cost.sent), "to the host, each update"),
+            ("host traffic", size(cost.on_host), "through the host's memory, each update"),
         ]
     return [
         *rows,
-        ("accelerator traffic", _size(cost.moved), "through its memory, each update"),
+        ("accelerator traffic", size(cost.moved), "through its memory, each update"),
         ("update", _time(cost.seconds), "at these speeds, if nothing else uses them"),
-        ("applied()", _size(cost.exchange), "moved to put the average in, and again to take it out"),
-        ("between ranks", _size(0), "shards are averaged where they are"),
-        ("full state dict", _size(cost.gathered), "on rank 0, for averaged_state_dict(full=True)"),
+        ("applied()", size(cost.exchange), "moved to put the average in, and again to take it out"),
+        ("between ranks", size(0), "shards are averaged where they are"),
+        ("full state dict", size(cost.gathered), "on rank 0, for averaged_state_dict(full=True)"),
     ]
 
 
@@ -71,14 +71,6 @@ def _cadence(cost: Budget) -> list[str]:
         return ["Give --step or --tokens to see what share of the training that is."]
     whole = f"A step takes {_time(cost.step)}: an update at each is {cost.seconds / cost.step:.2%} of it."
     return [whole, *(f"every={cost.every(share)} keeps it under {share:.1%}." for share in _SHARES)]
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:  # noqa: PLR2004 - the next unit
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
 
 
 def _time(seconds: float) -> str:

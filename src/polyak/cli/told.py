@@ -1,13 +1,14 @@
-"""Errors that polyak raises on purpose, as the command line tells them: one line, and exit code 2."""
+"""What polyak says on purpose, as the command line tells it: errors in one line with exit code 2, and warnings."""
 
 from __future__ import annotations
 
+import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from polyak.errors import PolyakError
+from polyak.errors import PolyakError, PolyakWarning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,9 +18,21 @@ __all__ = ["told"]
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Tell an error of polyak's on standard error and exit with 2."""
+    """Tell an error of polyak's on standard error and exit with 2; tell its warnings there, too."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", PolyakWarning)
+            others = warnings.showwarning
+
+            def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+                if issubclass(category, PolyakWarning):
+                    typer.echo(f"polyak: warning: {message}", err=True)
+                else:
+                    others(message, category, *where, **more)
+
+            warnings.showwarning = show
+            yield
     except PolyakError as error:
-        typer.echo(f"polyak: {error}", err=True)
+        first, *more = (line.strip() for line in str(error).splitlines())
+        typer.echo(f"polyak: {' '.join([first, '; '.join(more)]).strip()}", err=True)
         raise typer.Exit(2) from error
