@@ -2,7 +2,8 @@
 
 A small convolutional network learns scikit-learn's handwritten digits, with a constant and with a decaying learning
 rate. All averages follow the same weights. The table says what each is worth on held-out digits, the picture how it
-went and what each average is made of.
+went and what each average is made of. At the end one more run is recorded, and the best average that could have been
+chosen is made from the record.
 
     python examples/digits.py
     python examples/digits.py --strategy ema_v3 --set decay=0.99 --set use_warmup=false
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from demo.afterwards import Afterwards, afterwards
 from demo.contenders import HALF_LIFE, Contender, every_strategy, from_files, named, parsed
 from demo.report import picture, table
 from demo.training import SCHEDULES, Digits, Run, train
@@ -76,18 +78,22 @@ def chosen(args: Namespace, total: int) -> list[Contender]:
     return found
 
 
-def compare(console: Console, contenders: list[Contender], digits: Digits, args: Namespace) -> dict[str, list[Run]]:
-    """Train once for each seed and schedule, with a progress bar where somebody can see it."""
+def compare(
+    console: Console, contenders: list[Contender], digits: Digits, args: Namespace
+) -> tuple[dict[str, list[Run]], Afterwards]:
+    """Train once for each seed and schedule and once for the record, with a progress bar where somebody can see it."""
     runs: dict[str, list[Run]] = {schedule: [] for schedule in SCHEDULES}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=args.seeds * len(SCHEDULES) * args.epochs * digits.batches)
+        batches = args.seeds * len(SCHEDULES) * digits.batches + digits.choosing().batches
+        task = progress.add_task("", total=args.epochs * batches)
+        tick = partial(progress.advance, task)
         for seed in range(args.seeds):
             for schedule, made in runs.items():
                 progress.update(task, description=f"seed {seed}, {schedule} learning rate")
-                tick = partial(progress.advance, task)
                 made.append(train(digits, contenders, schedule=schedule, seed=seed, epochs=args.epochs, tick=tick))
-    return runs
+        progress.update(task, description="one run, recorded")
+        return runs, afterwards(digits, seed=0, epochs=args.epochs, tick=tick)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,11 +114,13 @@ def main(argv: list[str] | None = None) -> int:
         f"{len(digits.labels)} digits to learn, {len(digits.test_labels)} to test. Seeds: {args.seeds}, "
         f"schedules: {len(SCHEDULES)}, steps: {total}, averages: {len(contenders)}"
     )
-    runs = compare(console, contenders, digits, args)
+    runs, chosen_later = compare(console, contenders, digits, args)
     for schedule, made in runs.items():
         console.print(table(schedule, made, contenders))
     console.print(NOTES)
-    picture(runs, contenders, args.out)
+    console.print(f"\nThe best average you could have chosen\n{chosen_later.words}\n")
+    console.print(chosen_later.table, chosen_later.notes, sep="\n")
+    picture(runs, contenders, chosen_later, args.out)
     console.print(f"Picture: {args.out}")
     return 0
 

@@ -103,9 +103,14 @@ def _suited(name: str, total: int) -> dict[str, Any]:
     """Return settings for a run of ``total`` steps, by the names of the fields; a plugin's have them too."""
     if name == "swa":
         return {"start": round(0.75 * total)}  # as in its paper
+    if name == "lawa":
+        return {"every": max(1, total // 40)}  # its ten snapshots are spread over the last quarter
     fields = polyak.strategies()[name].model_fields if name in polyak.strategies() else {}
     rate = 1 - 0.5 ** (1 / max(1, HALF_LIFE * total))
-    suited: dict[str, Any] = {"decay": 1 - float(f"{rate:.2g}"), "steps": total, "use_warmup": True}
+    suited: dict[str, Any] = {
+        "decay": 1 - float(f"{rate:.2g}"), "steps": total, "use_warmup": True, "halflife": HALF_LIFE * total,
+        "length": max(1, total // 10),
+    }  # fmt: skip
     return {key: value for key, value in suited.items() if key in fields}
 
 

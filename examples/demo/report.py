@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from statistics import fmean, median, stdev
 
+import later
 from matplotlib.figure import Figure
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from demo.afterwards import Afterwards
 from demo.contenders import Contender
 from demo.training import LEARNING_RATE, RAW, Run, Trace
-from polyak import plot
+from polyak import Profile, plot
+
+CROWD = 10  # lines that one picture can hold apart
+SAME = 0.01  # the part of an average that is seen
 
 
 def table(schedule: str, runs: Sequence[Run], contenders: Sequence[Contender]) -> Table:
@@ -38,29 +44,48 @@ def table(schedule: str, runs: Sequence[Run], contenders: Sequence[Contender]) -
     return made
 
 
-def picture(runs: Mapping[str, Sequence[Run]], contenders: Sequence[Contender], path: Path) -> None:
-    """Draw the test losses over the run and the shares of past steps; the file is whole or absent."""
+def picture(runs: Mapping[str, Sequence[Run]], contenders: Sequence[Contender], chosen: Afterwards, path: Path) -> None:
+    """Draw the test losses over the run, the shares of past steps and the sweep; the file is whole or absent."""
     first = next(iter(runs.values()))
-    shown = [c.label for c in contenders if not first[0].traces[c.label].problem]
+    traces = first[0].traces
+    shown = [c.label for c in contenders if not traces[c.label].problem]
+    profiles = {label: profile for label in shown if (profile := traces[label].profile)}
+    if len(shown) > CROWD:
+        shown = [label for label in shown if label in _unlike(profiles)]
     looks = plot.palette(shown) | {RAW: {"color": "0.55", "linewidth": 3.5}}
     losses = {
         schedule: {label: _mean_losses(made, label) for label in [RAW, *shown]} for schedule, made in runs.items()
     }
-    every = [loss for lines in losses.values() for line in lines.values() for loss in line]
-    figure = Figure(figsize=(11, 6.2), dpi=130, layout="constrained")
+    every = [loss for lines in losses.values() for line in lines.values() for loss in line if isfinite(loss)]
+    figure = Figure(figsize=(12, 9), dpi=130, layout="constrained")
     grid = figure.add_gridspec(len(runs), 2, width_ratios=(1.3, 1))
     for row, (schedule, lines) in enumerate(losses.items()):
         ax = figure.add_subplot(grid[row, 0], ylim=(0.8 * min(every), 1.2 * max(every)))
         plot.curves({label: (first[0].steps, line) for label, line in lines.items()}, ax, looks=looks)
-        ax.set(title=f"{schedule} learning rate, mean of {len(first)} seeds", ylabel="test loss")
-    profiles = {label: profile for label in shown if (profile := first[0].traces[label].profile)}
-    ax = plot.shares(profiles, figure.add_subplot(grid[:, 1]), scale="linear", looks=looks)
+        ax.set(title=f"{schedule} learning rate, mean of {len(first)} seed{'s' * (len(first) > 1)}", ylabel="test loss")
+    ax = plot.shares(profiles, figure.add_subplot(grid[0, 1]), scale="linear", looks=looks)
     ax.set(title=f"what each past step counts at the end\n({next(iter(runs))} learning rate)")
+    ax.legend(frameon=False, fontsize=7.5, ncols=2)
+    later.draw(
+        chosen.found,
+        chosen.raw,
+        figure.add_subplot(grid[1, 1]),
+        title="averages made after one recorded run\n(constant learning rate)",
+    )
     for ax in figure.axes:
         ax.grid(alpha=0.2)
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle("Handwritten digits: the weights of a run, and averages of the same weights", weight="bold")
     _save(figure, path)
+
+
+def _unlike(profiles: Mapping[str, Profile]) -> list[str]:
+    """Return the labels of averages that differ at the end; the first of those that do not."""
+    found: list[str] = []
+    for label, profile in profiles.items():
+        if all(profile.distance(profiles[other]) > SAME for other in found):
+            found.append(label)
+    return found
 
 
 def _mean_losses(runs: Sequence[Run], label: str) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import process_time
 from typing import TYPE_CHECKING
@@ -81,6 +81,12 @@ class Digits:
         """How many full batches an epoch has."""
         return len(self.labels) // BATCH
 
+    def choosing(self) -> Digits:
+        """Return the same with a sixth of the training images for testing, to choose settings by: no test image."""
+        aside = len(self.labels) // 6
+        unmoved = self.shifted[4]
+        return Digits(self.shifted[:, aside:], self.labels[aside:], unmoved[:aside], self.labels[:aside])
+
 
 def network() -> nn.Module:
     """Return a small convolutional network with batch normalisation."""
@@ -88,6 +94,29 @@ def network() -> nn.Module:
         nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10),
     )  # fmt: skip
+
+
+def steps(digits: Digits, model: nn.Module, *, schedule: str, epochs: int) -> Iterator[tuple[float, float]]:
+    """Train; after each step, yield its learning rate and what it cost in processor time.
+
+    Args:
+        digits: The data.
+        model: What learns them.
+        schedule: A name of :data:`SCHEDULES`.
+        epochs: How often the data are seen.
+    """
+    total = epochs * digits.batches
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: SCHEDULES[schedule](step / total))
+    for _ in range(epochs):
+        for batch in torch.randperm(len(digits.labels))[: digits.batches * BATCH].split(BATCH):
+            began = process_time()
+            images = digits.shifted[torch.randint(9, (BATCH,)), batch]
+            F.cross_entropy(model(images), digits.labels[batch]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield float(scheduler.get_last_lr()[0]), process_time() - began
+            scheduler.step()
 
 
 def train(
@@ -105,26 +134,15 @@ def train(
     """
     torch.manual_seed(seed)
     model, total = network(), epochs * digits.batches
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: SCHEDULES[schedule](step / total))
     averagers = {c.label: c.config.build(model) for c in contenders if c.config}
     traces = {RAW: Trace()} | {c.label: Trace(problem=c.problem) for c in contenders}
     moments = sorted({max(1, round(total * i / POINTS)) for i in range(1, POINTS + 1)})
-    step = 0
-    for _ in range(epochs):
-        for batch in torch.randperm(len(digits.labels))[: digits.batches * BATCH].split(BATCH):
-            began = process_time()
-            images = digits.shifted[torch.randint(9, (BATCH,)), batch]
-            F.cross_entropy(model(images), digits.labels[batch]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            traces[RAW].seconds.append(process_time() - began)
-            step += 1
-            _update(averagers, traces, step, float(scheduler.get_last_lr()[0]))
-            scheduler.step()
-            if step in moments:
-                _test(model, averagers, traces, digits)
-            tick()
+    for step, (lr, seconds) in enumerate(steps(digits, model, schedule=schedule, epochs=epochs), 1):
+        traces[RAW].seconds.append(seconds)
+        _update(averagers, traces, step, lr)
+        if step in moments:
+            _test(model, averagers, traces, digits)
+        tick()
     for label, averager in averagers.items():
         traces[label].profile = averager.profile()
     return Run(moments, traces)

@@ -16,7 +16,10 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a scratch file beside ``file``, then rename it; after an exception nothing is left."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
+        scratch.touch()
+        mode = scratch.stat().st_mode
         write(scratch)
+        scratch.chmod(mode)  # some writers make files that nobody else may read
         with scratch.open("rb+") as written:
             os.fsync(written.fileno())  # else a crash of the machine may leave the new name on an empty file
         scratch.replace(file)

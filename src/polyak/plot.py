@@ -126,6 +126,7 @@ def metrics(
     points: Iterable[tuple[float, float, float]],
     *,
     best: tuple[float, float, str],
+    levels: Mapping[str, float] | None = None,
     ax: Axes | None = None,
     label: str = "metric",
 ) -> Axes:
@@ -135,6 +136,7 @@ def metrics(
         points: The half-life as a fraction of the run, the metric, and the error of the profile; hollow where that is
             more than a tenth, and the average so another than was wanted.
         best: The half-life, the metric and the label of the best one.
+        levels: Metrics of other weights, as horizontal lines, by their labels: that of the raw weights, say.
         ax: Where to draw; a new figure where it is None.
         label: What the metric is.
 
@@ -147,8 +149,10 @@ def metrics(
         'half-life of the average, as part of the run'
     """
     ax = _axes(ax)
+    from matplotlib.ticker import LogLocator, NullLocator
+
     ordered = sorted(points)
-    ax.plot([x for x, _, _ in ordered], [y for _, y, _ in ordered], color=_COLORS[0], linewidth=1)
+    ax.plot([x for x, _, _ in ordered], [y for _, y, _ in ordered], color=_COLORS[0], linewidth=1, label="averages")
     for exact in (True, False):
         here = [(x, y) for x, y, error in ordered if (error <= _POOR) == exact]
         name = None if exact or not here else f"profile error above {_POOR:.0%}"
@@ -159,7 +163,12 @@ def metrics(
     x, y, text = best
     ax.scatter([x], [y], s=160, facecolor="none", edgecolor=_COLORS[1], linewidth=2, zorder=4, label=f"best: {text}")
     ax.set(xscale="log", xlabel="half-life of the average, as part of the run", ylabel=label)
-    ax.xaxis.set_major_formatter(lambda part, _: f"{100 * part:g} %")
+    ax.xaxis.set(
+        major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(),
+        major_formatter=lambda part, _: f"{100 * part:g} %",
+    )  # fmt: skip
+    for name, value in (levels or {}).items():
+        ax.axhline(value, color="0.5", linestyle="--", linewidth=1, label=name)
     ax.legend(frameon=False)
     return ax
 
@@ -204,7 +213,7 @@ def _name_ends(ax: Axes) -> None:
     places = _apart([float(to_axes.transform(end)[1]) for _, end in ends], heights)
     for (line, (x, y)), place in zip(ends, places, strict=True):
         color = line.get_color()
-        thread = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0}
+        thread = {"arrowstyle": "-", "relpos": (0, 0.5), "color": color, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0}
         text = ax.annotate(str(line.get_label()), (x, y), (1.06, place), textcoords=ax.transAxes, arrowprops=thread)
         text.set(color=color, size=_SIZE, va="center")
 

@@ -28,9 +28,8 @@ __all__ = ["History", "Profile"]
 class Profile:
     """The shares of an average: what each past update counts in it, and what is left of the start.
 
-    The shares and the start's add up to 1, and the average equals ``start * origin + sum(shares * weights)``. For a
-    strategy with one running tensor ``share_i = rate_i * prod_{j>i} (1 - rate_j)``. Ages are in optimiser steps before
-    the last update.
+    The average equals ``start * origin + sum(shares * weights)``, where they all add up to 1; with one running tensor
+    ``share_i = rate_i * prod_{j>i} (1 - rate_j)``. Ages are in optimiser steps before the last update.
 
     Attributes:
         shares: The share of each update 1..n, float64, shape (n,).
@@ -40,8 +39,7 @@ class Profile:
 
     Source: field notes of every paper on averaging; the identity itself is elementary.
 
-    Often confused with: the *rates*. The rate of an update is what it counted when it was made,
-    its share what is left of that now.
+    Often confused with: the *rates*. The rate of an update is what it counted when it was made, its share what is left.
 
     Examples:
         >>> profile = Profile.from_rates([1.0, 0.5, 0.5])
@@ -79,8 +77,7 @@ class Profile:
     ) -> Self:
         """Return the profile that ``strategy`` has after ``n`` updates.
 
-        A million updates take milliseconds for strategies whose rate is arithmetic only (``Strategy.elementwise``),
-        and seconds for others.
+        A million updates take milliseconds for ``elementwise`` strategies.
 
         Args:
             strategy: The strategy.
@@ -134,15 +131,15 @@ class Profile:
 
     @property
     def spread(self) -> float:
-        """The standard deviation of the age in optimiser steps, the start left out."""
-        return math.sqrt(max(0.0, self._moment((self.ages - self.mean_age) ** 2)))
+        """The standard deviation of the age in optimiser steps, the start left out; NaN where shares are negative."""
+        variance = self._moment((self.ages - self.mean_age) ** 2)
+        return math.sqrt(max(0.0, variance)) if self.shares.min(initial=0.0) >= 0 else math.nan
 
     @property
     def half_life(self) -> float:
         """The age in steps within which the younger half of all shares lies; inf where the start holds more."""
-        younger = np.cumsum(self.shares[::-1])
-        i = int(np.searchsorted(younger, 0.5 - 1e-12))
-        return float(self.ages[::-1][i] + self._strides[-1]) if i < len(self) else math.inf
+        half = np.flatnonzero(np.cumsum(self.shares[::-1]) >= 0.5 - 1e-12)  # a sum that negative shares make fall again
+        return float((self.ages + self._strides)[::-1][half[0]]) if len(half) else math.inf
 
     @property
     def effective_size(self) -> float:
@@ -153,7 +150,7 @@ class Profile:
         """Return the part of the one average that is made of other weights than the other average, from 0 to 1.
 
         The total variation ``sum(|share - other share|) / 2`` over single optimiser steps, both profiles ending at
-        the last one, and over the start. 0: the same average; 1: no step in common.
+        the last one, and over the start. 0: the same average; 1: no step in common; above 1 only with negative shares.
 
         Often confused with: the distance of the averaged *weights*, which is smaller: neighbouring steps have nearly
         the same weights.

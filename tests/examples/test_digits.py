@@ -102,6 +102,18 @@ def test_an_average_that_is_worse_than_the_raw_weights_is_shown_to_be(demo):
         assert ema[6] == "(0/1)"
 
 
+def test_the_end_synthesises_the_average_that_was_really_kept_from_a_run_without_it(demo):
+    _, out, _ = demo(*QUICK, "--strategy", "ema")
+    raw = rows(out, "the last weights")[0][-3:]
+    made, kept = (rows(out, f"best, {how}")[0][-3:] for how in ("synthesised", "really kept"))
+    assert [float(loss) for loss in made[:2]] == pytest.approx([float(loss) for loss in kept[:2]], rel=1e-3)
+    assert float(made[2]) < 1e-3
+    assert float(kept[2]) == 0
+    assert float(raw[2]) > 10 * float(made[2])
+    assert "Σ|x| = 1.00" in out
+    assert "199 of the 1198 digits" in out
+
+
 class Asking(polyak.Strategy):
     """Needs what nobody can guess."""
 

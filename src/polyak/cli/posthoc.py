@@ -16,8 +16,7 @@ from polyak.cli.told import told
 from polyak.errors import ConfigError
 from polyak.posthoc import Store
 from polyak.posthoc import sweep as swept
-from polyak.posthoc.solve import fit
-from polyak.posthoc.synthesis import combine, target_profile
+from polyak.posthoc.synthesis import combine, nearest, target_profile, warn_of_amplification
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -74,7 +73,8 @@ def synthesize(
         _check_spared(output, chosen)
         config = with_start(settings(set_ or []), step)
         wanted = target_profile(target, config, chosen, step)
-        (found,) = fit([snapshot.profile for snapshot in chosen], [wanted], nonnegative=nonnegative)
+        (found,) = nearest(chosen, [wanted], nonnegative=nonnegative)
+        warn_of_amplification(found)
         _tell(found, chosen, wanted, step)
         if output is not None and not dry_run:
             combine(chosen, found, wanted, step).save(output)
@@ -164,8 +164,6 @@ def _check_spared(output: Path | None, chosen: Sequence[Snapshot]) -> None:
 
 def _tell(found: Fit, chosen: Sequence[Snapshot], wanted: Profile, step: int) -> None:
     pairs = [(snapshot, float(x)) for snapshot, x in zip(chosen, found.coefficients, strict=True) if x]
-    amplification = sum(abs(x) for _, x in pairs)
-    rounding = amplification * max(snapshot.precision for snapshot, _ in pairs)
     used = sorted(
         (pair for pair in pairs if abs(pair[1]) >= _LEAST), key=lambda pair: (-round(abs(pair[1]), 9), -pair[0].step)
     )
@@ -176,8 +174,10 @@ def _tell(found: Fit, chosen: Sequence[Snapshot], wanted: Profile, step: int) ->
         typer.echo(f"and {len(pairs) - len(rows)} more, {largest}")
     typer.echo(f"at step         {step}")
     typer.echo(f"profile error   {found.error:.2g}  (part of the wanted profile's norm)")
-    typer.echo(f"amplification   {amplification:.3g}  (sum of |coefficient|; 1: none is negative)")
-    typer.echo(f"rounding        {rounding:.1g}  (of the weights: amplification times that of the snapshots' dtype)")
+    typer.echo(f"amplification   {found.amplification:.3g}  (sum of |coefficient|; 1: none is negative)")
+    typer.echo(
+        f"rounding        {found.rounding:.1g}  (of the weights: amplification times that of the snapshots' dtype)"
+    )
     if wanted.start > _POOR**2 and not any(snapshot.profile.start for snapshot in chosen):
         typer.echo(
             f"The wanted average counts the weights at the start {wanted.start:.0%}, and no snapshot has them; "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from polyak.posthoc.made import Synthesis
 from polyak.posthoc.recorder import Recorder
 from polyak.posthoc.store import Store
 from polyak.posthoc.sweep import Sweep, sweep
-from polyak.posthoc.synthesis import Synthesis, synthesize
+from polyak.posthoc.synthesis import synthesize
 
 __all__ = ["Recorder", "Store", "Sweep", "Synthesis", "sweep", "synthesize"]

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from polyak.averager import Averager
     from polyak.tensors.entries import Model
 
-__all__ = ["block_means", "engines_of", "layout_of", "model_of", "weights_of"]
-
-_FOR_SYNTHESIS = {"power", "block_mean"}
+__all__ = ["block_means", "engines_of", "last_before", "layout_of", "model_of", "start_of", "weights_of"]
 
 
 def engines_of(averager: Averager | Bank) -> dict[str, Engine]:
@@ -82,6 +80,21 @@ def weights_of(engine: Engine, layout: Layout) -> dict[str, Tensor]:
     return {name: averages.get(name, live[name]) for name in layout.dtypes}
 
 
+def start_of(engines: Mapping[str, Engine], layout: Layout) -> dict[str, Tensor] | None:
+    """Return a copy of the weights at construction, which count in plain EMAs; None where they are gone."""
+    own = [engine for engine in engines.values() if engine.options.origin == "initial"]
+    if any(engine.n for engine in engines.values()):
+        return None
+    weights = weights_of((own or [*engines.values()])[0], layout)
+    return {name: tensor.detach().clone() for name, tensor in weights.items()}
+
+
+def last_before(step: int, engines: Mapping[str, Engine]) -> int:
+    """Return the last optimiser step before this one at which any of the averages was updated; -1: none."""
+    steps = [int(one) for engine in engines.values() for one in engine.profile().steps[-2:] if one < step]
+    return max(steps, default=-1)
+
+
 def block_means(engines: Mapping[str, Engine], wanted: bool | None) -> Engine | None:  # noqa: FBT001 - as in Recorder
     """Return what averages the weights of each block, or None where nobody wants it.
 
@@ -91,7 +104,8 @@ def block_means(engines: Mapping[str, Engine], wanted: bool | None) -> Engine | 
     fastest = min(engines.values(), key=lambda engine: engine.options.every)
     offloaded = any(engine.plan is not None and engine.plan.offload is not None for engine in engines.values())
     if wanted is None:
-        wanted = not offloaded and any(engine.strategy.name not in _FOR_SYNTHESIS for engine in engines.values())
+        kinds = {engine.strategy.name for engine in engines.values()}
+        wanted = not offloaded and "block_mean" not in kinds and kinds != {"power"}
     if not wanted:
         return None
     if offloaded:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from polyak.errors import ConfigError, PolyakWarning, StateError
-from polyak.posthoc.followed import block_means, engines_of, layout_of, weights_of
-from polyak.posthoc.snapshot import file_name, safetensors, write
+from polyak.posthoc.followed import block_means, engines_of, last_before, layout_of, start_of, weights_of
+from polyak.posthoc.snapshot import file_name, make_folder, safetensors, write
 from polyak.posthoc.store import Store
 from polyak.profile import Profile
 from polyak.tensors.storage import as_dtype
@@ -46,7 +48,7 @@ class Recorder:
         keep: How many snapshots of each series are kept, the latest; None: all.
         blocks: Whether plain means of the weights of each ``every`` steps are kept, too, which rebuild averages that
             were not thought of and need no negative coefficients. They cost one more pass over the weights for each
-            update. None: where no average is made for synthesis (``power``, ``block_mean``).
+            update. None: unless all averages are ``power`` ones, or one is ``block_mean``.
         dtype: The dtype of what is averaged; "auto": the average's own, float32 at the least. Shorter ones save disk,
             and synthesis amplifies their rounding (``Synthesis.rounding``).
 
@@ -97,9 +99,14 @@ class Recorder:
         self._fastest = min(self._engines, key=lambda name: self._engines[name].options.every)
         self._seen: dict[str, int] = {}
         self._written: dict[str, int] = {}
-        self._begun = False
-        self._at_start = self._copies_at_start()
-        self._make_folder()
+        self._updates: dict[str, int] = {}
+        self._begun = self._new = False
+        own = {START} if self._blocks is None else {START, BLOCKS}
+        if taken := sorted(own & self._engines.keys()):
+            message = f"the names {taken} of averages are those of the recorder's own snapshots; give them others"
+            raise ConfigError(message)
+        self._at_start = start_of(self._engines, self._layout)
+        make_folder(self.directory)
         self._listeners = [(engine, self._listener(name)) for name, engine in self._engines.items()]
         for engine, listener in self._listeners:
             engine.listeners.append(listener)
@@ -110,9 +117,10 @@ class Recorder:
             engine.synchronize()
             engine.listeners.remove(listener)
         self._listeners = []
-        for name in self._series():
-            if self._seen.get(name, -1) > self._written.get(name, -1):
-                self._write(name)
+        with ExitStack() as rest:  # a snapshot that cannot be written keeps none of the others from being written
+            for name in reversed(self._series()):
+                if self._seen.get(name, -1) > self._written.get(name, -1):
+                    rest.callback(self._write, name)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an exact resume between two snapshots needs: the mean of the block that has begun."""
@@ -134,6 +142,7 @@ class Recorder:
         if self._blocks is not None:
             self._blocks.load_state_dict(state[BLOCKS])
         self._seen, self._written = dict(state["seen"]), dict(state["written"])
+        self._updates, self._begun, self._new = {}, False, False
 
     def __enter__(self) -> Self:
         return self
@@ -147,11 +156,20 @@ class Recorder:
         return self._engines if self._blocks is None else {**self._engines, BLOCKS: self._blocks}
 
     def _listener(self, name: str) -> Callable[[Any, Clock], None]:
-        def updated(_: Averager, clock: Clock) -> None:
-            if not self._begun:
+        def updated(averager: Averager, clock: Clock) -> None:
+            if averager is not self._engines[name]:  # a copy of it, which took the listeners along
+                return
+            if clock.n != self._updates.get(name, clock.n - 1) + 1:
+                self._go_on_elsewhere()
+            self._updates[name] = clock.n
+            first = not self._begun
+            if first:
                 self._begin(clock)
             if self._blocks is not None and name == self._fastest:
                 self._blocks.update(step=clock.step)
+            if first:
+                self._write_start()
+            if name == self._fastest and self._blocks is not None:
                 self._due(BLOCKS, clock)
             self._due(name, clock)
 
@@ -167,8 +185,11 @@ class Recorder:
         engine = self._series()[name]
         if not engine.n:  # every update of a block was left out because of a NaN
             return
+        self._write_start()
         profile = engine.profile()
         step = int(profile.steps[-1])
+        if engine is self._blocks and name in self._written:
+            profile = replace(profile, stride=int(profile.steps[0]) - self._written[name])
         self._put(name, step, engine, weights_of(engine, self._layout), profile)
         self._written[name] = step
         if engine is self._blocks:
@@ -184,12 +205,13 @@ class Recorder:
         )  # fmt: skip
 
     def _begin(self, clock: Clock) -> None:
-        """Look, at the first update, whether what lies in the folder is this run's."""
-        found = Store(self.directory).snapshots
+        """Look, at the first update, whether what lies in the folder is this run's, and leave there what is."""
+        found = Store(self.directory).snapshots if self.directory.is_dir() else []
         if found and found[0].layout != self._layout:
             message = f"{str(self.directory)!r} holds snapshots of another model; give this run a folder of its own"
             raise StateError(message)
-        if clock.n == 1:
+        self._new = self._new or all(engine.n <= 1 for engine in self._engines.values())
+        if self._new:
             if recorded := [snapshot for snapshot in found if snapshot.step]:
                 message = (
                     f"{str(self.directory)!r} holds {len(recorded)} snapshots of another run, up to step "
@@ -197,39 +219,29 @@ class Recorder:
                     "of the averager to go on with that run"
                 )
                 raise StateError(message)
-            self._write_start()
-        elif later := [snapshot for snapshot in found if snapshot.step > clock.step - clock.stride]:
-            warnings.warn(
-                f"{len(later)} snapshots after step {clock.step - clock.stride}, where this run goes on, are removed: "
-                "they belong to steps that are made again",
-                PolyakWarning,
-                stacklevel=5,
-            )
-            for snapshot in later:
-                snapshot.path.unlink()
-        self._begun, self._at_start = True, None
+        else:
+            self._at_start = None
+            last = last_before(clock.step, self._engines)
+            if later := [snapshot for snapshot in found if snapshot.step > last]:
+                warnings.warn(
+                    f"{len(later)} snapshots after step {last}, where this run goes on, are removed: they belong to "
+                    "steps that are made again",
+                    PolyakWarning,
+                    stacklevel=5,
+                )
+                for snapshot in later:
+                    snapshot.path.unlink()
+        self._begun = True
+
+    def _go_on_elsewhere(self) -> None:
+        """Forget what was seen before another state was loaded into the averager."""
+        self._seen, self._written, self._updates, self._begun, self._new = {}, {}, {}, False, False
+        if self._blocks is not None:
+            self._blocks = block_means(self._engines, wanted=True)
 
     def _write_start(self) -> None:
         if self._at_start is not None:
             engine = self._engines[self._fastest]
             nothing = Profile(np.empty(0), np.empty(0, np.int64), start=1.0)
             self._put(START, 0, engine, self._at_start, nothing)
-
-    def _copies_at_start(self) -> dict[str, Tensor] | None:
-        """Return the weights at construction, where they count."""
-        engines = self._engines.values()
-        counts = self._blocks is not None or any(engine.options.origin == "initial" for engine in engines)
-        if not counts or any(engine.n for engine in engines):
-            return None
-        weights = weights_of(self._engines[self._fastest], self._layout)
-        return {name: tensor.detach().clone() for name, tensor in weights.items()}
-
-    def _make_folder(self) -> None:
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            message = f"the folder {str(self.directory)!r} cannot be made ({error}); give another one"
-            raise ConfigError(message) from error
-        # A process that died while it wrote left its half.
-        for half in self.directory.glob(f".{file_name('*')}.*.tmp"):
-            half.unlink()
+            self._at_start = None

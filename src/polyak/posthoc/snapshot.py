@@ -12,7 +12,7 @@ import torch
 
 from polyak.atomic import write_whole
 from polyak.checkpoints.tensor_file import TensorFile
-from polyak.errors import MissingExtraError, SnapshotError, StateError
+from polyak.errors import ConfigError, MissingExtraError, SnapshotError, StateError
 from polyak.posthoc.recipe import described, from_description
 
 if TYPE_CHECKING:
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from polyak.checkpoints.tensor_file import Scratch
     from polyak.profile import Profile
     from polyak.strategy import Strategy
 
-__all__ = ["Layout", "Snapshot", "file_name", "safetensors", "write"]
+__all__ = ["Layout", "Snapshot", "file_name", "make_folder", "safetensors", "write"]
 
 FORMAT = 1
 _DIGITS = 12
@@ -67,11 +68,17 @@ class Snapshot:
         file = TensorFile(path)
         if _ABOUT not in file.metadata:
             return None
-        about = json.loads(file.metadata[_ABOUT])
-        if about.get("format") != FORMAT:
-            message = (
-                f"{str(path)!r} has format {about.get('format')!r}, and this polyak reads {FORMAT}; upgrade polyak"
-            )
+        try:
+            about = json.loads(file.metadata[_ABOUT])
+            version = about["format"]
+            complete = version != FORMAT or {"average", "step", "profile", "layout", "complex"} <= {*about}
+        except (ValueError, TypeError, KeyError, RecursionError):
+            complete, version, about = False, FORMAT, {}
+        if not complete:
+            message = f"{str(path)!r} is a damaged snapshot: what its metadata say is incomplete; remove it"
+            raise StateError(message)
+        if version != FORMAT:
+            message = f"{str(path)!r} has format {version!r}, and this polyak reads {FORMAT}; upgrade polyak"
             raise StateError(message)
         return cls(file, about)
 
@@ -108,10 +115,13 @@ class Snapshot:
         names = [f"weights/{name}" for name in self.layout.averaged]
         return max(torch.finfo(self.file.dtype(name)).eps for name in names) / 2
 
-    def read_weights(self, name: str) -> Tensor:
-        """Return one of its tensors by canonical name."""
-        tensor = self.file.read(f"weights/{name}")
-        return torch.view_as_complex(tensor) if name in self.about["complex"] else tensor
+    def read_weights(self, name: str, scratch: Scratch | None = None) -> Tensor:
+        """Return one of its tensors by canonical name; in the scratch memory where that is given."""
+        tensor = self.file.read(f"weights/{name}", scratch)
+        if name not in self.about["complex"]:
+            return tensor
+        # There are hardly any operations on complex halves.
+        return torch.view_as_complex(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
 
 
 def write(
@@ -181,6 +191,23 @@ def file_name(average: str) -> str:
     """Return the pattern of the names of an average's snapshots, which sort by their steps; ``"*"`` of all."""
     name = average if average == "*" else quote(average, safe="")
     return f"{name}-{'[0-9]' * _DIGITS}.safetensors"
+
+
+def make_folder(directory: Path) -> None:
+    """Make a folder for snapshots where it is missing.
+
+    Raises:
+        ConfigError: It cannot be made.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"the folder {str(directory)!r} cannot be made ({error}); give another one"
+        raise ConfigError(message) from error
+    # A process that died while it wrote left its half, under our name or under that of the package safetensors.
+    for pattern in (f".{file_name('*')}.*.tmp", ".tmp" + 6 * "[0-9A-Za-z]"):
+        for half in directory.glob(pattern):
+            half.unlink()
 
 
 def safetensors() -> Any:  # noqa: ANN401 - an optional package

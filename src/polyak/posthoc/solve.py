@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from polyak.errors import MissingExtraError
+from polyak.profile import Profile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
-
-    from polyak.profile import Profile
 
     Floats = NDArray[np.float64]
 
@@ -22,6 +21,7 @@ __all__ = ["Fit", "fit", "mixed"]
 _ROWS = 1 << 13  # optimiser steps that are taken into the factorisation at a time
 _NOTHING = 1e-18  # of the whole: the steps before are left out
 _SAME = 1e-12
+_CARE = 100.0  # weights are some hundred times as large as what they move by while they are averaged
 _SUM = 1e3  # how much more than a step's share the sum of the coefficients weighs, where they are not negative
 
 
@@ -31,29 +31,44 @@ class Fit(NamedTuple):
     Attributes:
         coefficients: One for each profile; their sum is 1.
         error: ``||sum(x * profile) - wanted|| / ||wanted||``, over single optimiser steps and the start.
+        amplification: ``sum(|x|)``, at least 1: how much the snapshots' noise may grow.
+        rounding: ``sum(|x| * noise)``: what their rounding may cost.
     """
 
     coefficients: Floats
     error: float
+    amplification: float
+    rounding: float
 
 
 class _Column(NamedTuple):
-    """A profile by single steps, from step ``first`` on; the earlier ones, and the start, as their sum says."""
+    """A profile by single steps, from step ``first`` on, and the start.
+
+    Runs that count from step 0, or begin at one that is less than ``every``, have steps before the first.
+    """
 
     first: int
     shares: Floats
     start: float
 
 
-def fit(known: Sequence[Profile], wanted: Sequence[Profile], *, nonnegative: bool = False) -> list[Fit]:
+def fit(
+    known: Sequence[Profile],
+    wanted: Sequence[Profile],
+    *,
+    noise: Sequence[float] | None = None,
+    nonnegative: bool = False,
+) -> list[Fit]:
     """Return, for each wanted profile, the combination of known ones with the sum 1 that is nearest.
 
     ``min ||sum(x_j * p_j) - q||`` with ``sum(x) = 1``, over the exact shares of single optimiser steps and of the
-    start; the share of an update that stands for several steps is spread over them.
+    start; the share of an update that stands for several steps is spread over them. Large coefficients cost what they
+    make of the snapshots' rounding: a nearer profile is no nearer average then.
 
     Args:
         known: The profiles that can be combined.
         wanted: The profiles to come near to.
+        noise: How much the values behind each known profile are rounded, relative to them; None: not at all.
         nonnegative: Whether no coefficient may be negative (needs scipy).
 
     Raises:
@@ -63,26 +78,33 @@ def fit(known: Sequence[Profile], wanted: Sequence[Profile], *, nonnegative: boo
     """
     factor = _factor([_column(profile) for profile in (*known, *wanted)])
     basis = factor[:, : len(known)]
+    rounded = np.asarray([0.0] * len(known) if noise is None else noise)
     solve = _nonnegative if nonnegative else _least_squares
-    return [_fitted(basis, factor[:, len(known) + i], solve) for i in range(len(wanted))]
+    return [_fitted(basis, factor[:, len(known) + i], rounded, solve) for i in range(len(wanted))]
 
 
-def mixed(known: Sequence[Profile], coefficients: Floats, last: int) -> tuple[Floats, float]:
-    """Return what each optimiser step 1..last counts in a combination, and the start."""
-    shares = np.zeros(last)
-    for profile, x in zip(known, coefficients, strict=True):
-        column = _column(profile)
-        shares[column.first - 1 : column.first - 1 + len(column.shares)] += x * column.shares
-    return shares, float(sum(x * profile.start for profile, x in zip(known, coefficients, strict=True)))
+def mixed(known: Sequence[Profile], coefficients: Floats, last: int) -> Profile:
+    """Return what each optimiser step up to ``last`` counts in a combination."""
+    columns = [_column(profile) for profile in known]
+    first = min(1, *(column.first for column in columns))
+    shares = np.zeros(last + 1 - first)
+    for column, x in zip(columns, coefficients, strict=True):
+        begin = column.first - first
+        shares[begin : begin + len(column.shares)] += x * column.shares
+    start = sum(x * column.start for column, x in zip(columns, coefficients, strict=True))
+    return Profile(shares, np.arange(first, last + 1), float(start), 1)
 
 
-def _fitted(basis: Floats, target: Floats, solve: Any) -> Fit:  # noqa: ANN401 - one of the two functions below
-    size = np.linalg.norm(target)
+def _fitted(basis: Floats, target: Floats, noise: Floats, solve: Any) -> Fit:  # noqa: ANN401 - a function below
+    size = float(np.linalg.norm(target))
     apart = np.linalg.norm(basis - target[:, None], axis=0) / size
     if apart.min() <= _SAME:  # it lies there: any other combination would only add rounding
-        return Fit((np.arange(len(apart)) == apart.argmin()).astype(np.float64), float(apart.min()))
-    x: Floats = solve(basis, target)
-    return Fit(x, float(np.linalg.norm(basis @ x - target) / size))
+        x: Floats = (np.arange(len(apart)) == apart.argmin()).astype(np.float64)
+    else:
+        cost = np.diag(_CARE * size * noise)
+        x = solve(np.vstack([basis, cost]), np.append(target, np.zeros(len(noise))))
+    error = float(np.linalg.norm(basis @ x - target)) / size
+    return Fit(x, error, float(np.abs(x).sum()), float(np.abs(x) @ noise))
 
 
 def _least_squares(basis: Floats, target: Floats) -> Floats:
@@ -128,7 +150,6 @@ def _column(profile: Profile) -> _Column:
         return _Column(1, np.empty(0), profile.start)
     shares = profile.by_age[::-1]
     last = int(profile.steps[-1])
-    shares = shares[-last:]  # steps before the first do not exist
     older = np.cumsum(np.abs(shares)) <= _NOTHING
     skipped = int(older.sum())
     return _Column(last - len(shares) + 1 + skipped, shares[skipped:], profile.start)

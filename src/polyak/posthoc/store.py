@@ -54,8 +54,8 @@ class Store:
         """
         chosen = [snapshot for snapshot in self.snapshots if step is None or snapshot.step <= step]
         if not any(snapshot.step for snapshot in chosen):
-            which = "no snapshots" if not self.snapshots else f"no snapshot up to step {step}"
+            which = "are no snapshots" if not self.snapshots else f"is no snapshot up to step {step}"
             first = next((f"; the first is of step {s.step}" for s in self.snapshots if s.step), "")
-            message = f"there are {which} in {str(self.directory)!r}{first}; record some with polyak.posthoc.Recorder"
+            message = f"there {which} in {str(self.directory)!r}{first}; record some with polyak.posthoc.Recorder"
             raise StateError(message)
         return chosen, chosen[-1].step if step is None else step

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from polyak.errors import ConfigError, PolyakWarning
-from polyak.posthoc.solve import fit
+from polyak.errors import ConfigError
+from polyak.posthoc.made import Synthesis, check_savable
 from polyak.posthoc.store import Store
-from polyak.posthoc.synthesis import Synthesis, Target, combine, target_profile
+from polyak.posthoc.synthesis import Target, combine, nearest, target_profile
 from polyak.profile import Profile
 from polyak.progress import track
 from polyak.strategy import Strategy
@@ -71,12 +70,13 @@ class Sweep:
             lines.append(f"{row.label:36s} {figures}{'  <- best' * (row is self.best)}")
         return "\n".join(lines)
 
-    def plot(self, ax: Axes | None = None, *, label: str = "metric") -> Axes:
+    def plot(self, ax: Axes | None = None, *, label: str = "metric", levels: Mapping[str, float] | None = None) -> Axes:
         """Draw the metric against the half-life as a fraction of the run; points of poor synthesis are hollow.
 
         Args:
             ax: Where to draw; a new figure where it is None.
             label: What the metric is.
+            levels: Metrics of other weights, as horizontal lines, by their labels: that of the raw weights, say.
 
         Raises:
             MissingExtraError: matplotlib is not installed.
@@ -84,7 +84,9 @@ class Sweep:
         from polyak.plot import metrics
 
         points = [(row.half_life, row.metric, row.profile_error) for row in self.rows if math.isfinite(row.half_life)]
-        return metrics(points, best=(self.best.half_life, self.best.metric, self.best.label), ax=ax, label=label)
+        return metrics(
+            points, best=(self.best.half_life, self.best.metric, self.best.label), levels=levels, ax=ax, label=label
+        )
 
 
 def sweep(
@@ -140,14 +142,14 @@ def sweep(
     if not wanted:
         message = "there is nothing to try; give at least one target"
         raise ConfigError(message)
-    fits = fit([snapshot.profile for snapshot in snapshots], [*wanted.values()], nonnegative=nonnegative)
+    file = store.directory / "best.safetensors" if output is None else Path(output)
+    check_savable(file, snapshots[-1].layout.dtypes.values())
+    fits = nearest(snapshots, [*wanted.values()], nonnegative=nonnegative)
     rows: list[Row] = []
     best: tuple[Row, Synthesis] | None = None
     order = sorted(zip(wanted.items(), fits, strict=True), key=lambda one: one[0][1].half_life)
     for (label, profile), found in track(order, "trying averages"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PolyakWarning)  # the table says it of each row
-            made = combine(snapshots, found, profile, step)
+        made = combine(snapshots, found, profile, step)
         row = Row(label, profile.half_life / step, _metric(evaluate, made), made.profile_error, made.amplification)
         rows.append(row)
         if math.isfinite(row.metric) and (best is None or (row.metric < best[0].metric) == (mode == "min")):
@@ -155,13 +157,12 @@ def sweep(
     if best is None:
         message = "every metric was NaN or infinite; check evaluate()"
         raise ConfigError(message)
-    file = store.directory / "best.safetensors" if output is None else Path(output)
     best[1].save(file)
     return Sweep(rows, *best, file)
 
 
 def _metric(evaluate: Callable[[dict[str, Tensor]], float], made: Synthesis) -> float:
-    value = evaluate(made.state_dict)
+    value = evaluate(dict(made.state_dict))  # whose keys evaluate may take away
     try:
         return float(value)
     except (TypeError, ValueError) as error:
@@ -171,11 +172,8 @@ def _metric(evaluate: Callable[[dict[str, Tensor]], float], made: Synthesis) -> 
 
 def _labelled(targets: Mapping[str, Target] | Iterable[Target] | None, step: int) -> dict[str, Target]:
     if targets is None:
-        return {
-            f"half-life {part:.1%} of the run": {"name": "ema_debiased", "decay": 0.5 ** (1 / (part * step))}
-            for part in _GRID
-            if part * step >= 1
-        }
+        rates = [1 - 0.5 ** (1 / (part * step)) for part in _GRID if part * step >= 1]
+        targets = [{"name": "ema_debiased", "decay": 1 - float(f"{rate:.2g}")} for rate in rates]
     if isinstance(targets, (str, Strategy, Profile)):
         message = f"targets are a list or a mapping of targets; got {targets!r}. For one target: synthesize()"
         raise ConfigError(message)
@@ -185,10 +183,25 @@ def _labelled(targets: Mapping[str, Target] | Iterable[Target] | None, step: int
 
 
 def _label(target: Target, number: int) -> str:
+    if isinstance(target, Profile):
+        return f"profile {number}"
+    if isinstance(target, str):
+        return target
+    own = _settings(target)
+    name = own.pop("name", "ema")
+    return f"{name}({', '.join(f'{key}={_short(value)}' for key, value in own.items())})"
+
+
+def _short(value: object) -> str:
+    return f"{value:.8g}" if isinstance(value, float) else str(value)
+
+
+def _settings(target: Strategy | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the name and all settings of a target in one mapping, however deep it says them."""
     if isinstance(target, Strategy):
-        target = {"name": target.name, **target.model_dump(exclude_unset=True, exclude={"name"})}
-    if isinstance(target, Mapping):
-        own: Mapping[str, Any] = target
-        settings = {key: value for key, value in own.items() if key != "name"}
-        return f"{own.get('name', 'ema')}({', '.join(f'{key}={value}' for key, value in settings.items())})"
-    return target if isinstance(target, str) else f"profile {number}"
+        return {"name": target.name, **target.model_dump(exclude_unset=True, exclude={"name"})}
+    own = dict(target)
+    inner = own.pop("strategy", None)
+    if inner is None:
+        return own
+    return {**({"name": inner} if isinstance(inner, str) else _settings(inner)), **own}

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from polyak.atomic import write_whole
+from polyak.checkpoints.tensor_file import Scratch
 from polyak.config import AveragerConfig
 from polyak.errors import ConfigError, PolyakWarning
-from polyak.posthoc.snapshot import Snapshot, safetensors
+from polyak.posthoc.made import Synthesis
 from polyak.posthoc.solve import Fit, fit, mixed
 from polyak.posthoc.store import Store
 from polyak.profile import Profile
@@ -28,7 +24,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Synthesis", "Target", "combine", "synthesize", "target_profile"]
+    from polyak.posthoc.snapshot import Snapshot
+
+__all__ = [
+    "Target",
+    "combine",
+    "nearest",
+    "synthesize",
+    "target_profile",
+    "warn_of_amplification",
+]
 
 Target = str | Strategy | Mapping[str, Any] | Profile
 """What is wanted: a strategy by name, as an object or as a config, or a profile."""
@@ -36,57 +41,7 @@ Target = str | Strategy | Mapping[str, Any] | Profile
 _CADENCE = frozenset({"start", "every", "origin"})
 _ILL = 30.0  # of the coefficients' absolute sum: a few snapshots then cancel each other
 _ROUNDED = 1e-3  # of the weights
-
-
-@dataclass(frozen=True)
-class Synthesis:
-    """An average that was made after the run.
-
-    Attributes:
-        state_dict: Names, shapes and dtypes of the model's ``state_dict()``.
-        coefficients: What each snapshot file counts; their sum is 1.
-        profile_error: How far its profile is from the wanted one: ``||got - wanted|| / ||wanted||``.
-        amplification: ``sum(|coefficient|)``, at least 1: how much the snapshots' rounding and noise may grow.
-        rounding: ``amplification`` times the rounding of the snapshots' dtype: what that may cost, relative to the
-            weights.
-        profile: What each optimiser step counts in it.
-        wanted: The wanted profile.
-        at_step: The optimiser step at which the average is.
-    """
-
-    state_dict: dict[str, Tensor] = field(repr=False)
-    coefficients: dict[str, float] = field(repr=False)
-    profile_error: float
-    amplification: float
-    rounding: float
-    profile: Profile = field(repr=False)
-    wanted: Profile = field(repr=False)
-    at_step: int
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state dict as a safetensors file whose metadata say how it was made; whole or absent.
-
-        Raises:
-            ConfigError: The name does not end in ``.safetensors``.
-            MissingExtraError: safetensors is not installed.
-        """
-        file = Path(path)
-        if file.suffix.lower() != ".safetensors":
-            message = f"the file {str(file)!r} has the type {file.suffix or '(none)'!r}; expected .safetensors"
-            raise ConfigError(message)
-        about = {
-            "at_step": self.at_step,
-            "profile_error": self.profile_error,
-            "amplification": self.amplification,
-            "half_life": str(self.wanted.half_life),
-            "mean_age": str(self.wanted.mean_age),
-            "coefficients": self.coefficients,
-        }
-        # A file has no two names for one tensor.
-        tensors = {key: tensor.clone() for key, tensor in self.state_dict.items()}
-        metadata = {"polyak_synthesis": json.dumps(about), "format": "pt"}
-        save = safetensors().save_file
-        write_whole(file, lambda scratch: save(tensors, scratch, metadata=metadata))
+_PIECE = 1 << 16  # values that are added at a time
 
 
 def synthesize(
@@ -100,7 +55,7 @@ def synthesize(
     """Return the average that a strategy would have had, from the snapshots of a run that never used it.
 
     ``sum(x_j * snapshot_j)`` with the coefficients, of sum 1, whose profile is nearest to the wanted one. Only
-    snapshots up to ``at_step`` count. Memory: the result and two tensors.
+    snapshots up to ``at_step`` count. Memory: the result and two tensors, one of them in float64.
 
     Args:
         directory: What ``Recorder`` wrote.
@@ -137,7 +92,8 @@ def synthesize(
     store = directory if isinstance(directory, Store) else Store(directory)
     snapshots, step = store.until(at_step)
     wanted = target_profile(target, settings, snapshots, step)
-    (found,) = fit([snapshot.profile for snapshot in snapshots], [wanted], nonnegative=nonnegative)
+    (found,) = nearest(snapshots, [wanted], nonnegative=nonnegative)
+    warn_of_amplification(found)
     return combine(snapshots, found, wanted, step)
 
 
@@ -166,27 +122,34 @@ def target_profile(target: Target, settings: Mapping[str, Any], snapshots: Seque
     return profile
 
 
-def combine(snapshots: Sequence[Snapshot], found: Fit, wanted: Profile, step: int) -> Synthesis:
-    """Return the combination of snapshots, tensor by tensor."""
-    used = [(snapshot, float(x)) for snapshot, x in zip(snapshots, found.coefficients, strict=True) if x]
-    amplification = sum(abs(x) for _, x in used)
-    rounding = amplification * max(snapshot.precision for snapshot, _ in used)
-    if amplification > _ILL or rounding > _ROUNDED:
+def nearest(snapshots: Sequence[Snapshot], wanted: Sequence[Profile], *, nonnegative: bool) -> list[Fit]:
+    """Return the combinations of snapshots that are nearest to what is wanted; their tensors are not read."""
+    profiles, noise = [s.profile for s in snapshots], [s.precision for s in snapshots]
+    return fit(profiles, wanted, noise=noise, nonnegative=nonnegative)
+
+
+def warn_of_amplification(found: Fit) -> None:
+    """Warn where a combination amplifies what it should not."""
+    if found.amplification > _ILL or found.rounding > _ROUNDED:
         warnings.warn(
-            f"the coefficients' absolute sum is {amplification:.3g}: what the snapshots were rounded by may grow to "
-            f"{rounding:.1g} of the weights. Record more snapshots or block means, store float32, or take "
+            f"the coefficients' absolute sum is {found.amplification:.3g}: what the snapshots were rounded by may grow "
+            f"to {found.rounding:.1g} of the weights. Record more snapshots or block means, store float32, or take "
             "nonnegative=True",
             PolyakWarning,
             stacklevel=3,
         )
-    shares, start = mixed([snapshot.profile for snapshot in snapshots], found.coefficients, step)
+
+
+def combine(snapshots: Sequence[Snapshot], found: Fit, wanted: Profile, step: int) -> Synthesis:
+    """Return the combination of snapshots, tensor by tensor."""
+    used = [(snapshot, float(x)) for snapshot, x in zip(snapshots, found.coefficients, strict=True) if x]
     return Synthesis(
         state_dict=_state_dict(used, snapshots[-1]),
         coefficients={snapshot.path.name: x for snapshot, x in used},
         profile_error=found.error,
-        amplification=amplification,
-        rounding=rounding,
-        profile=Profile(shares, np.arange(1, step + 1), start, 1),
+        amplification=found.amplification,
+        rounding=found.rounding,
+        profile=mixed([snapshot.profile for snapshot in snapshots], found.coefficients, step),
         wanted=wanted,
         at_step=step,
     )
@@ -215,16 +178,20 @@ def _state_dict(used: Sequence[tuple[Snapshot, float]], last: Snapshot) -> dict[
     layout = last.layout
     averaged = {*layout.averaged}
     tensors: dict[str, Tensor] = {}
+    reading, summing = Scratch(), Scratch()
     for name, dtype in track(layout.dtypes.items(), "combining snapshots"):
         if name not in averaged:
             tensors[name] = last.read_weights(name)
             continue
-        total: Tensor | None = None
+        short: torch.dtype = getattr(torch, dtype)
+        wide = torch.complex128 if short.is_complex else torch.float64
+        total = summing.tensor(last.file.shape(f"weights/{name}")[: -1 if wide.is_complex else None], wide).zero_()
         for snapshot, x in used:
-            weights = snapshot.read_weights(name)
-            if total is None:
-                total = torch.zeros_like(weights, dtype=torch.promote_types(weights.dtype, torch.float64))
-            total.add_(weights, alpha=x)
-        if total is not None:
-            tensors[name] = total.to(getattr(torch, dtype))
+            weights = snapshot.read_weights(name, reading)
+            # A sum of two dtypes widens the shorter one first: piece by piece, not another whole tensor.
+            for part, more in zip(
+                torch.split(total.view(-1), _PIECE), torch.split(weights.view(-1), _PIECE), strict=True
+            ):
+                part.add_(more, alpha=x)
+        tensors[name] = total.to(short, copy=True)
     return {key: tensors[name] for key, name in layout.keys.items()}

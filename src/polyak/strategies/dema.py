@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from typing_extensions import override
@@ -12,7 +12,7 @@ from polyak.strategies.ema import Decay, decay_of
 from polyak.strategy import Move, Strategy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -26,7 +26,8 @@ class DoubleEMA(Strategy):
 
     Its mean age is 0: on weights that move along a line it is where they are, while an EMA is ``decay / (1 - decay)``
     steps behind. In return weights older than about ``2 / (1 - decay)`` steps have negative shares (an extrapolation)
-    and noise is reduced less. It keeps two tensors beside the average.
+    and noise is reduced less. It keeps two tensors beside the average. Buffers are copied unless you choose otherwise:
+    an extrapolated running variance may be negative.
 
     Source: Mulloy, "Smoothing Data with Faster Moving Averages" (1994); on weights: Block & Zhang, "EMA Without the
     Lag: Bias-Corrected Iterate Averaging Schemes" (2025), arXiv:2508.00180, as a baseline.
@@ -51,6 +52,10 @@ class DoubleEMA(Strategy):
     @override
     def rate(self, clock: Clock) -> float:
         return 1.0 - self.decay**clock.stride
+
+    @override
+    def engine(self) -> Mapping[str, Any]:
+        return {"buffers": "copy"}
 
     @override
     def slots(self) -> tuple[str, ...]:

@@ -1,0 +1,85 @@
+"""An average that was made after the run, and what is known of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from polyak.atomic import write_whole
+from polyak.errors import ConfigError
+from polyak.posthoc.snapshot import safetensors
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Collection
+
+    from torch import Tensor
+
+    from polyak.profile import Profile
+
+__all__ = ["Synthesis", "check_savable"]
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """An average that was made after the run.
+
+    Attributes:
+        state_dict: Names, shapes and dtypes of the model's ``state_dict()``.
+        coefficients: What each snapshot file counts; their sum is 1.
+        profile_error: How far its profile is from the wanted one: ``||got - wanted|| / ||wanted||``.
+        amplification: ``sum(|coefficient|)``, at least 1: how much the snapshots' rounding and noise may grow.
+        rounding: ``sum(|coefficient| * ulp / 2)`` of the snapshots' dtypes: what their rounding may cost, relative to
+            the weights.
+        profile: What each optimiser step counts in it.
+        wanted: The wanted profile.
+        at_step: The optimiser step at which the average is.
+    """
+
+    state_dict: dict[str, Tensor] = field(repr=False)
+    coefficients: dict[str, float] = field(repr=False)
+    profile_error: float
+    amplification: float
+    rounding: float
+    profile: Profile = field(repr=False)
+    wanted: Profile = field(repr=False)
+    at_step: int
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state dict as a safetensors file whose metadata say how it was made; whole or absent.
+
+        Raises:
+            ConfigError: The name does not end in ``.safetensors``, or a tensor has a dtype that no such file has.
+            MissingExtraError: safetensors is not installed.
+        """
+        file = Path(path)
+        check_savable(file, {str(tensor.dtype) for tensor in self.state_dict.values()})
+        about = {
+            "at_step": self.at_step,
+            "profile_error": self.profile_error,
+            "amplification": self.amplification,
+            "half_life": str(self.wanted.half_life),
+            "mean_age": str(self.wanted.mean_age),
+            "coefficients": self.coefficients,
+        }
+        # A file has no two names for one tensor.
+        tensors = {key: tensor.clone() for key, tensor in self.state_dict.items()}
+        metadata = {"polyak_synthesis": json.dumps(about), "format": "pt"}
+        save = safetensors().save_file
+        write_whole(file, lambda scratch: save(tensors, scratch, metadata=metadata))
+
+
+def check_savable(file: Path, dtypes: Collection[str]) -> None:
+    """Refuse a file that an average cannot be saved to.
+
+    Raises:
+        ConfigError: It is no ``.safetensors`` file, or there is no such dtype in it.
+    """
+    if file.suffix.lower() != ".safetensors":
+        message = f"the file {str(file)!r} has the type {file.suffix or '(none)'!r}; expected .safetensors"
+        raise ConfigError(message)
+    if any("complex128" in dtype for dtype in dtypes):
+        message = "a .safetensors file holds no complex128; save the synthesis' state_dict by torch.save"
+        raise ConfigError(message)

@@ -1,0 +1,176 @@
+"""The sweep: it finds the best of many averages, says so in a table and a picture, and saves it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import polyak
+from polyak import ConfigError, Profile, StateError
+from polyak.posthoc import Store, sweep
+from posthoc.runs import counted
+
+STEPS = 1000
+LIVES = (10, 20, 40, 80, 160, 320)
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory):
+    """A weight that moves along a line with noise: short averages are noisy, long ones lag behind."""
+    folder = tmp_path_factory.mktemp("noisy")
+    values = np.arange(STEPS) * 0.02 + np.random.default_rng(0).normal(0, 3.0, STEPS)
+    counted(folder, STEPS, every=20, values=values.tolist(), blocks=True)
+    return folder, values
+
+
+def grid():
+    return {f"half-life {h}": {"name": "ema_debiased", "decay": 0.5 ** (1 / h)} for h in LIVES}
+
+
+def truth(values, half_life):
+    """Return the squared distance of an average from the end of the line, by the sum over all steps."""
+    weights = 0.5 ** (np.arange(STEPS)[::-1] / half_life)
+    return float((weights @ values / weights.sum() - STEPS * 0.02) ** 2)
+
+
+def loss(state):
+    return (state["w"].item() - STEPS * 0.02) ** 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_best_average_is_found_and_saved(noisy, tmp_path):
+    folder, values = noisy
+    exact = {f"half-life {h}": truth(values, h) for h in LIVES}
+    found = sweep(folder, loss, grid(), output=tmp_path / "best.safetensors")
+    assert found.best.label == min(exact, key=exact.get)
+    for row in found.rows:
+        assert row.metric == pytest.approx(exact[row.label], abs=0.02 + 3 * row.profile_error)
+    assert [row.half_life for row in found.rows] == sorted(row.half_life for row in found.rows)
+    lives = [row.half_life * STEPS for row in found.rows]
+    assert lives[:4] == pytest.approx(LIVES[:4], abs=1)  # longer ones are cut short by the beginning of the run
+    assert found.file == tmp_path / "best.safetensors"
+    assert load_file(found.file)["w"].item() == found.synthesis.state_dict["w"].item()
+    assert loss(load_file(found.file)) == found.best.metric
+    worst = sweep(folder, loss, grid(), mode="max", output=tmp_path / "worst.safetensors")
+    assert worst.best.label == max(exact, key=exact.get)
+    assert {row.label: row.metric for row in worst.rows} == {row.label: row.metric for row in found.rows}
+
+
+def test_without_a_name_the_best_lies_in_the_folder_and_is_no_snapshot(tmp_path):
+    counted(tmp_path, 100)
+    before = len(Store(tmp_path).snapshots)
+    for _ in range(2):
+        found = sweep(tmp_path, lambda state: -state["w"].item())
+        assert found.file == tmp_path / "best.safetensors"
+    assert len(Store(tmp_path).snapshots) == before
+    assert found.best.half_life == min(row.half_life for row in found.rows)  # the shortest lags the least
+
+
+def test_the_default_grid_reaches_from_short_to_half_of_the_run(noisy, tmp_path):
+    found = sweep(noisy[0], loss, output=tmp_path / "x.safetensors")
+    lives = [row.half_life for row in found.rows]
+    assert len(lives) == 11
+    assert (lives[0], lives[-1]) == (pytest.approx(0.005), pytest.approx(0.5, abs=0.2))
+    assert "half-life 0.5% of the run" in found.table()
+
+
+def test_a_metric_that_is_not_finite_is_never_the_best(noisy, tmp_path):
+    calls = iter([math.nan, 3.0, -math.inf, 2.0, math.inf, 5.0])
+    found = sweep(noisy[0], lambda state: next(calls), grid(), output=tmp_path / "x.safetensors")
+    assert found.best.metric == 2.0
+    assert found.best.label == "half-life 80"
+    assert math.isnan(found.rows[0].metric)
+    assert "nan" in found.table()
+    with pytest.raises(ConfigError, match="every metric was NaN or infinite"):
+        sweep(noisy[0], lambda state: math.nan, grid(), output=tmp_path / "y.safetensors")
+    assert not (tmp_path / "y.safetensors").exists()
+
+
+def test_a_metric_may_be_a_tensor_and_evaluation_may_spoil_its_copy(noisy, tmp_path):
+    def evaluate(state):
+        return torch.tensor(loss({"w": state.pop("w")}))
+
+    found = sweep(noisy[0], evaluate, grid(), output=tmp_path / "x.safetensors")
+    assert {*load_file(found.file)} == {"w"}
+
+
+def test_targets_are_labelled_by_what_they_are(tmp_path):
+    counted(tmp_path, 100)
+    targets = ["swa", polyak.PowerEMA(sigma_rel=0.2), {"name": "ema", "decay": 0.9, "start": 50},
+               {"strategy": {"name": "tail", "fraction": 0.1}}, {"strategy": polyak.EMA(decay=0.5), "every": 5},
+               Profile.of(polyak.SWA(), 100)]  # fmt: skip
+    found = sweep(tmp_path, lambda state: state["w"].item(), targets)
+    assert {row.label for row in found.rows} == {
+        "swa", "power(sigma_rel=0.2)", "ema(decay=0.9, start=50)", "tail(fraction=0.1)", "ema(decay=0.5, every=5)",
+        "profile 6",
+    }  # fmt: skip
+
+
+def test_the_table_marks_the_best_row(noisy, tmp_path):
+    found = sweep(noisy[0], loss, grid(), output=tmp_path / "x.safetensors")
+    head, *lines = found.table().splitlines()
+    assert len(lines) == len(LIVES)
+    assert [line.startswith(found.best.label) for line in lines] == [line.endswith("<- best") for line in lines]
+    assert sum(line.endswith("<- best") for line in lines) == 1
+    assert "half-life/run" in head
+
+
+def test_the_picture_shows_every_metric_and_the_best(noisy, tmp_path):
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    targets = grid() | {"mostly the start": {"name": "ema", "decay": 0.9999}}
+    found = sweep(noisy[0], loss, targets, output=tmp_path / "x.safetensors")
+    ax = found.plot(label="squared error")
+    (line,) = ax.lines
+    assert len(line.get_xdata()) == len(LIVES)  # an average that is mostly its start has no half-life
+    np.testing.assert_allclose(line.get_ydata(), [row.metric for row in found.rows if math.isfinite(row.half_life)])
+    assert ax.get_ylabel() == "squared error"
+    assert any(found.best.label in text.get_text() for text in ax.get_legend().get_texts())
+    ax.figure.savefig(tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").stat().st_size > 5000
+    plt.close("all")
+
+
+def test_a_best_average_without_half_life_is_drawn_all_the_same(noisy, tmp_path):
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    targets = {"mostly the start": {"name": "ema", "decay": 0.9999}, "swa": "swa"}
+    found = sweep(noisy[0], lambda state: abs(state["w"].item()), targets, output=tmp_path / "x.safetensors")
+    assert found.best.half_life == math.inf
+    found.plot().figure.savefig(tmp_path / "sweep.png")
+    plt.close("all")
+
+
+WRONG = [
+    ({"targets": "ema"}, "a list or a mapping"),
+    ({"targets": []}, "nothing to try"),
+    ({"targets": {}}, "nothing to try"),
+    ({"targets": ["emma"]}, "emma"),
+    ({"mode": "best"}, "mode: got 'best'"),
+    ({"output": "best.pt"}, "expected .safetensors"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_what_makes_no_sense_is_refused_before_anything_is_evaluated(noisy, settings, message):
+    calls = []
+    with pytest.raises(ConfigError, match=message):
+        sweep(noisy[0], lambda state: calls.append(1) or 0.0, **settings)
+    assert not calls
+
+
+def test_what_evaluates_to_no_number_is_refused(noisy):
+    with pytest.raises(ConfigError, match="evaluate\\(\\) returned None"):
+        sweep(noisy[0], lambda state: None, grid())
+    with pytest.raises(StateError, match="there is no snapshot up to step 3"):
+        sweep(noisy[0], loss, grid(), at_step=3)
