@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from polyak.tensors.spread import Spread
 from polyak.tensors.wrappers import dtensor, each_module, refuse_sharded, shards
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from polyak.tensors.entries import Entry, Model
 
@@ -32,9 +33,8 @@ def adapter_for(model: Model | None) -> Adapter:
     """
     if isinstance(model, nn.Module):
         refuse_sharded(model)
-        spread = _is_spread(model)
-    else:
-        spread = model is not None and dtensor() is not None and _any_spread(model)
+        return Sharded() if _is_spread(model) else Adapter()
+    spread = isinstance(model, Mapping) and _any_spread(model, dtensor())
     return Sharded() if spread else Adapter()
 
 
@@ -69,14 +69,16 @@ class Sharded(Adapter):
 
 def _is_spread(model: nn.Module) -> bool:
     kind = dtensor()
+    if kind is None:
+        return False
+    own = ((shards(module), module._parameters, module._buffers) for module in each_module(model))  # noqa: SLF001 - see entries.py
     return any(
-        shards(module) or (kind is not None and (_any_spread(module._parameters) or _any_spread(module._buffers)))  # noqa: SLF001 - see entries.py
-        for module in each_module(model)
+        sharded or _any_spread(parameters, kind) or _any_spread(buffers, kind) for sharded, parameters, buffers in own
     )
 
 
-def _any_spread(tensors: Mapping[str, Any]) -> bool:
-    return any(isinstance(tensor, dtensor()) for tensor in tensors.values())
+def _any_spread(tensors: Mapping[str, Any], kind: Any) -> bool:  # noqa: ANN401 - a class or None
+    return kind is not None and any(isinstance(tensor, kind) for tensor in tensors.values())
 
 
 def _local_entry(entry: Entry) -> Entry:
