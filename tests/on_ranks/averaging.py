@@ -273,10 +273,12 @@ def applied_restores_whatever_happens(rank):
             live = model(x)
         assert not torch.allclose(live, first, atol=1e-3)
         # A gather under way brings the values of before.
+        model.reshard()
         model.unshard(async_op=True)
         with averager.applied(), torch.no_grad():
             with averager.applied():
                 assert torch.equal(model(x), first)
+            model.reshard()
             model.unshard(async_op=True)
         with torch.no_grad():
             assert torch.equal(model(x), live)

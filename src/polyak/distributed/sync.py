@@ -128,9 +128,8 @@ def _digests(averager: Averager) -> dict[Hashable, str]:
         whole: Any = tensor
         if kind is not None and isinstance(whole, kind):
             spread = Spread.of(whole)
-            # Ranks are compared that hold one part; those of another mesh hold another tensor.
-            key = (name, tuple(spread.mesh.mesh.flatten().tolist()), str(spread), spread.replicas)
-            digests[key] = _digest(whole._local_tensor)  # noqa: SLF001 - to_local() may wait for others
+            # Ranks that hold one part are compared, on whichever row of a mesh they are.
+            digests[name, str(spread), spread.replicas] = _digest(whole._local_tensor)  # noqa: SLF001 - to_local() may wait for others
         else:
             digests[name,] = _digest(tensor)
     return digests
