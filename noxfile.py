@@ -61,6 +61,13 @@ def tests(session: nox.Session) -> None:
     pytest(session)
 
 
+@nox.session
+def distributed(session: nox.Session) -> None:
+    """Run the larger tests of averages on several ranks, which need more processes than two cores like."""
+    install(session, "--group=test")
+    session.run("python", "-m", "pytest", "-m", "distributed", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
 @nox.session(python="3.11")
 def minimums(session: nox.Session) -> None:
     """Run the tests with the lowest supported version of everything."""

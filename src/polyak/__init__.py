@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from polyak import posthoc
+from polyak import distributed, posthoc  # noqa: F401 - polyak.distributed.save(), without another import
 from polyak.attach import attach
 from polyak.averager import Averager
 from polyak.bank import Bank
@@ -13,6 +13,7 @@ from polyak.convert import Conversion, convert
 from polyak.errors import (
     AppliedError,
     ConfigError,
+    DistributedError,
     MismatchError,
     MissingExtraError,
     ModelError,
@@ -67,6 +68,7 @@ __all__ = [
     "ConfigError",
     "Conversion",
     "DebiasedEMA",
+    "DistributedError",
     "DoubleEMA",
     "HalfLifeEMA",
     "MismatchError",

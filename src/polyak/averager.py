@@ -141,8 +141,16 @@ class Averager(Protocol):
             MismatchError: It has other tensors.
         """
 
-    def averaged_state_dict(self) -> dict[str, Any]:
-        """Return copies with the names, shapes and dtypes of the unwrapped ``model.state_dict()``: load it anywhere."""
+    def averaged_state_dict(self, *, full: bool = False) -> dict[str, Any]:
+        """Return copies with the names, shapes and dtypes of the unwrapped ``model.state_dict()``: load it anywhere.
+
+        Args:
+            full: Whether the tensors of a sharded model, otherwise DTensors of this rank's parts, are gathered on the
+                CPU of rank 0. All ranks call it, and the others get ``{}``. A plain model is whole as it is.
+
+        Raises:
+            DistributedError: A rank is gone.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that an exact resume needs: copies of tensors and plain types, fit for ``weights_only=True``."""

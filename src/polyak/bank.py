@@ -172,7 +172,7 @@ class Bank(Mapping[str, "Averager"]):
             for turn in turns:
                 turn.commit()
 
-        rates, generators = [turn.rate for turn in turns], [turn.state.generators for turn in turns]
+        rates, generators = [turn.rate for turn in turns], [turn.generators for turn in turns]
         with Untracked():
             return self._mover([turn.plan for turn in turns]).update(rates, generators, commit, check=check)
 

@@ -9,24 +9,25 @@ import torch
 from torch import nn
 
 from polyak.errors import AppliedError, UnboundError
-from polyak.tensors.adapter import Adapter
 from polyak.tensors.collector import collector_paused
-from polyak.tensors.entries import Entry, Model, walk
 from polyak.tensors.kernels import check_available
 from polyak.tensors.matching import pair
 from polyak.tensors.plan import Plan
 from polyak.tensors.policies import Policy, policies
+from polyak.tensors.sharded import adapter_for
 from polyak.tensors.storage import allocate, as_device, as_dtype, check_storable
 from polyak.tensors.swap import Swap, swapped
-from polyak.tensors.wrappers import refuse_sharded, unwrap
+from polyak.tensors.wrappers import refuse_sharded, root_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
     from polyak.options import Options
     from polyak.state import State
+    from polyak.tensors.adapter import Adapter
+    from polyak.tensors.entries import Entry, Model
     from polyak.tensors.storage import Stored
 
 __all__ = ["Binding"]
@@ -43,18 +44,19 @@ class Binding:
 
     def __init__(self, model: Model | None, options: Options, adapter: Adapter | None = None) -> None:
         if isinstance(model, nn.Module):
-            refuse_sharded(model)
+            refuse_sharded(model)  # with its wrappers
         self.model = None if model is None else _root(model)
         self.plan: Plan | None = None
         self.depth = 0
         self._swap: Swap | None = None
         self._options = options
-        self._adapter = adapter or Adapter()
+        self._given = adapter
 
     def allocate(self, slots: Sequence[str]) -> list[Stored]:
         """Return new storage for the model's tensors, with these slots, holding their values now, and plan for it."""
         with collector_paused():
-            entries = walk(cast("Model", self.model))  # which says what is no model, None included
+            adapter = self.adapter(self.model)
+            entries = adapter.entries(cast("Model", self.model))  # which says what is no model, None included
             chosen = self._policies(entries)
             check_storable(entries, chosen)
             if self.holds_average(self.own()):
@@ -66,12 +68,16 @@ class Binding:
             check_available(options.kernel)
             kept = [(entry, policy) for entry, policy in zip(entries, chosen, strict=True) if policy != "skip"]
             stored = allocate(kept, slots, device=as_device(options.device), dtype=as_dtype(options.dtype))
-            self.plan = Plan(self.own(), stored, [entry for entry, _ in kept], options.kernel, self._adapter)
+            self.plan = Plan(self.own(), stored, [entry for entry, _ in kept], options.kernel, adapter)
             return stored
+
+    def adapter(self, root: Model | None) -> Adapter:
+        """Return how to reach the tensors of a model."""
+        return self._given or adapter_for(root)
 
     def left_alone(self) -> list[Entry]:
         """Return the entries of the averager's own model that are skipped."""
-        entries = walk(self.own())
+        entries = self.adapter(self.own()).entries(self.own())
         chosen = self._policies(entries, strict=False)
         return [entry for entry, policy in zip(entries, chosen, strict=True) if policy == "skip"]
 
@@ -88,7 +94,7 @@ class Binding:
 
     def holds_average(self, root: Model) -> bool:
         """Return whether a model holds an average now, this averager's or another's."""
-        return self.depth > 0 or swapped(lambda: [self._adapter.local(entry.tensor) for entry in walk(root)])
+        return self.depth > 0 or swapped(lambda: [entry.tensor for entry in self.adapter(root).entries(root)])
 
     def planned(self, root: Model, state: State, *, adopt: bool = True) -> Plan:
         """Return the plan for a model: the cached one, or a new one where the model is not as it was.
@@ -99,7 +105,10 @@ class Binding:
         plan = self.plan
         if plan is not None and plan.is_current(root):
             return plan
-        entries = walk(root)
+        adapter = self.adapter(root)
+        entries = adapter.entries(root)
+        if plan is not None and plan.is_current(root):  # it only showed its tensors otherwise
+            return plan
         chosen = self._policies(entries, strict=False)
         kept = [entry for entry, policy in zip(entries, chosen, strict=True) if policy != "skip"]
         bound = plan.bound() if plan is not None and plan.model is root else {}
@@ -109,7 +118,7 @@ class Binding:
             check_storable(kept, [s.policy for s in stored])
             if self._options.device is None:
                 stored = [s.beside(entry.tensor) for s, entry in zip(stored, kept, strict=True)]
-        plan = Plan(root, stored, kept, self._options.kernel, self._adapter)
+        plan = Plan(root, stored, kept, self._options.kernel, adapter)
         if adopt:
             # The state first: a plan never moves tensors that are not the state's, even where Ctrl-C strikes here.
             if {*map(id, stored)} != {*map(id, state.stored)}:
@@ -123,7 +132,7 @@ class Binding:
         return [places.get(id(s.average), s.average).detach() for s in stored]
 
     @contextmanager
-    def applied(self, plan: Plan) -> Iterator[None]:
+    def applied(self, planned: Callable[[], Plan]) -> Iterator[None]:
         """Swap the values in for the outermost context and out after it, whatever happens."""
         if self.depth:
             self.depth += 1
@@ -132,12 +141,12 @@ class Binding:
             finally:
                 self.depth -= 1
             return
+        plan = self.ready(planned)
         try:
             try:
                 self._swap = Swap([s.average for s in plan.stored], plan.live)
-                self._adapter.before_swap(plan.model)
                 self._swap.put()
-                self._adapter.after_swap(plan.model)
+                plan.adapter.after_swap(plan.model)
                 self.depth = 1
                 yield
             finally:
@@ -146,12 +155,18 @@ class Binding:
             # Ctrl-C may have struck before the first of these began, or inside it; twice is once.
             self._leave(plan)
 
+    def ready(self, planned: Callable[[], Plan]) -> Plan:
+        """Return the plan of a model that is ready for values written into its tensors."""
+        plan = planned()
+        plan.adapter.before_swap(plan.model)
+        return planned()  # to be ready may be to have other memory
+
     def _leave(self, plan: Plan) -> None:
         if self._swap is None:
             return
-        self._adapter.before_swap(plan.model)
+        plan.adapter.before_swap(plan.model)
         self._swap.take()
-        self._adapter.after_swap(plan.model)
+        plan.adapter.after_swap(plan.model)
         self._swap, self.depth = None, 0
 
     def _policies(self, entries: Sequence[Entry], *, strict: bool = True) -> list[Policy]:
@@ -161,4 +176,4 @@ class Binding:
 
 
 def _root(model: Model) -> Model:
-    return unwrap(model) if isinstance(model, nn.Module) else model
+    return root_of(model) if isinstance(model, nn.Module) else model

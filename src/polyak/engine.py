@@ -15,8 +15,8 @@ from typing_extensions import override
 from polyak.binding import Binding
 from polyak.cadence import Progress
 from polyak.describe import describe
-from polyak.errors import AppliedError
-from polyak.export import averaged_state_dict, overwrite_model
+from polyak.errors import AppliedError, StateError
+from polyak.export import averaged_state_dict, gathered, overwrite_model
 from polyak.profile import History, Profile
 from polyak.replica import Replica
 from polyak.state import State, changed_options, check_format, dump, parse, received_strategy
@@ -85,7 +85,8 @@ class Engine(Updating):
     def averages(self) -> Mapping[str, Tensor]:
         self._settle()
         stored = self._state.stored
-        return MappingProxyType({s.name: t for s, t in zip(stored, self._binding.holding(stored), strict=True)})
+        holding = self._binding.holding(stored)
+        return MappingProxyType({s.name: s.whole(t) for s, t in zip(stored, holding, strict=True)})
 
     @override
     def profile(self) -> Profile:
@@ -104,9 +105,9 @@ class Engine(Updating):
     @override
     @contextmanager
     def applied(self) -> Iterator[None]:
-        plan = self._current()
+        self._current()
         try:
-            with self._binding.applied(plan):
+            with self._binding.applied(self._current):
                 self._repoint()
                 yield
         finally:
@@ -142,13 +143,15 @@ class Engine(Updating):
             raise AppliedError(message)
         if self._binding.model is not None:
             self._current()
-        plan = self._binding.planned(root, self._state, adopt=root is self._binding.model)
+        own = root is self._binding.model
+        plan = self._binding.ready(lambda: self._binding.planned(root, self._state, adopt=own))
         overwrite_model(plan, self._binding.holding(plan.stored))
 
     @override
-    def averaged_state_dict(self) -> dict[str, Any]:
+    def averaged_state_dict(self, *, full: bool = False) -> dict[str, Any]:
         plan = self._current()
-        return averaged_state_dict(plan, self._binding.holding(plan.stored), self.applied)
+        state = averaged_state_dict(plan, self._binding.holding(plan.stored), self.applied)
+        return gathered(state) if full else state
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -189,6 +192,12 @@ class Engine(Updating):
     # Copying
 
     def __getstate__(self) -> dict[str, Any]:
+        if any(s.spread for s in self._state.stored):
+            message = (
+                "a sharded averager belongs to its process group and cannot be copied or pickled; build another one "
+                "for the model and load_state_dict() the state of this one, or polyak.distributed.save() it"
+            )
+            raise StateError(message)
         # As bytes: tensors that cross into another process would share their memory, and both would average into it.
         buffer = io.BytesIO()
         torch.save(self.state_dict(), buffer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "AppliedError",
     "ConfigError",
+    "DistributedError",
     "MismatchError",
     "MissingExtraError",
     "ModelError",
@@ -70,6 +71,10 @@ class AppliedError(PolyakError, RuntimeError):
 
 class UnboundError(PolyakError, RuntimeError):
     """The call needs a model, and the averager has none (it was unpickled, or its model is gone)."""
+
+
+class DistributedError(PolyakError, RuntimeError):
+    """Ranks that disagree about an average, or one that did not answer."""
 
 
 class StateError(PolyakError, ValueError):

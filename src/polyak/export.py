@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from polyak.errors import DistributedError
+from polyak.tensors.agreement import first_rank
 from polyak.tensors.entries import walk
 from polyak.tensors.swap import overwrite, writable
+from polyak.tensors.wrappers import dtensor, unwrap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
     from polyak.tensors.plan import Plan
 
-__all__ = ["averaged_state_dict", "overwrite_model"]
+__all__ = ["averaged_state_dict", "gathered", "overwrite_model"]
 
 
 def overwrite_model(plan: Plan, holding: Sequence[Tensor]) -> None:
@@ -30,6 +33,7 @@ def overwrite_model(plan: Plan, holding: Sequence[Tensor]) -> None:
             raise
         finally:
             torch.clear_autocast_cache()  # an enclosing autocast keeps casts of the values before
+            plan.adapter.after_swap(plan.model)
 
 
 def _write(plan: Plan, holding: Sequence[Tensor]) -> None:
@@ -48,20 +52,27 @@ def averaged_state_dict(
         applied: Puts the average into the model, for state dict hooks that compute new tensors from its weights.
     """
     averages = {
-        id(slot.tensor): average for entry, average in zip(plan.entries, holding, strict=True) for slot in entry.slots
+        id(slot.tensor): (stored, average)
+        for entry, stored, average in zip(plan.entries, plan.stored, holding, strict=True)
+        for slot in entry.slots
     }
+
+    def copied(live: Tensor) -> Tensor:
+        if id(live) not in averages:
+            return live.detach().clone()
+        stored, average = averages[id(live)]
+        return stored.whole(average.detach().to(device=live.device, dtype=live.dtype, copy=True))
+
     model = plan.model
     if not isinstance(model, nn.Module):
-        return {
-            name: _as(averages[id(live)], live) if id(live) in averages else live.detach().clone()
-            for name, live in model.items()
-        }
+        return {name: copied(live) for name, live in model.items()}
     # What is left alone is the model's own; only what is no tensor of the model was computed by a hook.
     own = {id(slot.tensor) for entry in walk(model) for slot in entry.slots}
     # Filled in place: it carries the versions of its modules, which load_state_dict reads.
+    model = unwrap(model)
     result: dict[str, Any] = model.state_dict(keep_vars=True)
     computed = [key for key, v in result.items() if isinstance(v, Tensor) and id(v) not in own]
-    result.update({key: _as(averages.get(id(v), v), v) for key, v in result.items() if id(v) in own})
+    result.update({key: copied(v) for key, v in result.items() if id(v) in own})
     if computed:
         with applied(), torch.no_grad():
             now = model.state_dict()
@@ -69,5 +80,28 @@ def averaged_state_dict(
     return result
 
 
-def _as(average: Tensor, live: Tensor) -> Tensor:
-    return average.detach().to(device=live.device, dtype=live.dtype, copy=True)
+def gathered(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict with whole tensors on the CPU of rank 0, and ``{}`` on the others; without DTensors as it is.
+
+    Rank 0 is the first of those that share the model. One tensor at a time is gathered.
+
+    Raises:
+        DistributedError: A rank is gone.
+    """
+    kind = dtensor()
+    spread = [value for value in state.values() if kind is not None and isinstance(value, kind)]
+    if not spread:
+        return state
+    first = first_rank([value.device_mesh for value in spread]) == torch.distributed.get_rank()
+    key = ""
+    try:
+        for key, value in state.items():
+            whole = value.full_tensor() if isinstance(value, kind) else value
+            state[key] = whole.cpu() if first and isinstance(whole, Tensor) else whole if first else None
+    except RuntimeError as error:
+        message = (
+            f"rank {torch.distributed.get_rank()} could not gather {key}: a rank is gone, or did not call "
+            f"averaged_state_dict(full=True), which all do: {error}"
+        )
+        raise DistributedError(message) from error
+    return state if first else {}

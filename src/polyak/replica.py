@@ -104,6 +104,12 @@ def _rebuilt(plan: Plan) -> tuple[nn.Module, dict[str, list[Tensor]]]:
     if not isinstance(model, nn.Module):
         message = "a mapping of tensors has no forward; use averaged_state_dict(), or average the module itself"
         raise ModelError(message)
+    if any(entry.spread for entry in plan.entries):
+        message = (
+            f"{type(model).__name__} is sharded over ranks, and its layers gather what FSDP2 keeps, not a copy's "
+            "tensors; compute with applied(), which swaps the shards in"
+        )
+        raise ModelError(message)
     own: dict[int, Any] = {id(slot.tensor): slot.tensor for entry in walk(model) for slot in entry.slots}
     for entry, live, stored in zip(plan.entries, plan.live, plan.stored, strict=True):
         blank = _blank(entry.tensor, live, stored.average)

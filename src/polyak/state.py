@@ -14,6 +14,8 @@ from polyak.errors import StateError
 from polyak.profile import History
 from polyak.strategy import MissingStrategy, Strategy
 from polyak.tensors.generators import OwnGenerators
+from polyak.tensors.spread import Spread, layout
+from polyak.tensors.wrappers import dtensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +41,11 @@ class State:
 
 
 def dump(state: State, holding: Sequence[Tensor], strategy: Strategy, options: Options) -> dict[str, Any]:
-    """Return the state as tensors (copies) and plain types.
+    """Return the state as tensors (copies) and plain types; what is spread over ranks as DTensors.
+
+    ``torch.distributed.checkpoint`` takes mappings apart, needs each key in both the file and the averager that loads
+    it, and takes no tensor of another length. So what differs between two averagers of one model is in tuples and
+    lists, which it keeps whole.
 
     Args:
         state: The averager's state.
@@ -55,21 +61,21 @@ def dump(state: State, holding: Sequence[Tensor], strategy: Strategy, options: O
         "strategy": strategy.model_dump(mode="json"),
         "config": options.model_dump(mode="json"),
         "slots": {
-            "average": {s.name: t.detach().clone() for s, t in zip(state.stored, holding, strict=True)},
+            "average": {s.name: s.whole(t.detach().clone()) for s, t in zip(state.stored, holding, strict=True)},
             **{
-                slot: {s.name: s.slots[slot].detach().clone() for s in state.stored if slot in s.slots}
+                slot: {s.name: s.whole(s.slots[slot].detach().clone()) for s in state.stored if slot in s.slots}
                 for slot in strategy.slots()
             },
         },
-        "aliases": {s.name: list(s.aliases) for s in state.stored if len(s.aliases) > 1},
+        "aliases": [list(s.aliases) for s in state.stored if len(s.aliases) > 1],
         "progress": state.progress._asdict(),
-        "history": {
-            "rates": torch.tensor(history.rates, dtype=torch.float64),
-            "strides": torch.tensor(history.strides, dtype=torch.int64),
-            "last": torch.tensor(history.last, dtype=torch.int64),
-        },
+        "history": (
+            torch.tensor(history.rates, dtype=torch.float64),
+            torch.tensor(history.strides, dtype=torch.int64),
+            torch.tensor(history.last, dtype=torch.int64),
+        ),
         "skipped": state.skipped,
-        "generators": state.generators.states(),
+        "generators": tuple(state.generators.states().items()),
     }
 
 
@@ -86,13 +92,13 @@ def parse(raw: Mapping[str, Any], current: State, slots: Sequence[str]) -> State
     """
     try:
         progress = Progress(**raw["progress"])
-        history = raw["history"]
+        rates, strides, last = raw["history"]
         loaded = State(
             stored=_stored(raw["slots"], current.stored, slots),
             progress=progress,
-            history=History(history["rates"].tolist(), history["strides"].tolist(), history["last"].tolist()),
+            history=History(rates.tolist(), strides.tolist(), last.tolist()),
             skipped=int(raw["skipped"]),
-            generators=OwnGenerators(raw["generators"]),
+            generators=OwnGenerators(dict(raw["generators"])),
         )
     except StateError:
         raise
@@ -179,6 +185,8 @@ def _stored(raw: Mapping[str, Mapping[str, Tensor]], current: Sequence[Stored], 
     if problems:
         shown = "\n  ".join(sorted(problems)[:_SHOWN])
         message = f"the state belongs to another model ({len(problems)} differences):\n  {shown}\nNothing was loaded."
+        if any(problem.startswith("spread") for problem in problems):
+            message += " dcp.load and polyak.distributed.load cut and join tensors for the averager that loads them."
         raise StateError(message)
     with torch.inference_mode(mode=False), torch.no_grad():
         return [
@@ -199,14 +207,29 @@ def _problems(tensors: Mapping[str, Tensor], current: Sequence[Stored]) -> list[
         tensor, average = tensors[name], own[name].average
         if not isinstance(tensor, Tensor):
             problems.append(f"damaged: {name} is {type(tensor).__name__} and no tensor")
-        elif tensor.shape != average.shape:
-            problems.append(f"reshaped: {name} is {tuple(tensor.shape)}, expected {tuple(average.shape)}")
+        elif spread := _spread_otherwise(tensor, own[name]):
+            problems.append(f"spread otherwise: {name} is {spread}")
+        elif tensor.shape != own[name].shape:
+            problems.append(f"reshaped: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
         elif tensor.is_floating_point() != average.is_floating_point() or tensor.is_complex() != average.is_complex():
             problems.append(f"retyped: {name} is {tensor.dtype}, expected {average.dtype}")
     return problems
 
 
+def _spread_otherwise(tensor: Tensor, own: Stored) -> str:
+    """Return how a tensor is spread over ranks and how the averager's is, where these differ."""
+    kind = dtensor()
+    whole: Any = tensor
+    spread = Spread.of(whole) if kind is not None and isinstance(whole, kind) else None
+    if spread is None or own.spread is None:
+        return "" if spread is own.spread else f"{layout(spread)}, expected {layout(own.spread)}"
+    # Strides say only how a whole one would lie.
+    same = (spread.mesh, spread.placements) == (own.spread.mesh, own.spread.placements)
+    return "" if same else f"{layout(spread)}, expected {layout(own.spread)}"
+
+
 def _received(tensor: Tensor, own: Stored) -> Tensor:
+    tensor = tensor if own.spread is None else tensor.to_local()  # type: ignore[attr-defined]  # a DTensor
     # A float32 average is never cut down to a shorter dtype, whatever this averager would have chosen.
     wide = torch.promote_types(tensor.dtype, own.average.dtype) if own.policy == "average" else own.average.dtype
     return torch.empty_like(own.average, dtype=wide).copy_(tensor)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from polyak.state import State
     from polyak.strategy import Move
     from polyak.tensors.entries import Model
+    from polyak.tensors.generators import OwnGenerators
     from polyak.tensors.plan import Plan
 
 __all__ = ["Turn"]
@@ -44,6 +45,12 @@ class Turn(NamedTuple):
     moves: Sequence[Move]
     after: Progress
 
+    @property
+    def generators(self) -> OwnGenerators:
+        """What it draws random numbers from."""
+        self.state.generators.update = self.clock.n
+        return self.state.generators
+
     def commit(self) -> None:
         """Count the update; twice is once."""
         self.state.history.record(self.clock.n, self.rate, self.now.stride)
@@ -59,4 +66,5 @@ class Turn(NamedTuple):
         plan = self.plan
         pairs = zip(plan.stored, plan.live if plan.offload is None else plan.offload.staged, strict=True)
         names = ", ".join(s.name for s, t in pairs if s.policy == "average" and not FiniteCheck([t])())
-        return f"the weights hold NaN or infinities at step {self.now.step} (in {names[:_SHOWN]})"
+        where = names[:_SHOWN] or "weights of another rank"
+        return f"the weights hold NaN or infinities at step {self.now.step} (in {where})"

@@ -90,7 +90,7 @@ class Updating(Averager):
 
     def make(self, turn: Turn) -> None:
         """Move the tensors of an update, now or beside the training."""
-        generators, check = turn.state.generators, self.checks
+        generators, check = turn.generators, self.checks
         with Untracked():
             if turn.plan.offload is None:
                 done = turn.plan.moves.update(turn.moves, generators, turn.commit, check=check)

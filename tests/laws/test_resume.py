@@ -27,8 +27,8 @@ def saved_and_loaded(state):
 def everything(averager):
     """Return all that an averager knows, for comparison."""
     state = averager.state_dict()
-    tensors = {name: bytes(value.numpy().tobytes()) for name, value in state.pop("history").items()}
-    generators = {name: bytes(value.numpy().tobytes()) for name, value in state.pop("generators").items()}
+    tensors = [bytes(value.numpy().tobytes()) for value in state.pop("history")]
+    generators = {name: bytes(value.numpy().tobytes()) for name, value in state.pop("generators")}
     state.pop("slots")
     return average_bits(averager), tensors, generators, state
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyak
 from models import ZOO, drifting
-from polyak import binding
+from polyak.tensors import adapter
 from polyak.tensors.collector import collector_paused
 
 
@@ -33,8 +33,8 @@ def walks(monkeypatch):
         counted.append(model)
         return real(model)
 
-    real = binding.walk
-    monkeypatch.setattr(binding, "walk", walk)
+    real = adapter.walk
+    monkeypatch.setattr(adapter, "walk", walk)
     return counted
 
 

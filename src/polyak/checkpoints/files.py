@@ -10,6 +10,7 @@ import torch
 
 from polyak.atomic import write_whole
 from polyak.errors import ConfigError, MissingExtraError, StateError
+from polyak.tensors.wrappers import dtensor
 
 if TYPE_CHECKING:
     import os
@@ -23,6 +24,7 @@ __all__ = ["load", "save"]
 
 _METADATA = "polyak"
 _COMPLEX = "complex"
+_HISTORY = ("rates", "strides", "last")
 
 
 def save(averager: Averager, path: str | os.PathLike[str]) -> None:
@@ -55,6 +57,13 @@ def save(averager: Averager, path: str | os.PathLike[str]) -> None:
     """
     file = Path(path)
     state = averager.state_dict()
+    kind = dtensor()
+    if kind is not None and any(isinstance(tensor, kind) for tensor in state["slots"]["average"].values()):
+        message = (
+            "the averager is sharded over ranks, of which each would write its own parts over the others'; "
+            "on all ranks call polyak.distributed.save(averager, folder), or dcp.save"
+        )
+        raise ConfigError(message)
     if _suffix(file) == ".safetensors":
         tensors, rest = _flattened(state)
         profile = averager.profile()
@@ -126,7 +135,8 @@ def _read_safetensors(file: Path) -> dict[str, Any]:
     for key, tensor in parts.pop("slots").items():
         slot, _, name = key.partition("/")
         slots.setdefault(slot, {})[name] = tensor
-    return {**rest, **parts, "slots": slots}
+    history = tuple(parts["history"][key] for key in _HISTORY)
+    return {**rest, "slots": slots, "history": history, "generators": tuple(parts["generators"].items())}
 
 
 def _flattened(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -135,7 +145,8 @@ def _flattened(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
         for slot, own in state["slots"].items()
         for name, tensor in own.items()
     }
-    tensors |= {f"{part}/{key}": t for part in ("history", "generators") for key, t in state[part].items()}
+    tensors |= {f"history/{key}": tensor for key, tensor in zip(_HISTORY, state["history"], strict=True)}
+    tensors |= {f"generators/{key}": tensor for key, tensor in state["generators"]}
     rest = {key: value for key, value in state.items() if key not in {"slots", "history", "generators"}}
     rest[_COMPLEX] = [key for key, tensor in tensors.items() if tensor.is_complex()]
     real = {key: torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for key, t in tensors.items()}

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from polyak.tensors.entries import walk
+
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from torch import Tensor
 
     from polyak.tensors.entries import Entry, Model
@@ -15,13 +19,17 @@ __all__ = ["Adapter"]
 class Adapter:
     """How the engine reaches the tensors of a model; this one is for plain modules and does nothing.
 
-    The engine binds parameters once and computes on ``local`` tensors only, so that a sharded engine
-    (FSDP2's DTensor, ZeRO partitions) is a subclass of four short methods.
+    The engine binds entries once and computes on what this process holds of them only, so that a sharded engine is a
+    subclass of five short methods.
     """
 
-    def local(self, tensor: Tensor) -> Tensor:
-        """Return the part of a bound tensor that this process holds."""
-        return tensor
+    def entries(self, model: Model) -> list[Entry]:
+        """Return the model's entries, each with the tensor that this process holds and with how the whole is spread."""
+        return walk(model)
+
+    def holds(self, entries: Sequence[Entry], live: Sequence[Tensor]) -> bool:  # noqa: ARG002 - a plain entry is what is held
+        """Return whether the bound entries are held in these tensors still."""
+        return True
 
     def before_swap(self, model: Model) -> None:
         """Prepare the model for values written into its tensors (FSDP2: reshard)."""
@@ -29,6 +37,6 @@ class Adapter:
     def after_swap(self, model: Model) -> None:
         """Publish values that were written into the model's tensors (ZeRO: refresh the low-precision copies)."""
 
-    def wrap(self, entry: Entry, local: Tensor) -> Tensor:  # noqa: ARG002 - sharded engines need the entry's layout
-        """Return a stored tensor as it goes into a state (FSDP2: a DTensor of the entry's layout)."""
-        return local
+    def agree(self, entries: Sequence[Entry]) -> Callable[[bool], bool] | None:  # noqa: ARG002 - a plain model is one's own
+        """Return what makes one answer of all ranks' answers to a question; None where each rank may decide alone."""
+        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from polyak.errors import ModelError
 from polyak.tensors.wrappers import unwrap
+
+if TYPE_CHECKING:
+    from polyak.tensors.spread import Spread
 
 __all__ = [
     "PLAIN",
@@ -56,6 +59,7 @@ class Entry(NamedTuple):
         aliases: All canonical names of the tensor, ``name`` first.
         persistent: Whether it is part of ``model.state_dict()``.
         iterated: Whether it is a vector of a power iteration (spectral norm), which must keep unit norm.
+        spread: How the whole is spread over ranks, where ``tensor`` is this rank's part of it; else None.
     """
 
     name: str
@@ -65,6 +69,7 @@ class Entry(NamedTuple):
     aliases: tuple[str, ...]
     persistent: bool = True
     iterated: bool = False
+    spread: Spread | None = None
 
     def __eq__(self, other: object) -> bool:
         return self is other  # tensors have no truth value

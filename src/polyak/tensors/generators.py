@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -20,6 +21,9 @@ class OwnGenerators:
     Saved states wait as plain tensors until then, so that a state made on a GPU loads where there is none; one that
     was saved on another device of the same type goes on here.
 
+    Attributes:
+        update: The number of the update that draws.
+
     Raises:
         TypeError: A saved state is no tensor of bytes.
         RuntimeError: It names no device, or is no state of a CPU's generator.
@@ -27,6 +31,7 @@ class OwnGenerators:
 
     def __init__(self, saved: Mapping[str, Tensor] | None = None) -> None:
         self._saved = {torch.device(name): state for name, state in (saved or {}).items()}
+        self.update = 0
         self._made: dict[torch.device, torch.Generator] = {}
         for device, state in self._saved.items():
             if not isinstance(state, torch.Tensor) or state.dtype != torch.uint8:
@@ -46,6 +51,21 @@ class OwnGenerators:
                 generator.set_state(self._saved.get(device, *alike[:1]).cpu())
             self._made[device] = generator
         return self._made[device]
+
+    def of(self, part: str) -> Callable[[torch.device], torch.Generator]:
+        """Return what draws for one part of a spread tensor: the same numbers on every rank that holds it.
+
+        They depend on nothing but the update and the part, so that a resume needs nothing, on however many ranks.
+        """
+        seed = crc32(f"{self.update} {part}".encode())
+        made: dict[torch.device, torch.Generator] = {}
+
+        def generator(device: torch.device) -> torch.Generator:
+            if device not in made:
+                made[device] = torch.Generator(device).manual_seed(seed)
+            return made[device]
+
+        return generator
 
     def states(self) -> dict[str, Tensor]:
         """Return the state of each generator, by its device."""

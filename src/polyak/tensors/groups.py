@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from polyak.tensors.kernels import PIECEWISE, Kernel, KernelName, bind, kernel_for
+from polyak.tensors.kernels.kernel import SHORT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import torch
     from torch import Tensor
@@ -33,12 +34,14 @@ class Lane(NamedTuple):
         live: The live tensor of each.
         kernel: The kernel it asks for.
         watch: Knows where the live tensors are.
+        agree: Makes one answer of all ranks' to whether the weights are finite; None where each decides alone.
     """
 
     stored: Sequence[Stored]
     live: Sequence[Tensor]
     kernel: KernelName
     watch: Located
+    agree: Callable[[bool], bool] | None = None
 
 
 class Group(NamedTuple):
@@ -50,6 +53,8 @@ class Group(NamedTuple):
         averages: For each of these lanes its averages.
         weights: The live tensor of each.
         policy: Whether they are averaged or copied.
+        draws: The name of the tensor and of the part of it, where its random numbers are those of every rank that holds
+            this part; else empty.
     """
 
     kernel: Kernel
@@ -57,6 +62,7 @@ class Group(NamedTuple):
     averages: list[list[Tensor]]
     weights: list[Tensor]
     policy: str
+    draws: str = ""
 
 
 class _Kind(NamedTuple):
@@ -87,7 +93,9 @@ def grouped(lanes: Sequence[Lane]) -> list[Group]:
     groups = []
     for (kind, moved), (weights, own) in rows.items():
         averages = [[stored.average for stored in column] for column in own]
-        groups.append(Group(bind(kind.kernel, averages, weights), moved, averages, weights, kind.policy))
+        one = own[0][0]
+        draws = f"{one.name} {one.spread.replicas}" if kind.alone == id(one) and one.spread else ""
+        groups.append(Group(bind(kind.kernel, averages, weights), moved, averages, weights, kind.policy, draws))
     return sorted(groups, key=_scratch, reverse=True)
 
 
@@ -96,7 +104,9 @@ def _kind(stored: Stored, live: Tensor, wanted: KernelName, lane: int) -> _Kind:
     name = kernel_for(average, live, wanted, copied=stored.policy == "copy")
     # What is moved piece by piece may be interrupted between tensors, so each of them has a group of its own;
     # what is copied has one for each lane.
-    alone = id(stored) if name in PIECEWISE else lane if stored.policy == "copy" else 0
+    # Parts of spread tensors draw random numbers of their own: ranks hold others beside them.
+    own_draws = stored.spread is not None and average.dtype in SHORT
+    alone = id(stored) if name in PIECEWISE or own_draws else lane if stored.policy == "copy" else 0
     return _Kind(name, stored.policy, (average.device, average.dtype), (live.device, live.dtype), alone)
 
 

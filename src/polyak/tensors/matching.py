@@ -8,6 +8,7 @@ from torch import Tensor
 
 from polyak.errors import MismatchError
 from polyak.tensors.entries import address
+from polyak.tensors.spread import layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -83,7 +84,9 @@ def _moved(stored: Sequence[Stored], entries: Sequence[Entry]) -> list[str]:
 
 def _differs(stored: Stored, entry: Entry) -> str:
     tensor = entry.tensor
-    if stored.shape != tensor.shape:
+    if stored.spread != entry.spread:
+        return f"spread otherwise: {entry.name} is {layout(entry.spread)} and was {layout(stored.spread)}"
+    if stored.average.shape != tensor.shape:
         return f"reshaped: {entry.name} is {tuple(tensor.shape)} and was {tuple(stored.shape)}"
     floating = tensor.is_floating_point() or tensor.is_complex()
     if stored.policy == "average" and not floating:
@@ -100,5 +103,10 @@ def _message(problems: list[str], averaged: int, found: int, match: Match) -> st
     return (
         "the model's tensors are not those the average was built from "
         f"({averaged} averaged, {found} in the model, matched by {match}):\n  {shown}\n"
-        "Nothing was changed. Update with the model the averager was built from, or build a new averager for this one."
+        "Nothing was changed. Update with the model the averager was built from, or build a new averager for this one"
+        + (
+            " after it was sharded; polyak.distributed.save and load carry an average from one layout to another."
+            if any(problem.startswith("spread") for problem in problems)
+            else "."
+        )
     )

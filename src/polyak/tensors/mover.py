@@ -11,7 +11,7 @@ from polyak.tensors.kernels import Checking
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from polyak.tensors.kernels import Generators
+    from polyak.tensors.generators import OwnGenerators
 
 __all__ = ["Mover"]
 
@@ -32,7 +32,7 @@ class Mover:
         self._others = FiniteCheck([weight for group in others for weight in group.weights])
 
     def update(
-        self, rates: Sequence[float], generators: Sequence[Generators], commit: Callable[[], None], *, check: bool
+        self, rates: Sequence[float], generators: Sequence[OwnGenerators], commit: Callable[[], None], *, check: bool
     ) -> bool:
         """Move every average by the rate of its lane, copy the copied, then commit.
 
@@ -52,7 +52,7 @@ class Mover:
         for group in self.groups:
             group.kernel.prepare(moved=epochs != self._epochs)
         self._epochs = epochs
-        if check and not (all(kernel.finite() for kernel in self._checking) and self._others()):
+        if check and not self._finite():
             return False
         try:
             self._move(rates, generators, [0] * len(self.groups))
@@ -65,7 +65,13 @@ class Mover:
             raise
         return True
 
-    def _move(self, rates: Sequence[float], generators: Sequence[Generators], done: Sequence[int]) -> None:
+    def _finite(self) -> bool:
+        finite = all(kernel.finite() for kernel in self._checking) and self._others()
+        agree = self._lanes[0].agree  # all lanes are of one model
+        return finite if agree is None else agree(finite)
+
+    def _move(self, rates: Sequence[float], generators: Sequence[OwnGenerators], done: Sequence[int]) -> None:
         for group, made in zip(self.groups, done, strict=True):
             lanes = group.lanes
-            group.kernel([rates[lane] for lane in lanes], [generators[lane] for lane in lanes], made)
+            own = [generators[lane].of(group.draws) if group.draws else generators[lane] for lane in lanes]
+            group.kernel([rates[lane] for lane in lanes], own, made)

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from polyak.strategy import Move
+    from polyak.tensors.generators import OwnGenerators
     from polyak.tensors.groups import Lane
-    from polyak.tensors.kernels import Generators
 
 __all__ = ["Moves"]
 
@@ -35,7 +35,9 @@ class Moves:
         self._finite = FiniteCheck(averaged)
         self._movers: dict[tuple[str, str], Mover] = {}
 
-    def update(self, moves: Sequence[Move], generators: Generators, commit: Callable[[], None], *, check: bool) -> bool:
+    def update(
+        self, moves: Sequence[Move], generators: OwnGenerators, commit: Callable[[], None], *, check: bool
+    ) -> bool:
         """Make the moves in this order, copy the copied, then commit.
 
         Args:
@@ -49,8 +51,10 @@ class Moves:
         """
         if len(moves) == 1:
             return self.mover.update([moves[0].rate], [generators], commit, check=check)
-        if check and not self._finite():
-            return False
+        if check:
+            finite = self._finite()
+            if not (finite if self._lane.agree is None else self._lane.agree(finite)):
+                return False
         done: set[int] = set()
 
         def go_on() -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from polyak.strategy import Move
-    from polyak.tensors.kernels import Generators
+    from polyak.tensors.generators import OwnGenerators
 
 __all__ = ["Offload", "crosses"]
 
@@ -50,7 +50,7 @@ class Offload:
 
     def __init__(self, lane: Lane) -> None:
         self.staged = _staging(lane.live)
-        self.moves = Moves(Lane(lane.stored, self.staged, lane.kernel, _Unmoved()))
+        self.moves = Moves(Lane(lane.stored, self.staged, lane.kernel, _Unmoved(), lane.agree))
         self._pairs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         # Buffers first: the next forward overwrites them, long before the optimiser overwrites the parameters.
         ordered = sorted(zip(lane.stored, self.staged, lane.live, strict=True), key=lambda one: one[0].kind != "buffer")
@@ -62,7 +62,7 @@ class Offload:
         self._copied: list[torch.cuda.Event] = []
 
     def start(
-        self, moves: Sequence[Move], generators: Generators, commit: Callable[[], None], *, check: bool
+        self, moves: Sequence[Move], generators: OwnGenerators, commit: Callable[[], None], *, check: bool
     ) -> Future[bool]:
         """Stage the weights as they are now and return the future of their averaging, as ``Moves.update`` tells it.
 

@@ -30,7 +30,8 @@ class Plan:
         model: The model, without wrappers.
         entries: Its entries, those that are skipped left out.
         stored: The stored tensor of each entry.
-        live: The live tensor of each entry, as the adapter gives it.
+        live: The live tensor of each entry, or this rank's part of it.
+        adapter: How to reach them.
         watch: Notices when the model changes.
         offload: Moves them beside the training, where they live on another device than the model; else None.
     """
@@ -41,8 +42,9 @@ class Plan:
         self.model = model
         self.entries = list(entries)
         self.stored = list(stored)
-        self.live = [adapter.local(entry.tensor) for entry in entries]
-        self._kernel = kernel
+        self.live = [entry.tensor for entry in entries]
+        self.adapter = adapter
+        self._kernel, self._agree = kernel, adapter.agree(entries)
         self.watch = Watch(model, self.live, kernel)
         pairs = zip(self.stored, self.live, strict=True)
         self.offload = Offload(self.lane) if any(crosses(s.average, t) for s, t in pairs) else None
@@ -53,7 +55,7 @@ class Plan:
     @property
     def lane(self) -> Lane:
         """What an update needs to know of it."""
-        return Lane(self.stored, self.live, self._kernel, self.watch)
+        return Lane(self.stored, self.live, self._kernel, self.watch, self._agree)
 
     @cached_property
     def moves(self) -> Moves:
@@ -67,7 +69,7 @@ class Plan:
 
     def is_current(self, model: Model) -> bool:
         """Return whether the model still holds exactly the tensors this plan was built from."""
-        return model is self.model and self.watch.unchanged()
+        return model is self.model and self.watch.unchanged() and self.adapter.holds(self.entries, self.live)
 
     def bound(self) -> dict[int, int]:
         """Return the address of each stored tensor's live one when it was bound, by the stored one's id."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from polyak.tensors.entries import Entry, Kind
     from polyak.tensors.policies import Policy
+    from polyak.tensors.spread import Spread
 
 __all__ = ["Stored", "allocate", "as_device", "as_dtype", "check_storable", "storage_dtype", "unfit"]
 
@@ -37,6 +38,7 @@ class Stored:
         policy: ``"average"`` or ``"copy"``.
         average: The tensor.
         slots: What a strategy keeps of it beside the average, by the names of its slots; none where it is copied.
+        spread: How the whole is spread over ranks, where these are this rank's parts of it; else None.
     """
 
     name: str
@@ -45,11 +47,16 @@ class Stored:
     policy: Policy
     average: Tensor = field(repr=False)
     slots: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    spread: Spread | None = None
 
     @property
     def shape(self) -> torch.Size:
-        """The shape, that of the entry."""
-        return self.average.shape
+        """The shape of the whole tensor."""
+        return self.average.shape if self.spread is None else self.spread.shape
+
+    def whole(self, part: Tensor) -> Tensor:
+        """Return a stored tensor as others see it: where it is this rank's part, a DTensor over the same memory."""
+        return part if self.spread is None else self.spread.wrap(part)
 
     def named(self, entry: Entry) -> Stored:
         """Return this under the entry's names, where a tie was made or broken since."""
@@ -184,6 +191,6 @@ def allocate(
             for i, tensor in zip(averaged, clones(values, where), strict=True):
                 kept[i][slot] = tensor
     return [
-        Stored(entry.name, entry.aliases, entry.kind, policy, average, kept[i])
+        Stored(entry.name, entry.aliases, entry.kind, policy, average, kept[i], entry.spread)
         for i, ((entry, policy), average) in enumerate(zip(entries, averages, strict=True))
     ]

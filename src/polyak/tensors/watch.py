@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from operator import attrgetter, getitem, is_
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from polyak.errors import ModelError
 from polyak.tensors.entries import PLAIN, STRIDED, Model
 from polyak.tensors.kernels import KernelName, readings_of
+from polyak.tensors.wrappers import dtensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 __all__ = ["Watch"]
 
@@ -48,6 +50,9 @@ class Watch:
             if not (_differs_from_others(value) and isinstance(holder, dict))
         ]
         self._doubtful = [*zip(*doubtful, strict=True)] or [(), (), ()]
+        # Two DTensors are compared by asking the other ranks, which may not be here: such models by their objects only.
+        kind = dtensor()
+        self._spread = kind is not None and any(isinstance(v, kind) for holder in filled for v in holder.values())
         self._live = live
         self._layouts = _layouts(live)
         self._same_layouts = _guard(live, *self._layouts[-2:])
@@ -85,6 +90,9 @@ class Watch:
         return True
 
     def _same_objects(self) -> bool:
+        if self._spread:
+            now, then = chain(*map(_items, self._holders)), chain(*map(_items, self._copies))
+            return [*map(len, self._holders)] == [*map(len, self._copies)] and all(map(is_, now, then))
         try:
             same = self._holders == self._copies
         except (RuntimeError, TypeError, ValueError):  # tensors of several elements have no truth value
@@ -95,6 +103,10 @@ class Watch:
     def _compare_layouts(self) -> bool:
         quickly = self._same_layouts is not None and self._same_layouts(*self._live)
         return quickly or _layouts(self._live) == self._layouts
+
+
+def _items(holder: Mapping[str, Any]) -> Iterator[Any]:
+    return chain(holder, holder.values())
 
 
 def _holders(model: Model) -> list[Mapping[str, Any]]:

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["refuse_sharded", "unwrap"]
+__all__ = ["dtensor", "each_module", "refuse_sharded", "root_of", "shards", "unwrap"]
 
 _FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
+_FSDP2 = ("torch.distributed.fsdp._fully_shard._fully_shard", "FSDPModule")
 
 # (where the class is defined, its name, the attribute that holds the wrapped module)
 _WRAPPERS = (
@@ -64,28 +65,68 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
+def root_of(module: nn.Module) -> nn.Module:
+    """Return the module inside all wrappers, or the outermost one that FSDP2 shards."""
+    while not shards(module) and (attribute := _wraps_in(cast("Any", type(module)))):
+        module = getattr(module, attribute)
+    return module
+
+
+def dtensor() -> Any:  # noqa: ANN401 - a class or None
+    """Return the class of tensors that are spread over ranks; None where nobody has imported it yet."""
+    return _loaded("torch.distributed.tensor", "DTensor")
+
+
+def shards(module: nn.Module) -> bool:
+    """Return whether FSDP2 (``fully_shard``) shards a module."""
+    return _shards(cast("Any", type(module)))
+
+
+@lru_cache(maxsize=4096)
+def _shards(kind: type) -> bool:
+    found = _loaded(*_FSDP2)
+    return found is not None and issubclass(kind, found)
+
+
 def refuse_sharded(model: nn.Module) -> None:
-    """Refuse a model whose values are spread over ranks: a swap would be seen by some of its layers only.
+    """Refuse a model whose engine does not show its values, or does not see what is written into them.
 
     Raises:
-        ModelError: It has DTensor parameters (FSDP2, tensor parallel), or FSDP1 layers that shard or hide theirs.
+        ModelError: It has FSDP1 layers that shard or hide their parameters, or belongs to DeepSpeed's ZeRO.
     """
-    dtensor, fsdp = _loaded("torch.distributed.tensor", "DTensor"), _loaded(*_FSDP1)
-    for module in _modules(model) if dtensor or fsdp else ():
-        if dtensor and any(isinstance(parameter, dtensor) for parameter in module._parameters.values()):  # noqa: SLF001 - parameters() builds every name
-            name = next(name for name, parameter in model.named_parameters() if isinstance(parameter, dtensor))
-            message = f"{name} is a DTensor (FSDP2 or tensor parallel); sharded models cannot be averaged yet"
-            raise ModelError(message)
-        if fsdp and isinstance(module, fsdp) and (module.process_group.size() > 1 or not module._use_orig_params):  # noqa: SLF001 - FSDP1 has no public way to ask
+    fsdp1 = _loaded(*_FSDP1)
+    zero = any(name.startswith("deepspeed") for name in sys.modules)
+    for module in each_module(model) if fsdp1 or zero else ():
+        if fsdp1 and isinstance(module, fsdp1) and (module.process_group.size() > 1 or not module._use_orig_params):  # noqa: SLF001 - FSDP1 has no public way to ask
             message = (
                 "the model is wrapped in FSDP1 (FullyShardedDataParallel) over several ranks or with "
                 "use_orig_params=False, whose forward does not see values written into its parameters; "
-                "on one rank use use_orig_params=True, otherwise DDP"
+                "on one rank use use_orig_params=True, otherwise fully_shard() (FSDP2) or DDP"
             )
             raise ModelError(message)
+        if zero:
+            _refuse_zero(module)
 
 
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
+def _refuse_zero(module: nn.Module) -> None:
+    if callable(getattr(module, "zero_optimization_stage", None)):
+        message = (
+            f"got DeepSpeed's engine ({type(module).__name__}), whose optimiser keeps the weights that are trained to "
+            "itself; the module's are rounded copies, and under ZeRO-3 not even there. Average with fully_shard() "
+            "(FSDP2) or DDP; under ZeRO-1 and -2 the rounded weights are averaged where engine.module is given"
+        )
+        raise ModelError(message)
+    own = module._parameters.values()  # noqa: SLF001 - parameters() builds every name
+    if any(hasattr(parameter, "ds_status") for parameter in own):
+        message = (
+            f"{type(module).__name__} is partitioned by DeepSpeed's ZeRO-3, whose parameters are empty between steps; "
+            "use ZeRO-1 or -2 and give engine.module, or train with fully_shard() (FSDP2)"
+        )
+        raise ModelError(message)
+
+
+def each_module(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield each module, wrappers included, a shared one once per place."""
     waiting = [model]
     while waiting:
         module = waiting.pop()

@@ -1,0 +1,169 @@
+"""Whether all ranks have the same average, bit for bit; and one rank's average for the others."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from polyak.errors import DistributedError, ModelError
+from polyak.tensors.spread import Spread
+from polyak.tensors.wrappers import dtensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Mapping, Sequence
+
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+    from polyak.averager import Averager
+
+__all__ = ["broadcast", "verify_in_sync"]
+
+_SHOWN = 6
+
+
+def verify_in_sync(averager: Averager, *, group: ProcessGroup | None = None) -> None:
+    """Check that all ranks have the same average, bit for bit, and that they made it by the same strategy and steps.
+
+    All ranks call it. Under DDP every tensor is compared on all ranks; of sharded tensors each part is compared on the
+    ranks that hold it. Each rank reads its average once and tells a digest of each tensor.
+
+    Args:
+        averager: This rank's averager.
+        group: The ranks that are compared; None: all.
+
+    Raises:
+        DistributedError: On every rank, where ranks disagree: it names the ranks and the tensors, or what they were
+            made by; or where a rank did not answer.
+
+    Often confused with: equal *models*. DDP keeps parameters alike, but not the statistics of batch norm, which each
+    rank has from its own batches, before and after averaging.
+    """
+    about = asked(_about(averager), group, "compare averages")
+    problems = [f"{key}: {_by_answer([one[key] for one in about])}" for key in about[0] if _differ(about, key)]
+    # Only then have all ranks the same tensors to tell of.
+    if not problems:
+        problems = _differences(asked(_digests(averager), group, "compare averages"))
+    if problems:
+        shown = "\n  ".join(problems[:_SHOWN])
+        more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        message = (
+            f"the ranks disagree about the average:\n  {shown}{more}\n"
+            "Build averagers after wrapping, from weights that are alike, and call update() on all ranks at the same "
+            "steps; polyak.distributed.broadcast() gives all the average of one."
+        )
+        raise DistributedError(message)
+
+
+def broadcast(averager: Averager, *, source: int = 0, group: ProcessGroup | None = None) -> None:
+    """Give all ranks the average of one: its tensors, counters and history. All ranks call it.
+
+    For ranks that went apart, and for averages that one rank makes alone to save the others' time: their averagers get
+    it before an evaluation.
+
+    Args:
+        averager: This rank's averager; the same model and strategy everywhere, and not sharded.
+        source: The rank that has the average.
+        group: The ranks; None: all.
+
+    Raises:
+        ModelError: It is sharded: each rank has another part of it.
+        DistributedError: A rank is gone.
+    """
+    kind = dtensor()
+    if kind is not None and any(isinstance(tensor, kind) for tensor in averager.averages.values()):
+        message = "the averager is sharded: each rank has its own parts, and there is nothing to broadcast"
+        raise ModelError(message)
+    state = averager.state_dict() if dist.get_rank() == source else None
+    received = [state]
+    _answered(
+        lambda: dist.broadcast_object_list(received, src=source, group=group), f"broadcast rank {source}'s average"
+    )
+    if received[0] is not None and dist.get_rank() != source:
+        averager.load_state_dict(received[0])
+
+
+def asked(answer: Any, group: ProcessGroup | None, purpose: str) -> list[Any]:  # noqa: ANN401 - whatever ranks tell each other
+    """Return every rank's answer, by its number in the group.
+
+    Raises:
+        DistributedError: A rank did not answer.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return [answer]
+    answers: list[Any] = [None] * dist.get_world_size(group)
+    _answered(lambda: dist.all_gather_object(answers, answer, group=group), purpose)
+    return answers
+
+
+def _answered(ask: Callable[[], None], purpose: str) -> None:
+    try:
+        ask()
+    except RuntimeError as error:
+        message = (
+            f"rank {dist.get_rank()} wanted to {purpose}, and a rank is gone or did not: {error}\n"
+            "Nothing was changed here. Start all ranks again from the last checkpoint."
+        )
+        raise DistributedError(message) from error
+
+
+def _about(averager: Averager) -> dict[str, object]:
+    return {
+        "strategy": repr(averager.strategy),
+        "updates": averager.n,
+        "rate": averager.rate,
+        "skipped": averager.skipped,
+        "tensors": tuple(averager.averages),
+    }
+
+
+def _digests(averager: Averager) -> dict[Hashable, str]:
+    kind = dtensor()
+    digests: dict[Hashable, str] = {}
+    for name, tensor in averager.averages.items():
+        whole: Any = tensor
+        if kind is not None and isinstance(whole, kind):
+            spread = Spread.of(whole)
+            # Ranks that hold one part are compared, on whichever row of a mesh they are.
+            digests[name, str(spread), spread.replicas] = _digest(whole._local_tensor)  # noqa: SLF001 - to_local() may wait for others
+        else:
+            digests[name,] = _digest(tensor)
+    return digests
+
+
+def _digest(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().resolve_conj()
+    bits = data.reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(bits.tobytes(), digest_size=16).hexdigest()
+
+
+def _differ(told: Sequence[Mapping[str, object]], key: str) -> bool:
+    return len({repr(one[key]) for one in told}) > 1
+
+
+def _differences(digests: Sequence[Mapping[Hashable, str]]) -> list[str]:
+    problems = []
+    for key in dict.fromkeys(key for own in digests for key in own):
+        answers = {rank: own[key] for rank, own in enumerate(digests) if key in own}
+        if len({*answers.values()}) > 1:
+            usual = Counter(answers.values()).most_common(1)[0][0]
+            others = [rank for rank, answer in answers.items() if answer != usual]
+            alike = [rank for rank, answer in answers.items() if answer == usual]
+            name = key[0] if isinstance(key, tuple) else key
+            problems.append(f"{name}: {_ranks(others)} other than {_ranks(alike)}")
+    return problems
+
+
+def _by_answer(answers: Sequence[object]) -> str:
+    by_answer: dict[str, list[int]] = {}
+    for rank, answer in enumerate(answers):
+        by_answer.setdefault(repr(answer)[:200], []).append(rank)
+    return "; ".join(f"{answer} on {_ranks(ranks)}" for answer, ranks in by_answer.items())
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

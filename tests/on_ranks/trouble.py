@@ -1,0 +1,171 @@
+"""What ranks see of ranks that disagree, or die."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import polyak
+from on_ranks import models
+from on_ranks.models import built, fsdp, same, trained
+
+
+def ddp_averages_are_alike_and_told_apart(rank, folder):
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), broadcast_buffers=False)
+    averager = polyak.average(model, "ema", decay=0.5, buffers="skip")
+    statistics = polyak.average(model, "ema", decay=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(3):
+        model(torch.randn(4, 3, generator=generator)).square().sum().backward()
+        optimizer.step()
+        averager.update()
+        statistics.update()
+    polyak.distributed.verify_in_sync(averager)
+    with pytest.raises(polyak.DistributedError, match=r"1\.running_mean: rank 1 other than rank 0"):
+        polyak.distributed.verify_in_sync(statistics)
+    polyak.distributed.broadcast(statistics, source=1)
+    polyak.distributed.verify_in_sync(statistics)
+    assert statistics.n == 3
+
+
+def shards_are_compared_with_their_replicas_only(rank, folder):
+    averager = polyak.average(fsdp(built()), "ema", buffers="skip")
+    polyak.distributed.verify_in_sync(averager)
+    pair = models.init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("copy", "shard"))
+    averager = polyak.average(fsdp(built(), mesh=pair), "ema", buffers="skip")
+    polyak.distributed.verify_in_sync(averager)
+    if rank == 1:
+        averager.averages["up.weight"]._local_tensor[0, 0] += 1
+    with pytest.raises(polyak.DistributedError, match=r"up\.weight: rank 1 other than rank 0"):
+        polyak.distributed.verify_in_sync(averager)
+    with pytest.raises(polyak.ModelError, match="nothing to broadcast"):
+        polyak.distributed.broadcast(averager)
+
+
+def ranks_that_made_it_otherwise_are_named(rank, folder):
+    model = built()
+    averager = polyak.average(model, "ema" if rank else "swa")
+    with pytest.raises(polyak.DistributedError, match=r"(?s)strategy: .*SWA.* on rank 0; .*EMA.* on rank 1"):
+        polyak.distributed.verify_in_sync(averager)
+    averager = polyak.average(model, "ema")
+    averager.update()
+    if rank:
+        averager.update()
+    with pytest.raises(polyak.DistributedError, match=r"updates: 1 on rank 0; 2 on rank 1"):
+        polyak.distributed.verify_in_sync(averager)
+
+
+def one_rank_may_average_for_all(rank, folder):
+    """Under DDP all ranks have the same weights: one of them averages, the others take it over to evaluate."""
+    model = DistributedDataParallel(built())
+    averager = polyak.average(model, "ema", decay=0.5, buffers="skip")
+    trained(model, 3, between=lambda step: None if rank else averager.update())
+    assert averager.n == (0 if rank else 3)
+    polyak.distributed.broadcast(averager)
+    polyak.distributed.verify_in_sync(averager)
+    assert averager.n == 3
+
+
+def fsdp1_is_refused_with_the_way_out(rank, folder):
+    import warnings
+
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = FullyShardedDataParallel(nn.Linear(3, 2), device_id=torch.device("cpu"), use_orig_params=True)
+    with pytest.raises(polyak.ModelError, match=r"FSDP1.*fully_shard"):
+        polyak.average(model, "ema")
+
+
+def a_folder_that_one_rank_cannot_see_is_refused_by_all(rank, folder):
+    averager = polyak.average(fsdp(built()), "ema", decay=0.5)
+    place = Path(folder) / "seen"
+    polyak.distributed.save(averager, place)
+    averager.update()
+    dist.barrier()
+    with pytest.raises(polyak.StateError, match=r"rank 1.*no such folder"):
+        polyak.distributed.load(averager, place if rank == 0 else Path(folder) / "unseen")
+    assert averager.n == 1
+
+
+ALL = [
+    ddp_averages_are_alike_and_told_apart,
+    shards_are_compared_with_their_replicas_only,
+    ranks_that_made_it_otherwise_are_named,
+    one_rank_may_average_for_all,
+    fsdp1_is_refused_with_the_way_out,
+    a_folder_that_one_rank_cannot_see_is_refused_by_all,
+]
+
+
+def _ready():
+    model = fsdp(built())
+    averager = polyak.average(model, "ema", decay=0.5)
+    trained(model, 1, between=lambda step: averager.update())
+    return (
+        model,
+        averager,
+        {name: s.average.clone() for name, s in zip(averager.averages, averager._state.stored, strict=True)},
+    )
+
+
+def _unchanged(averager, before):
+    same({name: s.average for name, s in zip(averager.averages, averager._state.stored, strict=True)}, before)
+
+
+def dies_in_update(rank, folder):
+    _, averager, before = _ready()
+    if rank:
+        os._exit(1)
+    start = time.monotonic()
+    with pytest.raises(polyak.DistributedError, match=r"rank 0 .*gone"):
+        averager.update()
+    assert time.monotonic() - start < 60
+    assert averager.n == 1
+    _unchanged(averager, before)
+
+
+def dies_in_save(rank, folder):
+    _, averager, _ = _ready()
+    place = Path(folder) / "average"
+    polyak.distributed.save(averager, place)
+    averager.update()
+    if rank:
+        os._exit(1)
+    with pytest.raises(polyak.DistributedError, match="gone"):
+        polyak.distributed.save(averager, place)
+    # The one before is whole: a process alone reads it.
+    dist.destroy_process_group()
+    alone = polyak.average(built(), "ema", decay=0.5)
+    polyak.distributed.load(alone, place)
+    assert alone.n == 1
+
+
+def dies_in_applied(rank, folder):
+    model, averager, before = _ready()
+    live = [parameter.to_local().clone() for parameter in model.parameters()]
+    model.eval()
+
+    def evaluate():
+        with averager.applied(), torch.no_grad():
+            if rank:
+                os._exit(1)
+            model(torch.arange(6))
+
+    with pytest.raises(RuntimeError):
+        evaluate()
+    assert not averager.is_applied
+    for group in model._get_fsdp_state()._fsdp_param_groups:
+        assert group.is_sharded
+    held = [parameter.to_local() for parameter in model.parameters()]
+    assert all(map(torch.equal, held, live))
+    _unchanged(averager, before)
