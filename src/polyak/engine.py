@@ -17,7 +17,8 @@ from polyak.cadence import Progress
 from polyak.describe import describe
 from polyak.errors import AppliedError, StateError
 from polyak.export import averaged_state_dict, gathered, overwrite_model
-from polyak.profile import History, Profile
+from polyak.history import History
+from polyak.profile import Profile
 from polyak.replica import Replica
 from polyak.state import State, changed_options, check_format, dump, parse, received_strategy
 from polyak.tensors.generators import OwnGenerators

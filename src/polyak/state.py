@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polyak.cadence import Progress
 from polyak.errors import StateError
-from polyak.profile import History
+from polyak.history import History
 from polyak.strategy import MissingStrategy, Strategy
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.spread import Spread, layout

@@ -14,8 +14,8 @@ from polyak.binding import Binding
 from polyak.cadence import Progress, tick
 from polyak.captured import Captured, recording, refuse_recording
 from polyak.errors import AppliedError, ConfigError, MismatchError, NonFiniteError, PolyakWarning, StateError
+from polyak.history import History
 from polyak.options import Options
-from polyak.profile import History
 from polyak.state import State
 from polyak.strategy import checked_moves, checked_rate, checked_weight
 from polyak.tensors.generators import OwnGenerators
