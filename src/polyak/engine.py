@@ -18,7 +18,6 @@ from polyak.describe import describe
 from polyak.errors import AppliedError, StateError
 from polyak.export import averaged_state_dict, gathered, overwrite_model
 from polyak.history import History
-from polyak.profile import Profile
 from polyak.replica import Replica
 from polyak.state import State, changed_options, check_format, dump, parse, received_strategy
 from polyak.tensors.generators import OwnGenerators
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from polyak.profile import Profile
     from polyak.strategy import Strategy
     from polyak.tensors.entries import Model
 
