@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from polyak.errors import AppliedError, UnboundError
+from polyak.errors import AppliedError, ConfigError, UnboundError
 from polyak.tensors.collector import collector_paused
 from polyak.tensors.kernels import check_available
 from polyak.tensors.matching import pair
@@ -69,7 +69,17 @@ class Binding:
             kept = [(entry, policy) for entry, policy in zip(entries, chosen, strict=True) if policy != "skip"]
             stored = allocate(kept, slots, device=as_device(options.device), dtype=as_dtype(options.dtype))
             self.plan = Plan(self.own(), stored, [entry for entry, _ in kept], options.kernel, adapter)
+            self._check_asking(self.plan)
             return stored
+
+    def _check_asking(self, plan: Plan) -> None:
+        asks = plan.lane.agree is not None and self._options.nonfinite != "propagate"
+        if asks and plan.offload is not None:
+            message = (
+                f"with nonfinite={self._options.nonfinite!r} the ranks of a sharded model ask each other, which cannot "
+                f"be done where device={self._options.device!r} averages; set nonfinite='propagate'"
+            )
+            raise ConfigError(message)
 
     def adapter(self, root: Model | None) -> Adapter:
         """Return how to reach the tensors of a model."""

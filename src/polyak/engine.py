@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from polyak.profile import Profile
     from polyak.strategy import Strategy
-    from polyak.tensors.entries import Model
+    from polyak.tensors.entries import Entry, Model
 
 __all__ = ["Engine"]
 
@@ -80,6 +80,11 @@ class Engine(Updating):
     def stored(self) -> Sequence[Stored]:
         """What it keeps of each tensor."""
         return self._state.stored
+
+    def entries(self) -> list[Entry]:
+        """Return what the averager's own model consists of, this rank's part of it where it is sharded."""
+        model = self._binding.own()
+        return self._binding.adapter(model).entries(model)
 
     @property
     @override

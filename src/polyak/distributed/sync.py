@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from polyak.averager import Averager
 
-__all__ = ["broadcast", "verify_in_sync"]
+__all__ = ["asked", "broadcast", "rank", "verify_in_sync"]
 
 _SHOWN = 6
 
@@ -98,6 +98,11 @@ def asked(answer: Any, group: ProcessGroup | None, purpose: str) -> list[Any]:  
     answers: list[Any] = [None] * dist.get_world_size(group)
     _answered(lambda: dist.all_gather_object(answers, answer, group=group), purpose)
     return answers
+
+
+def rank() -> int:
+    """Return this process's number; 0 where it is the only one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def _answered(ask: Callable[[], None], purpose: str) -> None:

@@ -8,11 +8,10 @@ from torch import nn
 
 from polyak.bank import Bank
 from polyak.engine import Engine
-from polyak.errors import ConfigError, ModelError, UnboundError
+from polyak.errors import ConfigError, UnboundError
 from polyak.options import Options
 from polyak.posthoc.snapshot import Layout
 from polyak.strategies import SWA
-from polyak.tensors.entries import walk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,13 +63,7 @@ def model_of(engine: Engine) -> Model:
 def layout_of(engine: Engine) -> Layout:
     """Return what an average is loaded into: the keys, names and dtypes of its model's state dict."""
     model = model_of(engine)
-    entries = walk(model)
-    if spread := [name for name, tensor in engine.averages.items() if hasattr(tensor, "placements")]:
-        message = (
-            f"{spread[0]} is sharded over ranks, and a snapshot is the file of one process; write snapshots by "
-            "polyak.distributed.save(averager, folder) on all ranks, or record an average of a model that is whole"
-        )
-        raise ModelError(message)
+    entries = engine.entries()
     names = {id(slot.tensor): entry.name for entry in entries for slot in entry.slots}
     tensors = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
     keys = {key: names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
@@ -82,7 +75,7 @@ def layout_of(engine: Engine) -> Layout:
 def weights_of(engine: Engine, layout: Layout) -> dict[str, Tensor]:
     """Return an average of a model's state dict by canonical name; what it leaves alone is the model's own."""
     averages = engine.averages
-    live = {entry.name: entry.tensor for entry in walk(model_of(engine))}
+    live = {entry.name: entry.slots[0].tensor for entry in engine.entries()}
     return {name: averages.get(name, live[name]) for name in layout.dtypes}
 
 

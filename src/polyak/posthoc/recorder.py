@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from polyak.errors import ConfigError, PolyakWarning, StateError
+from polyak.errors import ConfigError, StateError
+from polyak.posthoc.folder import Folder
 from polyak.posthoc.followed import block_means, engines_of, last_before, layout_of, start_of, weights_of
-from polyak.posthoc.snapshot import file_name, make_folder, safetensors, write
-from polyak.posthoc.store import Store
+from polyak.posthoc.snapshot import safetensors
 from polyak.profile import Profile
 from polyak.tensors.storage import as_dtype
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     import torch
-    from torch import Tensor
 
     from polyak.averager import Averager
     from polyak.bank import Bank
@@ -92,9 +90,10 @@ class Recorder:
                 message = f"{name}: got {value!r}; expected a whole number of at least 1"
                 raise ConfigError(message)
         safetensors()
-        self.directory, self._every, self._keep, self._dtype = Path(directory), every, keep, as_dtype(dtype)
+        short = as_dtype(dtype)
+        self.directory, self._every = Path(directory), every
         self._engines = engines_of(averager)
-        self._layout = layout_of(next(iter(self._engines.values())))
+        layout = layout_of(next(iter(self._engines.values())))
         self._blocks = block_means(self._engines, blocks)
         self._fastest = min(self._engines, key=lambda name: self._engines[name].options.every)
         self._seen: dict[str, int] = {}
@@ -105,8 +104,9 @@ class Recorder:
         if taken := sorted(own & self._engines.keys()):
             message = f"the names {taken} of averages are those of the recorder's own snapshots; give them others"
             raise ConfigError(message)
-        self._at_start = start_of(self._engines, self._layout)
-        make_folder(self.directory)
+        shared = any(stored.spread for engine in self._engines.values() for stored in engine.stored)
+        self._folder = Folder(self.directory, layout, dtype=short, keep=keep, shared=shared)
+        self._at_start = start_of(self._engines, layout)
         self._listeners = [(engine, self._listener(name)) for name, engine in self._engines.items()]
         for engine, listener in self._listeners:
             engine.listeners.append(listener)
@@ -190,47 +190,17 @@ class Recorder:
         step = int(profile.steps[-1])
         if engine is self._blocks and name in self._written:
             profile = replace(profile, stride=int(profile.steps[0]) - self._written[name])
-        self._put(name, step, engine, weights_of(engine, self._layout), profile)
+        self._folder.put(name, step, weights_of(engine, self._folder.layout), profile, engine.strategy)
         self._written[name] = step
         if engine is self._blocks:
             engine.restart()
-        if self._keep is not None:
-            for old in sorted(self.directory.glob(file_name(name)))[: -self._keep]:
-                old.unlink()
-
-    def _put(self, name: str, step: int, engine: Engine, weights: Mapping[str, Tensor], profile: Profile) -> None:
-        write(
-            self.directory, average=name, step=step, weights=weights, profile=profile, strategy=engine.strategy,
-            layout=self._layout, dtype=self._dtype,
-        )  # fmt: skip
 
     def _begin(self, clock: Clock) -> None:
-        """Look, at the first update, whether what lies in the folder is this run's, and leave there what is."""
-        found = Store(self.directory).snapshots if self.directory.is_dir() else []
-        if found and found[0].layout != self._layout:
-            message = f"{str(self.directory)!r} holds snapshots of another model; give this run a folder of its own"
-            raise StateError(message)
+        """Look, at the first update, whether what lies in the folder is this run's."""
         self._new = self._new or all(engine.n <= 1 for engine in self._engines.values())
-        if self._new:
-            if recorded := [snapshot for snapshot in found if snapshot.step]:
-                message = (
-                    f"{str(self.directory)!r} holds {len(recorded)} snapshots of another run, up to step "
-                    f"{recorded[-1].step}, and this one has just begun; give it a folder of its own, or load the state "
-                    "of the averager to go on with that run"
-                )
-                raise StateError(message)
-        else:
+        self._folder.take_over(None if self._new else last_before(clock.step, self._engines))
+        if not self._new:
             self._at_start = None
-            last = last_before(clock.step, self._engines)
-            if later := [snapshot for snapshot in found if snapshot.step > last]:
-                warnings.warn(
-                    f"{len(later)} snapshots after step {last}, where this run goes on, are removed: they belong to "
-                    "steps that are made again",
-                    PolyakWarning,
-                    stacklevel=5,
-                )
-                for snapshot in later:
-                    snapshot.path.unlink()
         self._begun = True
 
     def _go_on_elsewhere(self) -> None:
@@ -243,5 +213,5 @@ class Recorder:
         if self._at_start is not None:
             engine = self._engines[self._fastest]
             nothing = Profile(np.empty(0), np.empty(0, np.int64), start=1.0)
-            self._put(START, 0, engine, self._at_start, nothing)
+            self._folder.put(START, 0, self._at_start, nothing, engine.strategy)
             self._at_start = None

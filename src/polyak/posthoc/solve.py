@@ -22,6 +22,7 @@ _ROWS = 1 << 13  # optimiser steps that are taken into the factorisation at a ti
 _NOTHING = 1e-18  # of the whole: the steps before are left out
 _SAME = 1e-12
 _CARE = 100.0  # weights are some hundred times as large as what they move by while they are averaged
+_MILD = 10.0  # of the coefficients' absolute sum: up to here rounding is no concern
 _SUM = 1e3  # how much more than a step's share the sum of the coefficients weighs, where they are not negative
 
 
@@ -101,8 +102,10 @@ def _fitted(basis: Floats, target: Floats, noise: Floats, solve: Any) -> Fit:  #
     if apart.min() <= _SAME:  # it lies there: any other combination would only add rounding
         x: Floats = (np.arange(len(apart)) == apart.argmin()).astype(np.float64)
     else:
-        cost = np.diag(_CARE * size * noise)
-        x = solve(np.vstack([basis, cost]), np.append(target, np.zeros(len(noise))))
+        x = solve(basis, target)
+        if np.abs(x).sum() > _MILD and noise.any():
+            cost = np.diag(_CARE * size * noise)
+            x = solve(np.vstack([basis, cost]), np.append(target, np.zeros(len(noise))))
     error = float(np.linalg.norm(basis @ x - target)) / size
     return Fit(x, error, float(np.abs(x).sum()), float(np.abs(x) @ noise))
 

@@ -1,0 +1,125 @@
+"""The folder that a recorder writes to: of a sharded average the first rank does so, for all."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from polyak import errors
+from polyak.distributed.sync import asked, rank
+from polyak.errors import PolyakError, PolyakWarning, StateError
+from polyak.posthoc.snapshot import Layout, file_name, make_folder, write
+from polyak.posthoc.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor
+
+    from polyak.profile import Profile
+    from polyak.strategy import Strategy
+
+__all__ = ["Folder"]
+
+
+class Folder:
+    """Where the snapshots of one run go.
+
+    Args:
+        path: The folder; made where it is missing.
+        layout: The model.
+        dtype: The dtype of what is averaged; None: its own, but float32 at the least.
+        keep: How many snapshots of each average are kept; None: all.
+        shared: Whether each rank has its part of the tensors. All ranks then call, the first one writes, and what it
+            raises is raised by all.
+
+    Raises:
+        ConfigError: The folder cannot be made.
+    """
+
+    def __init__(
+        self, path: Path, layout: Layout, *, dtype: torch.dtype | None, keep: int | None, shared: bool
+    ) -> None:
+        self.path, self.layout = path, layout
+        self._dtype, self._keep, self._shared = dtype, keep, shared
+        self._by_first(lambda: make_folder(path))
+
+    def put(self, average: str, step: int, weights: Mapping[str, Tensor], profile: Profile, strategy: Strategy) -> None:
+        """Write a snapshot, and remove the oldest ones of its average where there are more than are kept.
+
+        Raises:
+            SnapshotError: It cannot be written.
+        """
+        whole = self._gathered(weights) if self._shared else weights
+
+        def act() -> None:
+            write(
+                self.path, average=average, step=step, weights=whole, profile=profile, strategy=strategy,
+                layout=self.layout, dtype=self._dtype,
+            )  # fmt: skip
+            if self._keep is not None:
+                for old in sorted(self.path.glob(file_name(average)))[: -self._keep]:
+                    old.unlink()
+
+        self._by_first(act)
+
+    def take_over(self, last: int | None) -> None:
+        """Look whether what lies in the folder is this run's, and leave there what is.
+
+        Args:
+            last: The last optimiser step that was averaged before; None where the run has just begun.
+
+        Raises:
+            StateError: It is another run's.
+        """
+        self._by_first(lambda: self._take_over(last))
+
+    def _take_over(self, last: int | None) -> None:
+        found = Store(self.path).snapshots if self.path.is_dir() else []
+        if found and found[0].layout != self.layout:
+            message = f"{str(self.path)!r} holds snapshots of another model; give this run a folder of its own"
+            raise StateError(message)
+        recorded = [snapshot for snapshot in found if snapshot.step]
+        if last is None and recorded:
+            message = (
+                f"{str(self.path)!r} holds {len(recorded)} snapshots of another run, up to step {recorded[-1].step}, "
+                "and this one has just begun; give it a folder of its own, or load the state of the averager to go on "
+                "with that run"
+            )
+            raise StateError(message)
+        if last is not None and (later := [snapshot for snapshot in found if snapshot.step > last]):
+            warnings.warn(
+                f"{len(later)} snapshots after step {last}, where this run goes on, are removed: they belong to steps "
+                "that are made again",
+                PolyakWarning,
+                stacklevel=7,
+            )
+            for snapshot in later:
+                snapshot.path.unlink()
+
+    def _gathered(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return whole tensors on the CPU of the first rank, gathered one by one, and none elsewhere."""
+        whole: dict[str, Tensor] = {}
+        for name, tensor in weights.items():
+            part: Any = tensor
+            gathered = part.full_tensor() if hasattr(part, "full_tensor") else part
+            if rank() == 0:
+                whole[name] = gathered.detach().cpu()
+        return whole
+
+    def _by_first(self, act: Callable[[], None]) -> None:
+        if not self._shared:
+            act()
+            return
+        problem: tuple[str, str] | None = None
+        if rank() == 0:
+            try:
+                act()
+            except PolyakError as error:
+                problem = type(error).__name__, str(error)
+        told = asked(problem, None, f"let rank 0 write to {str(self.path)!r}")[0]
+        if told is not None:
+            msg = f"rank 0: {told[1]}"
+            raise getattr(errors, told[0])(msg)
