@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from on_ranks import averaging
+from on_ranks import averaging, snapshots
 from on_ranks.start import run
 
 
 def test_two_ranks_average_their_shards():
     run(2, averaging.ALL)
+
+
+def test_two_ranks_record_their_shards(tmp_path):
+    run(2, snapshots.ALL, tmp_path)
 
 
 @pytest.mark.distributed

@@ -220,8 +220,6 @@ def what_cannot_be_had_of_shards_is_refused_with_the_way_out(rank):
         averager(torch.arange(6))
     with pytest.raises(polyak.StateError, match=r"polyak\.distributed\.save"):
         pickle.dumps(averager)
-    with pytest.raises(polyak.ModelError, match=r"polyak\.distributed\.save"):
-        polyak.posthoc.Recorder(averager, "folder", every=1)
     with pytest.raises(polyak.ConfigError, match=r"polyak\.distributed\.save"):
         polyak.save(averager, "average.pt")
     state = averager.state_dict()

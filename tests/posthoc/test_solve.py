@@ -217,3 +217,19 @@ def test_a_profile_longer_than_a_block_of_the_factorisation_loses_nothing():
     np.testing.assert_allclose(found.coefficients, [0.0, -1.0, 0.0, 2.0], atol=1e-9)
     assert found.error < 1e-12
     assert len(mixed(known, found.coefficients, steps)) == steps
+
+
+def test_snapshots_that_are_rounded_get_smaller_coefficients_and_those_of_a_stored_average_stay():
+    known = powers(16)
+    wanted = Profile.of(EMA(decay=0.5 ** (1 / 82)), T)
+    (exact,) = fit(known, [wanted])
+    before = exact
+    for unit in (2**-24, 2**-11, 2**-8):
+        found, stored = fit(known, [wanted, known[3]], noise=[unit] * len(known))
+        assert found.coefficients.sum() == pytest.approx(1.0, abs=1e-9)
+        assert found.error >= exact.error * (1 - 1e-9)
+        assert found.amplification <= before.amplification * (1 + 1e-9)
+        assert found.rounding == pytest.approx(unit * np.abs(found.coefficients).sum())
+        assert np.flatnonzero(stored.coefficients).tolist() == [3]
+        before = found
+    assert before.amplification < exact.amplification / 4

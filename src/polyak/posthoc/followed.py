@@ -12,6 +12,7 @@ from polyak.errors import ConfigError, UnboundError
 from polyak.options import Options
 from polyak.posthoc.snapshot import Layout
 from polyak.strategies import SWA
+from polyak.tensors.wrappers import unwrap
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,7 +66,7 @@ def layout_of(engine: Engine) -> Layout:
     model = model_of(engine)
     entries = engine.entries()
     names = {id(slot.tensor): entry.name for entry in entries for slot in entry.slots}
-    tensors = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
+    tensors = unwrap(model).state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
     keys = {key: names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
     kept = {*keys.values()}
     dtypes = {entry.name: str(entry.tensor.dtype).removeprefix("torch.") for entry in entries if entry.name in kept}

@@ -1,0 +1,70 @@
+"""What each rank checks of recorders of sharded averages."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+import polyak
+from on_ranks.averaging import layouts
+from on_ranks.models import built, fsdp, trained
+
+
+def a_recorder_writes_whole_tensors_once_and_any_average_can_be_made_of_them(rank, folder):
+    for name, shard in layouts().items():
+        model, here = shard(built()), folder / name
+        bank = polyak.bank(model, {"ema": {"name": "ema", "decay": 0.9}, "power": {"name": "power", "sigma_rel": 0.2}})
+        tail = polyak.average(model, "swa", start=7)
+        with polyak.posthoc.Recorder(bank, here, every=3):
+            trained(model, 12, between=lambda step, bank=bank, tail=tail: (bank.update(), tail.update(step=step)))
+        wanted = tail.averaged_state_dict(full=True)
+        if rank == 0:
+            assert len([*here.glob("*.safetensors")]) == 1 + 3 * 4, name
+            made = polyak.posthoc.synthesize(here, "swa", start=7)
+            assert made.profile_error < 1e-12
+            assert {*made.state_dict} == {*wanted}, (name, {*made.state_dict} ^ {*wanted})
+            for key, tensor in made.state_dict.items():
+                if tensor.is_floating_point():
+                    torch.testing.assert_close(tensor, wanted[key], rtol=1e-5, atol=1e-6)
+
+
+def what_rank_0_cannot_do_is_told_by_every_rank_and_training_goes_on(rank, folder):
+    model = fsdp(built())
+    averager = polyak.average(model, "ema", decay=0.5)
+    other = polyak.average(model, "ema", decay=0.5)
+    first, second = folder / "fsdp" / "nested", folder / "broken"
+    with polyak.posthoc.Recorder(averager, first, every=2):
+        trained(model, 2, between=lambda step: averager.update())
+    again = polyak.posthoc.Recorder(other, first, every=2)
+    with pytest.raises(polyak.StateError, match=r"rank 0: .*another run"):
+        other.update()
+    again.close()
+    assert other.n == 1
+    recorder = polyak.posthoc.Recorder(averager, second, every=1)
+    torch.distributed.barrier()
+    if rank == 0:
+        shutil.rmtree(second)
+        second.write_text("in the way")
+    torch.distributed.barrier()
+    for _ in range(2):
+        n = averager.n
+        with pytest.raises(polyak.SnapshotError, match="rank 0: "):
+            averager.update()
+        assert averager.n == n + 1
+    torch.distributed.barrier()
+    if rank == 0:
+        second.unlink()
+        second.mkdir()
+    torch.distributed.barrier()
+    averager.update()
+    recorder.close()
+    if rank == 0:
+        assert [*second.glob("average-*.safetensors")]
+
+
+ALL = [
+    a_recorder_writes_whole_tensors_once_and_any_average_can_be_made_of_them,
+    what_rank_0_cannot_do_is_told_by_every_rank_and_training_goes_on,
+]
