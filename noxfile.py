@@ -39,6 +39,7 @@ BENCH = {
     "bank": ["bank", "--model=resnet50", "--seconds=30"],
     "scaling": ["scaling", "--seconds=120", "--kernel=auto", "--kernel=foreach"],
     "step": ["step", "--model=resnet18", "--model=gpt2"],
+    "ranks": ["ranks", "--model=resnet50", "--model=gpt2", "--ranks=1", "--ranks=2", "--ranks=4"],
 }
 SMOKE = "import polyak as p, torch; m = torch.nn.Linear(2, 1); p.average(m, 'ema').update(); print(*p.strategies())"
 

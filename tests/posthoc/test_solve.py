@@ -220,8 +220,8 @@ def test_a_profile_longer_than_a_block_of_the_factorisation_loses_nothing():
 
 
 def test_snapshots_that_are_rounded_get_smaller_coefficients_and_those_of_a_stored_average_stay():
-    known = powers(16)
-    wanted = Profile.of(EMA(decay=0.5 ** (1 / 82)), T)
+    known = powers(64)
+    wanted = Profile.of(EMA(decay=0.5 ** (1 / 41)), T)
     (exact,) = fit(known, [wanted])
     before = exact
     for unit in (2**-24, 2**-11, 2**-8):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from polyak.atomic import write_whole
 from polyak.bench.cases import CASES
 from polyak.bench.fit import lines
-from polyak.bench.number import number
+from polyak.bench.number import number, size
 from polyak.errors import MissingExtraError
 from polyak.plot import palette
 
@@ -125,7 +125,8 @@ def _panel(axes: Axes, rows: Sequence[Row], limits: Sequence[float]) -> None:
         axes.barh(place, ratio.median - 1, left=1, height=0.7, color=_LOOKS[row.group]["color"])
         axes.plot([ratio.first, ratio.third], [place, place], color="black", lw=1)
         share = f", {number(100 * row.share.median)} % of a step" if row.share else ""
-        label = f"{number(ratio.median)} ×  ({number(row.milliseconds.median)} ms{share})"
+        held = "" if row.held is None else f", an average of {size(row.held)}"
+        label = f"{number(ratio.median)} ×  ({number(row.milliseconds.median)} ms{share}{held})"
         end = max(ratio.third, 1.0)
         axes.annotate(label, (end, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.axvline(1, color="black", lw=1)

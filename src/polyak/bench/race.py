@@ -78,10 +78,12 @@ def race(
     label: str,
     before: Callable[[], object] | None = None,
     warm: int = 0,
+    agreed: Callable[[int], int] = int,
 ) -> Samples:
     """Return the samples of as many rounds as ``budget`` seconds hold; ``before`` is called first in every round.
 
-    Each call is made ``warm`` times untimed before it is timed: then its own data is in the caches.
+    Each call is made ``warm`` times untimed before it is timed: then its own data is in the caches. Several ranks make
+    as many rounds as ``agreed`` makes of what each has time for.
 
     Every call must have run before. The collector of garbage waits.
     """
@@ -89,7 +91,7 @@ def race(
     gc.collect()
     began = perf_counter()
     _one_round(calls, Samples(calls), list(calls), device, before, warm)  # tells how many rounds there is time for
-    rounds = min(max(round(budget / (perf_counter() - began)), LEAST), MOST)
+    rounds = agreed(min(max(round(budget / (perf_counter() - began)), LEAST), MOST))
     gc.disable()
     try:
         for order in track(orders(list(calls), rounds), label):

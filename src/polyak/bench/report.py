@@ -40,6 +40,11 @@ class Quantiles(BaseModel):
         low, first, middle, third, high = np.quantile(samples, [0.05, 0.25, 0.5, 0.75, 0.95]).tolist()
         return cls(low=low, first=first, median=middle, third=third, high=high, count=len(samples))
 
+    def over(self, reference: float) -> Quantiles:
+        """Return these as multiples of a reference."""
+        places = {name: value / reference for name, value in self if name != "count"}
+        return Quantiles(**places, count=self.count)
+
 
 class Row(BaseModel):
     """One way of averaging in one case on one model.
@@ -57,6 +62,10 @@ class Row(BaseModel):
         share: The time over that of the training step before it.
         peak: Bytes that the call needs for itself at its worst moment.
         kept: Bytes of what the call made.
+        slowest: Milliseconds of the slowest of several ranks.
+        weights: Bytes that the weights take on a rank.
+        held: Bytes that the average takes on a rank.
+        whole: Bytes that all of the average would take there.
         tensors: How many floating tensors the model has.
         values: How many values are in them.
         disturbed: The share of the samples in which threads had to wait for a processor; they are left out where the
@@ -78,6 +87,10 @@ class Row(BaseModel):
     share: Quantiles | None = None
     peak: int | None = None
     kept: int | None = None
+    slowest: float | None = None
+    weights: int | None = None
+    held: int | None = None
+    whole: int | None = None
     tensors: int = 0
     values: int = 0
     disturbed: float = 0.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, get_args
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Settings", "checked", "kernel_names"]
 
+_RANKS = (1, 2, 4)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -32,6 +35,7 @@ class Settings:
         device: Where the models live; None: the accelerator, else the CPU.
         threads: How many threads torch computes with; None: as torch chooses.
         seconds: How long one case measures one model, about.
+        ranks: On how many ranks, one number after the other; empty: 1, 2 and 4, as far as there is room.
     """
 
     models: tuple[str, ...] = ("resnet50",)
@@ -41,6 +45,7 @@ class Settings:
     device: str | None = None
     threads: int | None = None
     seconds: float = 15.0
+    ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.models:
@@ -56,7 +61,11 @@ class Settings:
         if self.seconds < 0 or (self.threads is not None and self.threads < 1):
             message = f"seconds={self.seconds} and threads={self.threads}: give seconds from 0 and threads from 1 on"
             raise ConfigError(message)
-        self.place  # noqa: B018 - a device that is not there is said now
+        least, most = min(self.ranks, default=1), max(self.ranks, default=1)
+        # Several ranks may share cores, but not an accelerator.
+        if least < 1 or (self.place.type != "cpu" and most > self.room):
+            message = f"ranks: got {', '.join(map(str, self.ranks))}; expected 1 to {self.room} here, one for each device"
+            raise ConfigError(message)
 
     @property
     def place(self) -> torch.device:
@@ -70,6 +79,21 @@ class Settings:
             reason = str(error).splitlines()[0]
             message = f"the device {self.device!r} cannot be used here ({reason}); give another, such as cpu"
             raise ConfigError(message) from error
+
+    @property
+    def room(self) -> int:
+        """How many ranks have a core or an accelerator of their own."""
+        if self.place.type != "cpu":
+            return torch.accelerator.device_count()
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def chosen_ranks(self) -> list[int]:
+        """Return on how many ranks, the smallest number first."""
+        return sorted({*self.ranks}) or [count for count in _RANKS if count <= self.room]
+
+    def lasting(self, seconds: float) -> Settings:
+        """Return the same for another time."""
+        return replace(self, seconds=seconds)
 
     def chosen_strategies(self) -> list[str]:
         """Return the names of all strategies that take part."""

@@ -94,6 +94,10 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "share of a step": lambda row: f"{number(100 * row.share.median)} %" if row.share else "",
     "extra memory": lambda row: "" if row.peak is None else size(row.peak),
     "kept memory": lambda row: "" if row.kept is None else size(row.kept),
+    "slowest rank, ms": lambda row: "" if row.slowest is None else number(row.slowest),
+    "weights on a rank": lambda row: "" if row.weights is None else size(row.weights),
+    "average on a rank": lambda row: "" if row.held is None else size(row.held),
+    "a copy on each": lambda row: "" if row.whole is None else size(row.whole),
     "remark": lambda row: row.remark,
 }
 _GROWN: dict[str, Callable[[Line], str]] = {

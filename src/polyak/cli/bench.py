@@ -21,7 +21,7 @@ Names = list[str] | None
 
 def bench(
     cases: Annotated[
-        Names, typer.Argument(help="update (default), construction, host, precision, bank, scaling, step.")
+        Names, typer.Argument(help="update (default), construction, host, precision, bank, scaling, step, ranks.")
     ] = None,
     model: Annotated[
         Names,
@@ -39,6 +39,11 @@ def bench(
             "are installed). May be repeated.",
         ),
     ] = None,
+    ranks: Annotated[
+        list[int] | None,
+        typer.Option(help="Processes, for the case ranks (default: 1, 2 and 4, as many as have a core or a device). "
+                     "May be repeated."),
+    ] = None,  # fmt: skip
     threads: Annotated[int | None, typer.Option(help="Threads that torch computes with.")] = None,
     device: Annotated[str | None, typer.Option(help="Where the models live (default: accelerator, or cpu).")] = None,
     seconds: Annotated[float, typer.Option(help="About how long one case measures one model.")] = 15.0,
@@ -53,8 +58,9 @@ def bench(
         settings = Settings(
             models=tuple(model or ["resnet50"]), strategies=tuple(strategy or ["ema"]), kernels=tuple(kernel or []),
             against=tuple(against) if against else None, device=device, threads=threads, seconds=seconds,
+            ranks=tuple(ranks or []),
         )  # fmt: skip
-        report = measure(tuple(cases or ["update"]), settings)
+        report = measure(tuple(cases or (["ranks"] if ranks else ["update"])), settings)
         if json is not None:
             report.write(json)
         _show(report)

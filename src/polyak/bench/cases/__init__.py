@@ -8,6 +8,7 @@ from polyak.bench.cases.bank import bank
 from polyak.bench.cases.construction import construction
 from polyak.bench.cases.host import host
 from polyak.bench.cases.precision import precision
+from polyak.bench.cases.ranks import ranks
 from polyak.bench.cases.scaling import scaling
 from polyak.bench.cases.step import step
 from polyak.bench.cases.update import update
@@ -48,5 +49,6 @@ CASES: dict[str, Case] = {
     "bank": Case(bank, "One update of several averages of one model"),
     "scaling": Case(scaling, "One update of models that grow", alone=True),
     "step": Case(step, "One update after each training step"),
+    "ranks": Case(ranks, "One update on several ranks, each of its own shards"),
 }
 """Names to cases."""
