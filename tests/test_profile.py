@@ -74,6 +74,13 @@ def test_an_average_that_is_mostly_its_start_has_no_half_life():
     assert Profile.of(EMA(decay=0.99), 0).half_life == math.inf
 
 
+def test_the_start_counts_as_one_more_weight_in_the_effective_size():
+    start = 0.5**3
+    shares = [0.5 * 0.5**i for i in range(3)]
+    assert Profile.of(EMA(decay=0.5), 3).effective_size == pytest.approx(1 / (start**2 + sum(x * x for x in shares)))
+    assert Profile.of(EMA(decay=0.5), 0).effective_size == 1.0
+
+
 def test_the_half_life_of_shares_that_are_partly_negative_is_the_first_age_at_which_half_is_reached():
     shares = np.array([0.3, 0.2, -0.4, 0.2, 0.5, 0.2])
     profile = Profile(shares, np.arange(1, 7))

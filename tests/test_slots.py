@@ -137,6 +137,9 @@ def test_ctrl_c_at_any_line_of_an_update_leaves_all_of_it_or_nothing(name, setti
         averager.averaged_state_dict()
         with pytest.raises(KeyboardInterrupt), at_line(MOVING, k):
             averager.update()
+        torch.set_grad_enabled(
+            True
+        )  # a tracer raises between a block and its __exit__, too, where no signal is handled
         if (all_bits(averager), averager.n, len(averager.profile())) not in [(old, 2, 2), (new, 3, 3)]:
             wrong.append(line)
     assert not wrong

@@ -88,10 +88,9 @@ class Bank(Mapping[str, "Averager"]):
         ended: list[tuple[Engine, Turn, bool]] = []
         for due in _together(self._begin(model, step, lr)):
             engine, turn = due[0]
-            if _alone(turn):
-                engine.make(turn)
+            done = engine.move(turn) if _alone(turn) else self._move(due, check=engine.checks)
+            if done is None:
                 continue
-            done = self._move(due, check=engine.checks)
             if not done and engine.options.nonfinite == "raise":
                 engine.end(turn, done=False)
             ended += [(engine, turn, done) for engine, turn in due]

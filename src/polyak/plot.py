@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Looks = Mapping[str, Mapping[str, Any]]
 
-__all__ = ["curves", "metrics", "palette", "shares"]
+__all__ = ["POOR", "curves", "metrics", "palette", "shares"]
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart, and two of Tol's; dashes tell the rounds.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)))
 _LABEL = 26  # characters in a line of a joint label
 _SIZE = 9.0  # points
-_POOR = 0.1  # the error of a profile from which on the average is another one
+POOR = 0.1
+"""The error of a profile from which on the average is another one than was wanted."""
 
 
 def palette(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -154,8 +155,8 @@ def metrics(
     ordered = sorted(points)
     ax.plot([x for x, _, _ in ordered], [y for _, y, _ in ordered], color=_COLORS[0], linewidth=1, label="averages")
     for exact in (True, False):
-        here = [(x, y) for x, y, error in ordered if (error <= _POOR) == exact]
-        name = None if exact or not here else f"profile error above {_POOR:.0%}"
+        here = [(x, y) for x, y, error in ordered if (error <= POOR) == exact]
+        name = None if exact or not here else f"profile error above {POOR:.0%}"
         face = _COLORS[0] if exact else "white"
         ax.scatter(
             [x for x, _ in here], [y for _, y in here], edgecolor=_COLORS[0], facecolor=face, zorder=3, label=name

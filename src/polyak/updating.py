@@ -85,22 +85,20 @@ class Updating(Averager):
             return
         if not self.options.capturable:
             refuse_recording()
-        if (turn := self.begin(model, step, lr)) is not None:
-            self.make(turn)
+        if (turn := self.begin(model, step, lr)) is not None and (done := self.move(turn)) is not None:
+            self.end(turn, done=done)
 
-    def make(self, turn: Turn) -> None:
-        """Move the tensors of an update, now or beside the training."""
-        generators, check = turn.generators, self.checks
+    def move(self, turn: Turn) -> bool | None:
+        """Move the tensors of an update; return whether it was made, None where that is done beside the training."""
+        generators, check = turn.state.generators, self.checks
         with Untracked():
             if turn.plan.offload is None:
-                done = turn.plan.moves.update(turn.moves, generators, turn.commit, check=check)
-            else:
-                moving = turn.plan.offload.start(turn.moves, generators, turn.commit, check=check)
-                self._pending = turn, moving, os.getpid()
-                if not self._guards:
-                    turn.plan.offload.release()
-                return
-        self.end(turn, done=done)
+                return turn.plan.moves.update(turn.moves, generators, turn.commit, check=check)
+            moving = turn.plan.offload.start(turn.moves, generators, turn.commit, check=check)
+            self._pending = turn, moving, os.getpid()
+            if not self._guards:
+                turn.plan.offload.release()
+            return None
 
     @override
     def advance(self, *, step: int | None = None, lr: float | None = None) -> None:

@@ -358,7 +358,7 @@ def test_steps_counted_from_zero_and_steps_that_jump_are_recorded_exactly(tmp_pa
     model, averager = fresh("swa")
     with Recorder(averager, tmp_path / "means", every=10, blocks=False):
         run_of(model, averager, range(40), given=True, values=values)
-    made = quietly(tmp_path / "means", "swa", start=11)
+    made = quietly(tmp_path / "means", "ema", decay=0.95)
     assert made.profile.steps[0] == 0
     told = sum(p * values(s) for s, p in zip(made.profile.steps.tolist(), made.profile.shares, strict=True))
     assert made.state_dict["w"].item() == pytest.approx(told, rel=1e-12)

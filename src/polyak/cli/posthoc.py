@@ -14,9 +14,10 @@ from polyak.cli.given import grid, settings, with_start
 from polyak.cli.tables import Listing, show, size
 from polyak.cli.told import told
 from polyak.errors import ConfigError
+from polyak.plot import POOR
 from polyak.posthoc import Store
 from polyak.posthoc import sweep as swept
-from polyak.posthoc.synthesis import combine, nearest, target_profile, warn_of_amplification
+from polyak.posthoc.synthesis import combine, nearest, target_profile, warn_of_poor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,7 +40,6 @@ Nonnegative = Annotated[bool, typer.Option("--nonnegative", help="No negative co
 _BETTER = {"min": "lower is better", "max": "higher is better"}
 _SHOWN = 12  # snapshots
 _LEAST = 1e-4  # the coefficient of one that is shown
-_POOR = 0.1  # the error of a profile from which on the average is another one
 
 
 def snapshots(directory: Directory) -> None:
@@ -74,7 +74,7 @@ def synthesize(
         config = with_start(settings(set_ or []), step)
         wanted = target_profile(target, config, chosen, step)
         (found,) = nearest(chosen, [wanted], nonnegative=nonnegative)
-        warn_of_amplification(found)
+        warn_of_poor(found)
         _tell(found, chosen, wanted, step)
         if output is not None and not dry_run:
             combine(chosen, found, wanted, step).save(output)
@@ -178,7 +178,7 @@ def _tell(found: Fit, chosen: Sequence[Snapshot], wanted: Profile, step: int) ->
     typer.echo(
         f"rounding        {found.rounding:.1g}  (of the weights: amplification times that of the snapshots' dtype)"
     )
-    if wanted.start > _POOR**2 and not any(snapshot.profile.start for snapshot in chosen):
+    if wanted.start > POOR**2 and not any(snapshot.profile.start for snapshot in chosen):
         typer.echo(
             f"The wanted average counts the weights at the start {wanted.start:.0%}, and no snapshot has them; "
             "--set origin=first leaves them out."
@@ -187,9 +187,9 @@ def _tell(found: Fit, chosen: Sequence[Snapshot], wanted: Profile, step: int) ->
 
 def _show(found: Sweep) -> None:
     typer.echo(found.table())
-    if poor := sum(row.profile_error > _POOR for row in found.rows):
+    if poor := sum(row.profile_error > POOR for row in found.rows):
         typer.echo(
-            f"{poor} of them, with a profile error above {_POOR:g}, are other averages than their names say: what they "
+            f"{poor} of them, with a profile error above {POOR:g}, are other averages than their names say: what they "
             "are made of is not in the snapshots."
         )
     if len(found.rows) > 1 and found.best in {found.rows[0], found.rows[-1]}:

@@ -11,6 +11,7 @@ import torch
 from polyak.checkpoints.tensor_file import Scratch
 from polyak.config import AveragerConfig
 from polyak.errors import ConfigError, PolyakWarning
+from polyak.plot import POOR
 from polyak.posthoc.made import Synthesis
 from polyak.posthoc.solve import Fit, fit, mixed
 from polyak.posthoc.store import Store
@@ -32,7 +33,7 @@ __all__ = [
     "nearest",
     "synthesize",
     "target_profile",
-    "warn_of_amplification",
+    "warn_of_poor",
 ]
 
 Target = str | Strategy | Mapping[str, Any] | Profile
@@ -41,6 +42,7 @@ Target = str | Strategy | Mapping[str, Any] | Profile
 _CADENCE = frozenset({"start", "every", "origin"})
 _ILL = 30.0  # of the coefficients' absolute sum: a few snapshots then cancel each other
 _ROUNDED = 1e-3  # of the weights
+_EXACT = 1e-9  # of the weights: less than a float32 holds
 _PIECE = 1 << 16  # values that are added at a time
 
 
@@ -70,7 +72,8 @@ def synthesize(
         ConfigError: A wrong target.
 
     Warns:
-        PolyakWarning: The problem is ill-conditioned: rounding is amplified more than it should.
+        PolyakWarning: The profile error is above a tenth, or the problem is ill-conditioned: rounding is amplified more
+            than it should.
 
     Source: Karras et al. (2023), arXiv:2312.02696, section 3.2 and appendix C, for power functions; here for every
     linear average, over exact shares and with coefficients that add up to 1.
@@ -93,7 +96,7 @@ def synthesize(
     snapshots, step = store.until(at_step)
     wanted = target_profile(target, settings, snapshots, step)
     (found,) = nearest(snapshots, [wanted], nonnegative=nonnegative)
-    warn_of_amplification(found)
+    warn_of_poor(found)
     return combine(snapshots, found, wanted, step)
 
 
@@ -128,9 +131,16 @@ def nearest(snapshots: Sequence[Snapshot], wanted: Sequence[Profile], *, nonnega
     return fit(profiles, wanted, noise=noise, nonnegative=nonnegative)
 
 
-def warn_of_amplification(found: Fit) -> None:
-    """Warn where a combination amplifies what it should not."""
-    if found.amplification > _ILL or found.rounding > _ROUNDED:
+def warn_of_poor(found: Fit) -> None:
+    """Warn where a combination is another average than was wanted, or amplifies what it should not."""
+    if found.error > POOR:
+        warnings.warn(
+            f"the profile is {found.error:.2g} of the wanted one's norm away from it: another average than was wanted, "
+            "since the snapshots do not tell apart the steps that it needs. Record more of them",
+            PolyakWarning,
+            stacklevel=3,
+        )
+    if (found.amplification > _ILL and found.rounding > _EXACT) or found.rounding > _ROUNDED:
         warnings.warn(
             f"the coefficients' absolute sum is {found.amplification:.3g}: what the snapshots were rounded by may grow "
             f"to {found.rounding:.1g} of the weights. Record more snapshots or block means, store float32, or take "

@@ -132,7 +132,7 @@ def _overload_noise_for(seed: Any, place: Any, like: Any) -> Any:
 def _move_piece(average: Any, weight: Any, rate: Any, seed: Any) -> None:
     # As torch's lerp, from the nearer end; the sum is made in the type of the rate.
     wide = type(rate)
-    if rate < wide(0.5):
+    if abs(rate) < wide(0.5):
         for i in range(average.size):
             old, new = wide(_wide(average[i])), wide(_wide(weight[i]))
             value = old + rate * (new - old)

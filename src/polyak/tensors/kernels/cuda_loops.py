@@ -103,7 +103,7 @@ def _move_block(
         rate = tl.load(rates + lane)
         # The sum is made in the type of the rate, as torch's lerp makes it: from the nearer end.
         old, wide = tl.load(target, mask=inside).to(rate.dtype), new.to(rate.dtype)
-        near = rate < _HALF
+        near = tl.abs(rate) < _HALF
         moved = tl.fma(tl.where(near, rate, rate - 1), wide - old, tl.where(near, old, wide))
         # A rate of 1 copies: by a sum, a NaN in the average would stay.
         if average == rate.dtype:
