@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -15,6 +18,8 @@ from polyak.cli import app
 
 SEVENTY = Job(70e9, ranks=64)
 SHARD = 70e9 / 64
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "at-scale.md"
+SHOWN = re.findall(r"^\$ polyak (plan .*)\n([^`]*)```", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
 def test_a_float32_average_of_seventy_billion_on_64_ranks():
@@ -24,6 +29,8 @@ def test_a_float32_average_of_seventy_billion_on_64_ranks():
     assert cost.seconds == pytest.approx(13.125e9 / 3.35e12)  # 3.9 ms on an H100
     assert (cost.sent, cost.staging, cost.on_node, cost.on_host) == (0, 0, 0, 0)
     assert cost.exchange == 26.25e9
+    assert cost.aside == 0
+    assert cost.saved == 280e9
     assert cost.gathered == 280e9
 
 
@@ -35,6 +42,9 @@ def test_short_averages_are_shorter():
     cost = budget(SEVENTY, dtype="bfloat16", checked=False)
     assert cost.averages == 2 * SHARD
     assert cost.moved == (4 + 2 * 2) * SHARD  # 8.8 GB
+    assert cost.exchange == (8 + 2 + 4) * SHARD  # the weights are cloned and overwritten by the average
+    assert cost.aside == 4 * SHARD  # which cannot hold them meanwhile
+    assert cost.saved == 140e9
 
 
 def test_an_average_on_the_host_costs_the_link_and_the_hosts_memory():
@@ -109,3 +119,13 @@ def test_the_command_answers_a_wrong_number_in_one_line():
     result = CliRunner().invoke(app, ["plan", "--params", "7e9", "--ranks", "8", "--replicas", "3"])
     assert result.exit_code == 2
     assert result.stderr.splitlines() == ["polyak: replicas: got 3 for 8 ranks; expected a divisor (1: all sharded)"]
+
+
+def test_the_page_goes_through_three_sizes():
+    sizes = {re.search(r"--params (\S+) --ranks (\S+)", command).groups() for command, _ in SHOWN}
+    assert sizes == {("7e9", "8"), ("70e9", "64"), ("1e12", "2048")}
+
+
+@pytest.mark.parametrize(("command", "printed"), SHOWN, ids=[command for command, _ in SHOWN])
+def test_the_commands_of_the_page_print_what_it_shows(command, printed):
+    assert CliRunner().invoke(app, shlex.split(command)).output == printed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,10 +13,17 @@ if TYPE_CHECKING:
 __all__ = ["write_whole"]
 
 
-def write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a scratch file beside ``file``, then rename it; after an exception nothing is left."""
-    scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+def write_whole(file: Path, write: Callable[[Path], object], *, folder: str = "") -> None:
+    """Let ``write`` fill a scratch file beside ``file``, then rename it; after an exception nothing is left.
+
+    Args:
+        file: The file.
+        write: Fills the file it is given.
+        folder: A folder beside it for the scratch file, where a process that dies may leave something.
+    """
+    scratch = file.parent / folder / f".{file.name}.{os.getpid()}.tmp"
     try:
+        scratch.parent.mkdir(exist_ok=True)
         scratch.touch()
         mode = scratch.stat().st_mode
         write(scratch)
@@ -26,3 +34,7 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+    finally:
+        if folder:
+            with suppress(OSError):  # another process writes there
+                scratch.parent.rmdir()

@@ -188,7 +188,7 @@ class Bank(Mapping[str, "Averager"]):
 
 
 def _alone(turn: Turn) -> bool:
-    return turn.plan.offload is not None or len(turn.moves) > 1
+    return turn.plan.offload is not None or tuple(turn.moves) != (("average", "weights", turn.rate),)
 
 
 def _together(due: Sequence[tuple[Engine, Turn]]) -> list[list[tuple[Engine, Turn]]]:

@@ -10,7 +10,6 @@ from polyak.errors import ConfigError
 __all__ = ["Budget", "Hardware", "Job", "budget"]
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-_PASSES_OF_AN_EXCHANGE = 6  # a clone, and two copies: each reads and writes
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,10 @@ class Budget:
         sent: What it sends to the host.
         on_host: What it moves through the host's memory, for one rank.
         seconds: What an update takes, at these speeds and if nothing else used them.
-        exchange: What putting the averages into the model, or out of it, moves.
+        exchange: What putting an average into the model moves, and at most what taking it out moves.
+        aside: What that keeps beside meanwhile: the weights, where the average has another dtype and cannot hold them.
         gathered: Memory of rank 0 for ``averaged_state_dict(full=True)``.
+        saved: What a checkpoint of the averages takes, written by all ranks together.
         step: Seconds of a training step; None where neither they nor the tokens were given.
     """
 
@@ -80,7 +81,9 @@ class Budget:
     on_host: float
     seconds: float
     exchange: float
+    aside: float
     gathered: float
+    saved: float
     step: float | None
 
     def every(self, share: float) -> int | None:
@@ -106,7 +109,9 @@ def budget(
     """Return what averaging costs each rank.
 
     Per value and update: the weights are read once, and once more by the check for NaN; each average is read and
-    written. Shards are averaged where they are: nothing is sent between ranks.
+    written. The fused kernel does that for all dtypes and for banks; the others of plain torch for a lone average that
+    has the dtype of the weights. Shards are averaged where they are: nothing is sent between ranks, but a byte where it
+    is checked. What is not sharded, such as FSDP2's buffers, is left out: each rank has all of it.
 
     Args:
         job: The run.
@@ -136,6 +141,9 @@ def budget(
     sent = elements * w if offloaded else 0.0
     on_host = elements * (w + words) if offloaded else 0.0
     on_node = min(hardware.node, job.ranks)
+    alike = dtype == job.weights
+    # A clone of the weights and a copy of the average; where the dtype is the same, the clone goes where that was.
+    exchanged = 6 * w if alike else 3 * w + _BYTES[dtype]
     seconds = sent / hardware.link + on_host * on_node / hardware.host if offloaded else moved / hardware.memory
     step = job.step
     if step is None and job.tokens is not None:
@@ -143,11 +151,15 @@ def budget(
     return Budget(
         elements=elements, averages=elements * a, staging=sent, on_node=(elements * a + sent) * on_node * offloaded,
         moved=moved, sent=sent, on_host=on_host, seconds=seconds,
-        exchange=_PASSES_OF_AN_EXCHANGE * elements * w, gathered=job.params * w, step=step,
+        exchange=exchanged * elements, aside=0.0 if alike else elements * w,
+        gathered=job.params * w, saved=job.params * a, step=step,
     )  # fmt: skip
 
 
 def _check(job: Job, hardware: Hardware, dtype: str, device: str, averages: int) -> None:
+    if job.step is not None and job.tokens is not None:
+        message = f"got step={job.step!r} and tokens={job.tokens!r}; give one of them"
+        raise ConfigError(message)
     numbers = {**vars(job), **vars(hardware), "averages": averages}
     for name, value in numbers.items():
         if isinstance(value, (int, float)) and not (value > 0 and math.isfinite(value)):

@@ -47,6 +47,8 @@ class Received(NamedTuple):
 class Engine(Updating):
     """The averager that ``polyak.average`` makes; see ``polyak.Averager`` for its methods."""
 
+    restored = False
+    """Whether a state was loaded: the average goes on from another process's, or from an earlier moment."""
     _replica: Replica | None = None
 
     # What it is
@@ -82,9 +84,19 @@ class Engine(Updating):
         return self._state.stored
 
     def entries(self) -> list[Entry]:
-        """Return what the averager's own model consists of, this rank's part of it where it is sharded."""
-        model = self._binding.own()
+        """Return what the model of the last update consists of, this rank's part of it where it is sharded."""
+        model = self.updated_model
         return self._binding.adapter(model).entries(model)
+
+    @property
+    def updated_model(self) -> Model:
+        """The model whose weights the last update took."""
+        return self._binding.own() if self.plan is None else self.plan.model
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether updates are made beside the training."""
+        return self._current().offload is not None
 
     @property
     @override
@@ -186,6 +198,7 @@ class Engine(Updating):
     def adopt(self, received: Received) -> None:
         """Go on from a state."""
         self._strategy, self._state, self._binding.plan = *received, None
+        self.restored = True
         self._capture()
         self._repoint()
 
@@ -213,6 +226,7 @@ class Engine(Updating):
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self._strategy, self.options = saved["strategy"], saved["options"]
         self._knows, self._replica, self._warned, self.listeners = bool, None, set(), []
+        self.restored = True
         self._pending, self._captured, self._outdated, self._guards = None, None, False, 0
         self._binding = Binding(None, self.options)
         raw = torch.load(io.BytesIO(saved["state"]), weights_only=False)  # a pickle within a pickle

@@ -134,6 +134,9 @@ def bank(model: Model, averages: Mapping[str, str | Strategy | Mapping[str, Any]
         >>> with averages.applied("mean"):
         ...     y = model(torch.zeros(2, 3))
     """
+    if not isinstance(averages, Mapping):
+        message = f"a bank maps names to averages, such as {{'short': 'ema', 'mean': 'swa'}}; got {averages!r}"
+        raise ConfigError(message)
     if not averages:
         message = 'a bank holds at least one average; got none. Give e.g. {"short": "ema", "mean": "swa"}'
         raise ConfigError(message)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Profile"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Profile:
     """The shares of an average: what each past update counts in it, and what is left of the start.
 
@@ -71,6 +71,7 @@ class Profile:
         *,
         every: int = 1,
         start: int = 0,
+        first: int | None = None,
         origin: str | None = None,
         lr: float | None = None,
     ) -> Self:
@@ -83,6 +84,7 @@ class Profile:
             n: The count of averaged updates.
             every: The optimiser steps from one to the next.
             start: The first optimiser step that may be averaged.
+            first: The first that is; None: as ``every`` and ``start`` say, for steps counted from 1.
             origin: "initial" or "first", as in ``polyak.average``; None: the strategy's default, "first" after a
                 ``start``.
             lr: The learning rate, for strategies that use it.
@@ -92,8 +94,8 @@ class Profile:
             >>> Profile.of(SWA(), 4).shares.tolist()
             [0.25, 0.25, 0.25, 0.25]
         """
-        first = max(every, -(-start // every) * every)
-        clocks = Clocks.regular(n, every=every, first=first, lr=lr)
+        begin = max(every, -(-start // every) * every) if first is None else first
+        clocks = Clocks.regular(n, every=every, first=begin, lr=lr)
         rates = _rates(strategy, clocks)
         if n and (origin or ("first" if start else strategy.engine().get("origin", "initial"))) == "first":
             rates[0] = 1.0
@@ -102,6 +104,9 @@ class Profile:
 
     def __len__(self) -> int:
         return len(self.shares)
+
+    def __repr__(self) -> str:
+        return f"<profile of {len(self)} updates, half-life {self.half_life:.4g}, mean age {self.mean_age:.4g} steps>"
 
     @cached_property
     def ages(self) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from polyak.cadence import Progress
 from polyak.errors import StateError
 from polyak.history import History
-from polyak.strategy import MissingStrategy, Strategy
+from polyak.missing import MissingStrategy
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.spread import Spread, layout
 from polyak.tensors.wrappers import dtensor
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from polyak.options import Options
+    from polyak.strategy import Strategy
     from polyak.tensors.storage import Stored
 
 __all__ = ["FORMAT", "State", "changed_options", "check_format", "dump", "parse", "received_strategy"]
@@ -92,7 +93,8 @@ def parse(raw: Mapping[str, Any], current: State, slots: Sequence[str]) -> State
     """
     try:
         progress = Progress(**raw["progress"])
-        rates, strides, last = raw["history"]
+        history = raw["history"]  # by name in the first files of this format
+        rates, strides, last = history.values() if isinstance(history, Mapping) else history
         loaded = State(
             stored=_stored(raw["slots"], current.stored, slots),
             progress=progress,

@@ -7,21 +7,20 @@ from abc import ABC, abstractmethod
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr
-from typing_extensions import override
+from pydantic import BaseModel, ConfigDict
 
-from polyak.errors import RateError, UnknownStrategyError
+from polyak.errors import RateError
 from polyak.recursion import Shares, recursion_shares
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
     from polyak.clock import Clock
 
-__all__ = ["RESERVED", "MissingStrategy", "Move", "Strategy", "checked_moves", "checked_rate", "checked_weight"]
+__all__ = ["RESERVED", "Move", "Strategy", "checked_moves", "checked_rate", "checked_weight"]
 
 RESERVED = frozenset(
     {
@@ -141,8 +140,18 @@ class Strategy(BaseModel, ABC):
         return {}
 
     @classmethod
+    def _origin_of(cls, method: str) -> type:
+        return next(base for base in cls.__mro__ if method in vars(base))
+
+    @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
+        if cls.slots is not Strategy.slots and Strategy in {cls._origin_of("moves"), cls._origin_of("shares")}:
+            message = (
+                f"the strategy class {cls.__name__} has slots and lacks moves() or shares(): say what an update does "
+                "to them, and what each update counts in the average"
+            )
+            raise TypeError(message)
         if taken := sorted(RESERVED & cls.model_fields.keys()):
             message = (
                 f"the strategy class {cls.__name__} defines {', '.join(map(repr, taken))}, which "
@@ -150,47 +159,6 @@ class Strategy(BaseModel, ABC):
                 f"Reserved: {', '.join(sorted(RESERVED))}."
             )
             raise TypeError(message)
-
-
-class MissingStrategy(Strategy):
-    """Stands for the strategy of a loaded state whose plugin is not installed: it only refuses to update."""
-
-    model_config = ConfigDict(extra="allow")
-
-    _slots: tuple[str, ...] = PrivateAttr(())
-
-    @classmethod
-    def of(cls, saved: Mapping[str, Any], slots: Iterable[str]) -> Self:
-        """Return what stands for the strategy of a saved state that has these slots."""
-        new = cls.model_validate(saved)
-        new._slots = tuple(slot for slot in slots if slot != "average")  # noqa: SLF001 - its own class
-        return new
-
-    @override
-    def slots(self) -> tuple[str, ...]:
-        return self._slots
-
-    @override
-    def rate(self, clock: Clock) -> float:
-        raise self._missing()
-
-    @override
-    def shares(self, rates: NDArray[np.float64]) -> Shares:
-        if self._slots:
-            raise self._missing()
-        return super().shares(rates)
-
-    @override
-    def weight(self, clock: Clock) -> float:
-        # Asked at every update, the rate not: with origin="first" the first one replaces the average.
-        raise self._missing()
-
-    def _missing(self) -> UnknownStrategyError:
-        message = (
-            f"the loaded state was made by the strategy {self.name!r}, which is not installed here. The average can be "
-            "evaluated and saved; to go on updating it, install the plugin that offers it (see `polyak plugins`)."
-        )
-        return UnknownStrategyError(message)
 
 
 def checked_rate(strategy: Strategy, clock: Clock) -> float:
@@ -232,7 +200,14 @@ def checked_moves(strategy: Strategy, n: int, rate: float) -> Sequence[Move]:
         RateError: There is none, one has no finite rate, or is of a slot that the strategy does not declare.
     """
     moves = strategy.moves(n, rate)
-    known = {"average", *strategy.slots()}
+    slots = strategy.slots()
+    known = {"average", *slots}
+    if not slots and tuple(moves) != (Move("average", "weights", rate),):
+        message = (
+            f"the strategy {strategy!r} has no slots and returned the moves {moves!r} for update {n}; without slots an "
+            "update is one move, of the average towards the weights by rate(): declare slots(), or leave moves() out"
+        )
+        raise RateError(message)
     for move in moves:
         if move.target not in known or move.source not in {"weights", *known} or not math.isfinite(move.rate):
             message = (

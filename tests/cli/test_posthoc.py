@@ -80,7 +80,9 @@ def test_a_warning_is_one_line_without_a_place_in_the_sources(says, stores):
     status, out, err = says("synthesize halves --target ema_debiased --set decay=0.5 -o out.safetensors")
     assert status == 0
     assert out.endswith("written: out.safetensors\n")
-    assert re.fullmatch(r"polyak: warning: the coefficients' absolute sum is [\d.]+: .*\n", err)
+    assert re.fullmatch(
+        r"polyak: warning: the profile is .*\npolyak: warning: the coefficients' absolute sum is [\d.]+: .*\n", err
+    )
 
 
 def test_a_target_that_counts_a_start_which_was_not_recorded_is_told_so(says, stores):

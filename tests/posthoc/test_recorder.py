@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -167,7 +168,10 @@ def fresh(strategy="ema", **options):
 
 @pytest.mark.parametrize("stop", [1, 9, 10, 11, 35])
 @pytest.mark.parametrize("strategy", ["ema", "power", "lawa"])
-def test_a_run_that_was_resumed_with_its_state_writes_what_an_uninterrupted_one_does(tmp_path, stop, strategy):
+def test_a_run_that_was_resumed_with_its_state_writes_what_an_uninterrupted_one_does(
+    tmp_path, stop, strategy, monkeypatch
+):
+    monkeypatch.setattr("polyak.posthoc.folder.uuid4", lambda: UUID(int=7))  # all else is the same, byte for byte
     model, averager = fresh(strategy)
     with Recorder(averager, tmp_path / "straight", every=10, blocks=True):
         run_of(model, averager, range(1, 48))
@@ -349,7 +353,7 @@ def test_steps_counted_from_zero_and_steps_that_jump_are_recorded_exactly(tmp_pa
     with Recorder(averager, tmp_path / "zero", every=10):
         run_of(model, averager, range(40), given=True, values=values)
     assert_exact(tmp_path / "zero", values)
-    made = synthesize(tmp_path / "zero", "power", sigma_rel=0.2)
+    made = quietly(tmp_path / "zero", "power", sigma_rel=0.2)
     told = made.profile.start * 0.0
     told += sum(p * values(s) for s, p in zip(made.profile.steps.tolist(), made.profile.shares, strict=True))
     assert made.state_dict["w"].item() == pytest.approx(told, rel=1e-12)
@@ -477,15 +481,18 @@ def test_a_state_is_tensors_and_plain_types(tmp_path):
 
 
 def test_halves_that_a_dead_process_left_are_cleared_away_and_other_files_are_not(tmp_path):
-    (tmp_path / ".average-000000000010.safetensors.123.tmp").write_bytes(b"half")
+    (tmp_path / ".unfinished").mkdir()
+    (tmp_path / ".unfinished" / ".average-000000000010.safetensors.123.tmp").write_bytes(b"half")
+    (tmp_path / ".unfinished" / ".tmpAbCdEf").write_bytes(b"half")
+    (tmp_path / ".tmpAbCdEf").write_text("another process's")
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / ".hidden.tmp").write_text("mine")
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "someone.safetensors")
     counted(tmp_path, 10)
-    assert {"notes.txt", ".hidden.tmp", "someone.safetensors"} < {*files(tmp_path)}
-    assert not list(tmp_path.glob(".average*"))
+    assert {"notes.txt", ".hidden.tmp", "someone.safetensors", ".tmpAbCdEf"} < {*files(tmp_path)}
+    assert not (tmp_path / ".unfinished").exists()
     assert len(Store(tmp_path).snapshots) == 3
 
 
@@ -567,3 +574,35 @@ def test_training_a_module_needs_no_call_but_the_update(tmp_path):
     made = synthesize(tmp_path, "ema", decay=0.9)
     assert made.profile_error < 1e-12
     assert torch.equal(made.state_dict["weight"], averager.averages["weight"])
+
+
+def test_two_runs_that_record_into_one_folder_at_once_are_told_apart(tmp_path):
+    (model, averager), (other_model, other) = fresh("swa"), fresh("swa")
+    with Recorder(averager, tmp_path, every=4), Recorder(other, tmp_path, every=4):
+        for _ in range(3):
+            averager.update()
+            other.update()
+        run_of(model, averager, range(4, 9))
+        run_of(other_model, other, range(4, 7))
+    with pytest.raises(StateError, match="two runs"):
+        synthesize(tmp_path, "swa")
+
+
+def test_a_run_that_began_elsewhere_takes_nothing_of_another_runs_folder(tmp_path):
+    counted(tmp_path, 30)
+    before = sorted(files(tmp_path))
+    model, averager = fresh("swa")
+    run_of(model, averager, range(1, 4))
+    with Recorder(averager, tmp_path, every=5), pytest.raises(StateError, match="another run, up to step 30"):
+        averager.update()
+    assert sorted(files(tmp_path)) == before
+
+
+def test_weights_that_are_given_to_each_update_are_those_of_the_blocks(tmp_path):
+    weights = {"w": torch.zeros(3, dtype=torch.float64)}
+    averager = polyak.average(weights, "swa")
+    with Recorder(averager, tmp_path, every=5):
+        for _ in range(10):
+            weights = {"w": weights["w"] + 1}
+            averager.update(weights)
+    assert synthesize(tmp_path, "tail", fraction=0.5, total_steps=10).state_dict["w"].tolist() == [8.0] * 3

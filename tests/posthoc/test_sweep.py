@@ -60,6 +60,7 @@ def test_the_best_average_is_found_and_saved(noisy, tmp_path):
     assert {row.label: row.metric for row in worst.rows} == {row.label: row.metric for row in found.rows}
 
 
+@pytest.mark.filterwarnings("ignore:the profile is")  # a coarse store, on purpose
 def test_without_a_name_the_best_lies_in_the_folder_and_is_no_snapshot(tmp_path):
     counted(tmp_path, 100)
     before = len(Store(tmp_path).snapshots)
@@ -70,6 +71,7 @@ def test_without_a_name_the_best_lies_in_the_folder_and_is_no_snapshot(tmp_path)
     assert found.best.half_life == min(row.half_life for row in found.rows)  # the shortest lags the least
 
 
+@pytest.mark.filterwarnings("ignore:the profile is")  # a coarse store, on purpose
 def test_the_default_grid_reaches_from_short_to_half_of_the_run(noisy, tmp_path):
     found = sweep(noisy[0], loss, output=tmp_path / "x.safetensors")
     lives = [row.half_life for row in found.rows]

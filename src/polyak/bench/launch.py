@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
-from polyak.bench.report import Quantiles  # noqa: TC001 - pydantic reads the annotations
-from polyak.bench.settings import Settings  # noqa: TC001 - pydantic reads the annotations
+from polyak.bench.report import Quantiles
+from polyak.bench.settings import Settings
 from polyak.errors import DistributedError
 
 if TYPE_CHECKING:

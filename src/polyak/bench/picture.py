@@ -125,7 +125,7 @@ def _panel(axes: Axes, rows: Sequence[Row], limits: Sequence[float]) -> None:
         axes.barh(place, ratio.median - 1, left=1, height=0.7, color=_LOOKS[row.group]["color"])
         axes.plot([ratio.first, ratio.third], [place, place], color="black", lw=1)
         share = f", {number(100 * row.share.median)} % of a step" if row.share else ""
-        held = "" if row.held is None else f", an average of {size(row.held)}"
+        held = "" if row.held is None else f", {size(row.held)} on a rank"
         label = f"{number(ratio.median)} ×  ({number(row.milliseconds.median)} ms{share}{held})"
         end = max(ratio.third, 1.0)
         axes.annotate(label, (end, place), (4, 0), textcoords="offset points", va="center", fontsize=8)

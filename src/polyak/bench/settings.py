@@ -61,10 +61,11 @@ class Settings:
         if self.seconds < 0 or (self.threads is not None and self.threads < 1):
             message = f"seconds={self.seconds} and threads={self.threads}: give seconds from 0 and threads from 1 on"
             raise ConfigError(message)
-        least, most = min(self.ranks, default=1), max(self.ranks, default=1)
         # Several ranks may share cores, but not an accelerator.
-        if least < 1 or (self.place.type != "cpu" and most > self.room):
-            message = f"ranks: got {', '.join(map(str, self.ranks))}; expected 1 to {self.room} here, one for each device"
+        wanted = "1 or more" if self.place.type == "cpu" else f"1 to {self.room} here, one for each device"
+        most = max([1, *self.ranks]) if self.place.type == "cpu" else self.room
+        if wrong := [count for count in self.ranks if not 1 <= count <= most]:
+            message = f"ranks: got {wrong[0]}; expected {wanted}"
             raise ConfigError(message)
 
     @property

@@ -102,7 +102,8 @@ def load(averager: Averager, path: str | os.PathLike[str]) -> None:
     """
     file = Path(path)
     if not file.is_file():
-        message = f"there is no file {str(file)!r}; expected what polyak.save() wrote"
+        folder = "; it is a folder: if polyak.distributed.save() wrote it, polyak.distributed.load() reads it"
+        message = f"there is no file {str(file)!r}{folder * file.is_dir()}; expected what polyak.save() wrote"
         raise StateError(message)
     read = _read_safetensors if _suffix(file) == ".safetensors" else _read_torch
     try:
@@ -121,7 +122,11 @@ def _read_torch(file: Path) -> Any:  # noqa: ANN401 - checked by load_state_dict
 
 def _read_safetensors(file: Path) -> dict[str, Any]:
     with _safetensors().safe_open(str(file), framework="pt") as opened:
-        rest = json.loads((opened.metadata() or {})[_METADATA])
+        metadata = opened.metadata() or {}
+        if _METADATA not in metadata:
+            message = "it holds weights and no averager's state; model.load_state_dict(safetensors.torch.load_file(…))"
+            raise StateError(message)
+        rest = json.loads(metadata[_METADATA])
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
     for key in rest.pop(_COMPLEX):
         # A copy: what lies in the file may begin where no complex number may, and torch would crash.

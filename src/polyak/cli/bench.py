@@ -41,9 +41,11 @@ def bench(
     ] = None,
     ranks: Annotated[
         list[int] | None,
-        typer.Option(help="Processes, for the case ranks (default: 1, 2 and 4, as many as have a core or a device). "
-                     "May be repeated."),
-    ] = None,  # fmt: skip
+        typer.Option(
+            help="Processes, for the case ranks (default: 1, 2 and 4, as many as have a core or a device). "
+            "May be repeated."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads that torch computes with.")] = None,
     device: Annotated[str | None, typer.Option(help="Where the models live (default: accelerator, or cpu).")] = None,
     seconds: Annotated[float, typer.Option(help="About how long one case measures one model.")] = 15.0,

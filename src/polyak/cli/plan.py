@@ -60,8 +60,10 @@ def _rows(cost: Budget, *, on_host: bool) -> list[tuple[str, ...]]:
         *rows,
         ("accelerator traffic", size(cost.moved), "through its memory, each update"),
         ("update", _time(cost.seconds), "at these speeds, if nothing else uses them"),
-        ("applied()", size(cost.exchange), "moved to put the average in, and again to take it out"),
+        ("applied()", size(cost.exchange), "moved to put an average in, and at most to take it out"),
+        ("kept aside", size(cost.aside), "the weights meanwhile, where the average cannot hold them"),
         ("between ranks", size(0), "shards are averaged where they are"),
+        ("checkpoint", size(cost.saved), "of all ranks together, beside the model's"),
         ("full state dict", size(cost.gathered), "on rank 0, for averaged_state_dict(full=True)"),
     ]
 

@@ -113,16 +113,22 @@ class AveragerConfig(Options):
             engine.listeners.append(names.updated)
         return engine
 
-    def profile(self, step: int) -> Profile:
-        """Return what each update counts in the average after ``step`` optimiser steps, without any model.
+    def profile(self, step: int, *, counted_from: int = 1) -> Profile:
+        """Return what each update counts in the average after the optimiser step ``step``, without any model.
+
+        Args:
+            step: The optimiser step.
+            counted_from: The number of the first step: 0 where the loop gives ``update(step=0)`` first.
 
         Examples:
             >>> AveragerConfig(strategy="swa", start=76).profile(100).effective_size
             25.0
         """
-        first = max(self.every, -(-self.start // self.every) * self.every)
+        least = 0 if counted_from <= 0 else self.every
+        first = max(least, -(-self.start // self.every) * self.every)
         n = max(0, (step - first) // self.every + 1)
-        return Profile.of(self.strategy, n, every=self.every, start=self.start, origin=self.origin)
+        cadence = {"every": self.every, "start": self.start, "first": first}
+        return Profile.of(self.strategy, n, **cadence, origin=self.origin)
 
     @field_serializer("strategy", mode="wrap")
     def _named(self, strategy: Strategy, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

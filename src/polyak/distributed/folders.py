@@ -63,11 +63,12 @@ def save(averager: _Stateful, folder: str | os.PathLike[str]) -> None:
     """
     from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-    target = Path(folder)
+    target = Path(folder).absolute()
     scratch, old = _beside(target, "new"), _beside(target, "old")
 
     def prepare() -> None:
         _recover(target)
+        _check_replaceable(target)
         shutil.rmtree(scratch, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
 
@@ -77,10 +78,10 @@ def save(averager: _Stateful, folder: str | os.PathLike[str]) -> None:
         scratch.rename(target)
         shutil.rmtree(old, ignore_errors=True)
 
-    _on_first(prepare, f"prepare {str(target)!r}")
-    with _translated(f"write {str(target)!r}", DistributedError, "It is what it was before."):
+    _on_first(prepare, f"prepare {str(folder)!r}")
+    with _translated(f"write {str(folder)!r}", DistributedError, "It is what it was before."):
         dcp_save({_KEY: averager.state_dict()}, checkpoint_id=scratch)
-    _on_first(publish, f"name {str(target)!r}")
+    _on_first(publish, f"name {str(folder)!r}")
 
 
 def load(averager: _Stateful, folder: str | os.PathLike[str]) -> None:
@@ -108,19 +109,19 @@ def load(averager: _Stateful, folder: str | os.PathLike[str]) -> None:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-    target = Path(folder)
-    _on_first(lambda: _recover(target), f"look for {str(target)!r}")
+    target = Path(folder).absolute()
+    _on_first(lambda: _recover(target), f"look for {str(folder)!r}")
     metadata, problem = _metadata(FileSystemReader(target), target)
     # Copies: DCP writes into what it is given, whatever becomes of the rest.
     wanted, problems = ({}, [problem]) if metadata is None else _wanted(metadata, averager.state_dict())
-    everyones = {rank: told for rank, told in enumerate(asked(problems, None, f"load {str(target)!r}")) if told}
+    everyones = {rank: told for rank, told in enumerate(asked(problems, None, f"load {str(folder)!r}")) if told}
     if everyones:
         rank, told = next(iter(everyones.items()))
         shown = "; ".join(told[:_SHOWN]) + (f" … and {len(told) - _SHOWN} more" if len(told) > _SHOWN else "")
         where = "" if len(everyones) == _ranks() else f" (rank {rank})"
-        message = f"{str(target)!r} cannot be loaded{where}: {shown}. Nothing was loaded."
+        message = f"{str(folder)!r} cannot be loaded{where}: {shown}. Nothing was loaded."
         raise StateError(message)
-    with _translated(f"read {str(target)!r}", StateError, "Nothing was loaded. Load the one before it."):
+    with _translated(f"read {str(folder)!r}", StateError, "Nothing was loaded. Load the one before it."):
         dcp_load(wanted, checkpoint_id=target)
     averager.load_state_dict(wanted[_KEY])
 
@@ -177,6 +178,27 @@ def _metadata(reader: Any, folder: Path) -> tuple[Metadata | None, str]:  # noqa
         return reader.read_metadata(), ""
     except Exception as error:  # noqa: BLE001 - a pickle of anything may raise anything
         return None, f"it is incomplete or damaged ({type(error).__name__}: {error})"
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to replace what is no folder of averages.
+
+    Raises:
+        FileExistsError: It is something else, or holds more.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    if not folder.exists():
+        return
+    others = [folder.name]
+    if folder.is_dir():
+        others = sorted(path.name for path in folder.iterdir() if path.name != ".metadata" and path.suffix != ".distcp")
+        metadata, _ = _metadata(FileSystemReader(folder), folder)
+        paths = {} if metadata is None else metadata.planner_data or {}
+        others += sorted({str(path[0]) for path in paths.values()} - {_KEY})
+    if others:
+        message = f"{str(folder)!r} holds {others[0]!r}, which is no average and would be lost; give another folder"
+        raise FileExistsError(message)
 
 
 def _beside(folder: Path, what: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,26 +15,27 @@ from polyak.tensors.spread import Spread
 from polyak.tensors.wrappers import dtensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
     from polyak.averager import Averager
+    from polyak.bank import Bank
 
 __all__ = ["asked", "broadcast", "rank", "verify_in_sync"]
 
 _SHOWN = 6
 
 
-def verify_in_sync(averager: Averager, *, group: ProcessGroup | None = None) -> None:
+def verify_in_sync(averager: Averager | Bank, *, group: ProcessGroup | None = None) -> None:
     """Check that all ranks have the same average, bit for bit, and that they made it by the same strategy and steps.
 
     All ranks call it. Under DDP every tensor is compared on all ranks; of sharded tensors each part is compared on the
     ranks that hold it. Each rank reads its average once and tells a digest of each tensor.
 
     Args:
-        averager: This rank's averager.
+        averager: This rank's averager or bank.
         group: The ranks that are compared; None: all.
 
     Raises:
@@ -43,6 +45,10 @@ def verify_in_sync(averager: Averager, *, group: ProcessGroup | None = None) -> 
     Often confused with: equal *models*. DDP keeps parameters alike, but not the statistics of batch norm, which each
     rank has from its own batches, before and after averaging.
     """
+    if isinstance(averager, Mapping):
+        for one in averager.values():
+            verify_in_sync(one, group=group)
+        return
     about = asked(_about(averager), group, "compare averages")
     problems = [f"{key}: {_by_answer([one[key] for one in about])}" for key in about[0] if _differ(about, key)]
     # Only then have all ranks the same tensors to tell of.
@@ -78,12 +84,14 @@ def broadcast(averager: Averager, *, source: int = 0, group: ProcessGroup | None
     if kind is not None and any(isinstance(tensor, kind) for tensor in averager.averages.values()):
         message = "the averager is sharded: each rank has its own parts, and there is nothing to broadcast"
         raise ModelError(message)
-    state = averager.state_dict() if dist.get_rank() == source else None
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    state = averager.state_dict() if rank() == source else None
     received = [state]
     _answered(
         lambda: dist.broadcast_object_list(received, src=source, group=group), f"broadcast rank {source}'s average"
     )
-    if received[0] is not None and dist.get_rank() != source:
+    if received[0] is not None and rank() != source:
         averager.load_state_dict(received[0])
 
 
@@ -120,6 +128,7 @@ def _about(averager: Averager) -> dict[str, object]:
     return {
         "strategy": repr(averager.strategy),
         "updates": averager.n,
+        "last step": averager.profile().steps[-1:].tolist(),
         "rate": averager.rate,
         "skipped": averager.skipped,
         "tensors": tuple(averager.averages),

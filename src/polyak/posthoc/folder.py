@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from polyak import errors
 from polyak.distributed.sync import asked, rank
@@ -44,6 +45,7 @@ class Folder:
     ) -> None:
         self.path, self.layout = path, layout
         self._dtype, self._keep, self._shared = dtype, keep, shared
+        self._run = uuid4().hex
         self._by_first(lambda: make_folder(path))
 
     def put(self, average: str, step: int, weights: Mapping[str, Tensor], profile: Profile, strategy: Strategy) -> None:
@@ -56,40 +58,44 @@ class Folder:
 
         def act() -> None:
             write(
-                self.path, average=average, step=step, weights=whole, profile=profile, strategy=strategy,
+                self.path, run=self._run, average=average, step=step, weights=whole, profile=profile, strategy=strategy,
                 layout=self.layout, dtype=self._dtype,
             )  # fmt: skip
             if self._keep is not None:
                 for old in sorted(self.path.glob(file_name(average)))[: -self._keep]:
-                    old.unlink()
+                    old.unlink(missing_ok=True)
 
         self._by_first(act)
 
-    def take_over(self, last: int | None) -> None:
+    def take_over(self, last: int | None, *, restored: bool) -> None:
         """Look whether what lies in the folder is this run's, and leave there what is.
 
         Args:
             last: The last optimiser step that was averaged before; None where the run has just begun.
+            restored: Whether the averager's state was loaded, so that steps may be made again.
 
         Raises:
             StateError: It is another run's.
         """
-        self._by_first(lambda: self._take_over(last))
+        self._by_first(lambda: self._take_over(last, restored=restored))
 
-    def _take_over(self, last: int | None) -> None:
+    def _take_over(self, last: int | None, *, restored: bool) -> None:
         found = Store(self.path).snapshots if self.path.is_dir() else []
         if found and found[0].layout != self.layout:
             message = f"{str(self.path)!r} holds snapshots of another model; give this run a folder of its own"
             raise StateError(message)
         recorded = [snapshot for snapshot in found if snapshot.step]
-        if last is None and recorded:
+        if found and last is not None:
+            self._run = str(found[-1].about.get("run", self._run))
+        later = [snapshot for snapshot in recorded if last is None or snapshot.step > last]
+        if later and (last is None or not restored):
             message = (
                 f"{str(self.path)!r} holds {len(recorded)} snapshots of another run, up to step {recorded[-1].step}, "
-                "and this one has just begun; give it a folder of its own, or load the state of the averager to go on "
-                "with that run"
+                f"and this one has {'just begun' if last is None else f'come to step {last}'}; give it a folder of its "
+                "own, or load the state of the averager to go on with that run"
             )
             raise StateError(message)
-        if last is not None and (later := [snapshot for snapshot in found if snapshot.step > last]):
+        if later:
             warnings.warn(
                 f"{len(later)} snapshots after step {last}, where this run goes on, are removed: they belong to steps "
                 "that are made again",
@@ -97,7 +103,7 @@ class Folder:
                 stacklevel=7,
             )
             for snapshot in later:
-                snapshot.path.unlink()
+                snapshot.path.unlink(missing_ok=True)
 
     def _gathered(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return whole tensors on the CPU of the first rank, gathered one by one, and none elsewhere."""
@@ -111,7 +117,8 @@ class Folder:
 
     def _by_first(self, act: Callable[[], None]) -> None:
         if not self._shared:
-            act()
+            if rank() == 0:  # under DDP every rank has the same average
+                act()
             return
         problem: tuple[str, str] | None = None
         if rank() == 0:
@@ -119,7 +126,9 @@ class Folder:
                 act()
             except PolyakError as error:
                 problem = type(error).__name__, str(error)
+            except Exception as error:  # noqa: BLE001 - the others wait to be told
+                problem = "SnapshotError", f"{type(error).__name__}: {error}"
         told = asked(problem, None, f"let rank 0 write to {str(self.path)!r}")[0]
         if told is not None:
             msg = f"rank 0: {told[1]}"
-            raise getattr(errors, told[0])(msg)
+            raise getattr(errors, told[0], errors.SnapshotError)(msg)

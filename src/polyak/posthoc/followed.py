@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
 from polyak.bank import Bank
 from polyak.engine import Engine
-from polyak.errors import ConfigError, UnboundError
+from polyak.errors import ConfigError, PolyakWarning, UnboundError
 from polyak.options import Options
 from polyak.posthoc.snapshot import Layout
 from polyak.strategies import SWA
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from polyak.averager import Averager
     from polyak.tensors.entries import Model
 
-__all__ = ["block_means", "engines_of", "last_before", "layout_of", "model_of", "start_of", "weights_of"]
+__all__ = ["block_means", "engines_of", "fastest_of", "last_before", "layout_of", "model_of", "start_of", "weights_of"]
 
 
 def engines_of(averager: Averager | Bank) -> dict[str, Engine]:
@@ -68,6 +69,13 @@ def layout_of(engine: Engine) -> Layout:
     names = {id(slot.tensor): entry.name for entry in entries for slot in entry.slots}
     tensors = unwrap(model).state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
     keys = {key: names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
+    if left := [key for key in tensors if key not in keys]:
+        warnings.warn(
+            f"the model's state dict has {len(left)} entries that are no tensors of it and in no snapshot, {left[0]!r} "
+            "among them; load what is synthesised with strict=False",
+            PolyakWarning,
+            stacklevel=4,
+        )
     kept = {*keys.values()}
     dtypes = {entry.name: str(entry.tensor.dtype).removeprefix("torch.") for entry in entries if entry.name in kept}
     return Layout(keys, dtypes, [name for name in _averaged(engine) if name in kept])
@@ -89,6 +97,11 @@ def start_of(engines: Mapping[str, Engine], layout: Layout) -> dict[str, Tensor]
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 
+def fastest_of(engines: Mapping[str, Engine]) -> str:
+    """Return the name of the average that is updated most often, and from the earliest step on."""
+    return min(engines, key=lambda name: (engines[name].options.every, engines[name].options.start))
+
+
 def last_before(step: int, engines: Mapping[str, Engine]) -> int:
     """Return the last optimiser step before this one at which any of the averages was updated; -1: none."""
     steps = [int(one) for engine in engines.values() for one in engine.profile().steps[-2:] if one < step]
@@ -101,8 +114,8 @@ def block_means(engines: Mapping[str, Engine], wanted: bool | None) -> Engine | 
     Raises:
         ConfigError: It is wanted beside an average that is moved beside the training.
     """
-    fastest = min(engines.values(), key=lambda engine: engine.options.every)
-    offloaded = any(engine.plan is not None and engine.plan.offload is not None for engine in engines.values())
+    fastest = engines[fastest_of(engines)]
+    offloaded = any(engine.offloaded for engine in engines.values())
     if wanted is None:
         kinds = {engine.strategy.name for engine in engines.values()}
         wanted = not offloaded and "block_mean" not in kinds and kinds != {"power"}

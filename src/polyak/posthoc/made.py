@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,6 @@ from polyak.errors import ConfigError
 from polyak.posthoc.snapshot import safetensors
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Collection
 
     from torch import Tensor
@@ -79,6 +79,11 @@ def check_savable(file: Path, dtypes: Collection[str]) -> None:
     """
     if file.suffix.lower() != ".safetensors":
         message = f"the file {str(file)!r} has the type {file.suffix or '(none)'!r}; expected .safetensors"
+        raise ConfigError(message)
+    if not os.access(file.absolute().parent, os.W_OK):
+        message = (
+            f"{str(file)!r} cannot be written: {str(file.absolute().parent)!r} is no folder that can be written to"
+        )
         raise ConfigError(message)
     if any("complex128" in dtype for dtype in dtypes):
         message = "a .safetensors file holds no complex128; save the synthesis' state_dict by torch.save"

@@ -36,7 +36,7 @@ def described(profile: Profile, strategy: Strategy) -> tuple[dict[str, Any], dic
         every = int(strides[0])
         for origin in ("initial", "first"):
             start = int(profile.steps[0])
-            same = Profile.of(strategy, n, every=every, start=start, origin=origin)
+            same = Profile.of(strategy, n, every=every, first=start, origin=origin)
             if np.array_equal(same.steps, profile.steps) and same.distance(profile) <= _EXACT:
                 cadence = {"n": n, "every": every, "start": start, "origin": origin}
                 return {"strategy": strategy.model_dump(mode="json"), **cadence}, {}
@@ -55,7 +55,7 @@ def from_description(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
             shares, steps = tensors["shares"].double().numpy(), tensors["steps"].long().numpy()
             return Profile(shares, steps, float(told["start_share"]), int(told["stride"]))
         strategy = AveragerConfig.of({"strategy": told["strategy"]}, "a snapshot's profile").strategy
-        return Profile.of(strategy, told["n"], every=told["every"], start=told["start"], origin=told["origin"])
+        return Profile.of(strategy, told["n"], every=told["every"], first=told["start"], origin=told["origin"])
     except (KeyError, TypeError, ValueError) as error:
         message = f"a snapshot's profile is damaged ({type(error).__name__}: {error})"
         raise StateError(message) from error

@@ -11,7 +11,7 @@ import numpy as np
 
 from polyak.errors import ConfigError, StateError
 from polyak.posthoc.folder import Folder
-from polyak.posthoc.followed import block_means, engines_of, last_before, layout_of, start_of, weights_of
+from polyak.posthoc.followed import block_means, engines_of, fastest_of, last_before, layout_of, start_of, weights_of
 from polyak.posthoc.snapshot import safetensors
 from polyak.profile import Profile
 from polyak.tensors.storage import as_dtype
@@ -95,7 +95,7 @@ class Recorder:
         self._engines = engines_of(averager)
         layout = layout_of(next(iter(self._engines.values())))
         self._blocks = block_means(self._engines, blocks)
-        self._fastest = min(self._engines, key=lambda name: self._engines[name].options.every)
+        self._fastest = fastest_of(self._engines)
         self._seen: dict[str, int] = {}
         self._written: dict[str, int] = {}
         self._updates: dict[str, int] = {}
@@ -115,7 +115,8 @@ class Recorder:
         """Write the snapshots of the last updates, and follow no longer; twice is once."""
         for engine, listener in self._listeners:
             engine.synchronize()
-            engine.listeners.remove(listener)
+            if listener in engine.listeners:
+                engine.listeners.remove(listener)
         self._listeners = []
         with ExitStack() as rest:  # a snapshot that cannot be written keeps none of the others from being written
             for name in reversed(self._series()):
@@ -166,7 +167,7 @@ class Recorder:
             if first:
                 self._begin(clock)
             if self._blocks is not None and name == self._fastest:
-                self._blocks.update(step=clock.step)
+                self._blocks.update(self._engines[name].updated_model, step=clock.step)
             if first:
                 self._write_start()
             if name == self._fastest and self._blocks is not None:
@@ -198,7 +199,8 @@ class Recorder:
     def _begin(self, clock: Clock) -> None:
         """Look, at the first update, whether what lies in the folder is this run's."""
         self._new = self._new or all(engine.n <= 1 for engine in self._engines.values())
-        self._folder.take_over(None if self._new else last_before(clock.step, self._engines))
+        restored = any(engine.restored for engine in self._engines.values())
+        self._folder.take_over(None if self._new else last_before(clock.step, self._engines), restored=restored)
         if not self._new:
             self._at_start = None
         self._begun = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -29,6 +30,7 @@ __all__ = ["Layout", "Snapshot", "file_name", "make_folder", "safetensors", "wri
 
 FORMAT = 1
 _DIGITS = 12
+_SCRATCH = ".unfinished"
 _ABOUT = "polyak_snapshot"
 
 
@@ -127,6 +129,7 @@ class Snapshot:
 def write(
     directory: Path,
     *,
+    run: str,
     average: str,
     step: int,
     weights: Mapping[str, Tensor],
@@ -139,6 +142,7 @@ def write(
 
     Args:
         directory: Where.
+        run: What the snapshots of one run have in common.
         average: Its name.
         step: The optimiser step of its last update; 0 for the weights at the start.
         weights: The tensors, by canonical name.
@@ -165,6 +169,7 @@ def write(
     summary = {"half_life": profile.half_life, "mean_age": profile.mean_age} if len(profile) else {}
     about = {
         "format": FORMAT,
+        "run": run,
         "average": average,
         "step": step,
         "strategy": strategy.model_dump(mode="json"),
@@ -173,10 +178,10 @@ def write(
         "layout": layout._asdict(),
         "complex": is_complex,
     }
-    path = directory / f"{quote(average, safe='')}-{step:0{_DIGITS}d}.safetensors"
+    path = directory / f"{_quoted(average)}-{step:0{_DIGITS}d}.safetensors"
     save = safetensors().save_file
     try:
-        write_whole(path, lambda scratch: save(tensors, scratch, metadata={_ABOUT: json.dumps(about)}))
+        write_whole(path, lambda scratch: save(tensors, scratch, metadata={_ABOUT: json.dumps(about)}), folder=_SCRATCH)
     except Exception as error:
         # safetensors reports a full disk by an error of its own.
         message = (
@@ -189,8 +194,12 @@ def write(
 
 def file_name(average: str) -> str:
     """Return the pattern of the names of an average's snapshots, which sort by their steps; ``"*"`` of all."""
-    name = average if average == "*" else quote(average, safe="")
+    name = average if average == "*" else _quoted(average)
     return f"{name}-{'[0-9]' * _DIGITS}.safetensors"
+
+
+def _quoted(average: str) -> str:
+    return quote(average, safe="").replace(".", "%2E")  # a name that begins with a dot is hidden
 
 
 def make_folder(directory: Path) -> None:
@@ -204,10 +213,8 @@ def make_folder(directory: Path) -> None:
     except OSError as error:
         message = f"the folder {str(directory)!r} cannot be made ({error}); give another one"
         raise ConfigError(message) from error
-    # A process that died while it wrote left its half, under our name or under that of the package safetensors.
-    for pattern in (f".{file_name('*')}.*.tmp", ".tmp" + 6 * "[0-9A-Za-z]"):
-        for half in directory.glob(pattern):
-            half.unlink()
+    # A process that died while it wrote left its half; the package safetensors writes halves under names of its own.
+    shutil.rmtree(directory / _SCRATCH, ignore_errors=True)
 
 
 def safetensors() -> Any:  # noqa: ANN401 - an optional package

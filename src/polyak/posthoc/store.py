@@ -45,6 +45,10 @@ class Store:
                     f"{one.path.name!r} and {self.snapshots[0].path.name!r} are of different models; take them apart"
                 )
                 raise StateError(message)
+        if len({snapshot.about.get("run") for snapshot in self.snapshots}) > 1:
+            message = f"{str(directory)!r} holds the snapshots of two runs, and no average of both means anything"
+            msg = f"{message}; give each run a folder of its own"
+            raise StateError(msg)
 
     def until(self, step: int | None) -> tuple[list[Snapshot], int]:
         """Return the snapshots up to an optimiser step, and that step; the last one's where it is None.
@@ -57,5 +61,9 @@ class Store:
             which = "are no snapshots" if not self.snapshots else f"is no snapshot up to step {step}"
             first = next((f"; the first is of step {s.step}" for s in self.snapshots if s.step), "")
             message = f"there {which} in {str(self.directory)!r}{first}; record some with polyak.posthoc.Recorder"
+            raise StateError(message)
+        last = self.snapshots[-1].step
+        if step is not None and step > 2 * last - max((s.step for s in self.snapshots if s.step < last), default=0):
+            message = f"the last snapshot is of step {last}, and nothing is known of step {step}"
             raise StateError(message)
         return chosen, chosen[-1].step if step is None else step

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from polyak.errors import ConfigError
 from polyak.posthoc.made import Synthesis, check_savable
 from polyak.posthoc.store import Store
-from polyak.posthoc.synthesis import Target, combine, nearest, target_profile
+from polyak.posthoc.synthesis import Target, combine, nearest, target_profile, warn_of_poor
 from polyak.profile import Profile
 from polyak.progress import track
 from polyak.strategy import Strategy
@@ -144,7 +144,11 @@ def sweep(
         raise ConfigError(message)
     file = store.directory / "best.safetensors" if output is None else Path(output)
     check_savable(file, snapshots[-1].layout.dtypes.values())
+    if file.resolve() in {snapshot.path.resolve() for snapshot in store.snapshots}:
+        message = f"output: {str(file)!r} is one of the snapshots; give another file"
+        raise ConfigError(message)
     fits = nearest(snapshots, [*wanted.values()], nonnegative=nonnegative)
+    fits_of = dict(zip(wanted, fits, strict=True))
     rows: list[Row] = []
     best: tuple[Row, Synthesis] | None = None
     order = sorted(zip(wanted.items(), fits, strict=True), key=lambda one: one[0][1].half_life)
@@ -157,12 +161,13 @@ def sweep(
     if best is None:
         message = "every metric was NaN or infinite; check evaluate()"
         raise ConfigError(message)
+    warn_of_poor(fits_of[best[0].label])
     best[1].save(file)
     return Sweep(rows, *best, file)
 
 
 def _metric(evaluate: Callable[[dict[str, Tensor]], float], made: Synthesis) -> float:
-    value = evaluate(dict(made.state_dict))  # whose keys evaluate may take away
+    value = evaluate({key: tensor.clone() for key, tensor in made.state_dict.items()})  # to do with as it likes
     try:
         return float(value)
     except (TypeError, ValueError) as error:
@@ -193,7 +198,7 @@ def _label(target: Target, number: int) -> str:
 
 
 def _short(value: object) -> str:
-    return f"{value:.8g}" if isinstance(value, float) else str(value)
+    return repr(value) if isinstance(value, float) else str(value)
 
 
 def _settings(target: Strategy | Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from polyak.checkpoints.tensor_file import Scratch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from polyak.posthoc.snapshot import Snapshot
@@ -57,7 +59,8 @@ def synthesize(
     """Return the average that a strategy would have had, from the snapshots of a run that never used it.
 
     ``sum(x_j * snapshot_j)`` with the coefficients, of sum 1, whose profile is nearest to the wanted one. Only
-    snapshots up to ``at_step`` count. Memory: the result and two tensors, one of them in float64.
+    snapshots up to ``at_step`` count. Memory: the result and two tensors, one of them in float64; and for the
+    coefficients some 16 bytes for each update and snapshot.
 
     Args:
         directory: What ``Recorder`` wrote.
@@ -112,8 +115,9 @@ def target_profile(target: Target, settings: Mapping[str, Any], snapshots: Seque
             raise ConfigError(message)
         profile = target
     else:
-        config = _config(target, settings, snapshots)
-        profile = config.profile(step)
+        recorded = [snapshot.profile.steps for snapshot in snapshots if snapshot.step]
+        counted_from = min((int(steps[0]) for steps in recorded), default=1)
+        profile = _config(target, settings, recorded).profile(step, counted_from=counted_from)
     if not len(profile):
         message = f"the target has no update up to step {step}; check start= and every="
         raise ConfigError(message)
@@ -166,7 +170,7 @@ def combine(snapshots: Sequence[Snapshot], found: Fit, wanted: Profile, step: in
 
 
 def _config(
-    target: str | Strategy | Mapping[str, Any], settings: Mapping[str, Any], snapshots: Sequence[Snapshot]
+    target: str | Strategy | Mapping[str, Any], settings: Mapping[str, Any], recorded: Sequence[NDArray[np.int64]]
 ) -> AveragerConfig:
     if isinstance(target, Strategy):
         if strange := settings.keys() - _CADENCE:
@@ -180,7 +184,8 @@ def _config(
     else:
         message = f"a target is a strategy's name, object or config, or a profile; got {target!r}"
         raise ConfigError(message)
-    every = min((snapshot.profile.stride for snapshot in snapshots if snapshot.step), default=1)
+    # As often as most of what was recorded; the first update of a run that jumps is a step of its own.
+    every = min((int(np.median(np.diff(steps))) for steps in recorded if len(steps) > 1), default=1)
     return AveragerConfig.of({"every": max(1, every), **data}, "the target")
 
 

@@ -55,7 +55,7 @@ class TFEMA(Strategy):
         if clock.stride == 1:
             kept = at_most((since + 2) / (since + 11), self.decay)
         else:  # all but nine factors of the product over (1 + t) / (10 + t) cancel
-            kept = math.prod((since + j) / (last + j) for j in range(2, 11)) * self.decay ** (now - last)
+            kept = math.prod((since + j) / (last + j) for j in range(2, 11)) * self.decay ** at_least(now - last, 0)
         rate: float = where(before < 0, 1.0, 1.0 - kept)
         return rate
 

@@ -49,7 +49,7 @@ class Moves:
         Returns:
             Whether it was done; False where the weights are not finite, and nothing has changed.
         """
-        if len(moves) == 1:
+        if len(moves) == 1 and moves[0][:2] == ("average", "weights"):
             return self.mover.update([moves[0].rate], [generators], commit, check=check)
         if check:
             finite = self._finite()
