@@ -90,7 +90,7 @@ class Updating(Averager):
 
     def move(self, turn: Turn) -> bool | None:
         """Move the tensors of an update; return whether it was made, None where that is done beside the training."""
-        generators, check = turn.state.generators, self.checks
+        generators, check = turn.generators, self.checks
         with Untracked():
             if turn.plan.offload is None:
                 return turn.plan.moves.update(turn.moves, generators, turn.commit, check=check)
