@@ -14,6 +14,7 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from textwrap import dedent
+from warnings import catch_warnings, simplefilter
 
 import later
 import torch
@@ -26,7 +27,7 @@ from rich.progress import track
 
 import polyak
 from polyak.bank import Bank
-from polyak.errors import ConfigError, PolyakError
+from polyak.errors import ConfigError, PolyakError, PolyakWarning
 from polyak.posthoc import Recorder, Sweep, sweep
 
 BATCH, LEARNING_RATE, WARMUP = 16, 3e-3, 100
@@ -163,12 +164,14 @@ def run(args: Namespace, parts: dict[str, text.Text]) -> None:
         f"Recorded: {len(sizes)} snapshots, each the mean of {args.every} steps; {sum(sizes) / 1e6:.0f} MB.\n"
     )
     best, picture = args.output / "best.safetensors", args.output / "sweep.png"
-    found = sweep(
-        args.output / "snapshots",
-        lambda state: measured(loaded(state), parts["validation"], args.windows),
-        later.grid(args.steps, PARTS),
-        output=best,
-    )
+    with catch_warnings():
+        simplefilter("ignore", PolyakWarning)  # the table and the picture tell which averages are poor
+        found = sweep(
+            args.output / "snapshots",
+            lambda state: measured(loaded(state), parts["validation"], args.windows),
+            later.grid(args.steps, PARTS),
+            output=best,
+        )
     report(console, found, model, kept, parts, args.windows)
     draw(found, measured(model, parts["validation"], args.windows), picture)
     print(f"\nPicture: {picture}\nThe best average: {best}; in the folder of this script it is loaded by\n")

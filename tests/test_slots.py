@@ -15,6 +15,7 @@ import polyak
 from interrupts import AtOperation, at_line
 from models import ZOO, Tied, average_bits, bits, drifting, mlp
 from polyak import MismatchError, StateError, UnknownStrategyError, updating
+from polyak.recursion import recursion_shares
 from polyak.tensors import mover, moves, plan
 
 SLOTTED = [
@@ -346,6 +347,9 @@ def test_the_state_of_a_plugin_with_slots_that_is_missing_loads_and_only_its_upd
         def moves(self, n, rate):
             return (polyak.Move("trail", "weights", rate), polyak.Move("average", "trail", rate))
 
+        def shares(self, rates):
+            return recursion_shares(rates)  # which is wrong, and not asked for here
+
     model = Tied()
     averager = polyak.average(model, Gone())
     for _ in drifting(model, 4):
@@ -421,6 +425,9 @@ def test_moves_that_make_no_sense_are_refused_and_nothing_moves(made):
         def moves(self, n, rate):
             return made
 
+        def shares(self, rates):
+            return recursion_shares(rates)
+
     model = mlp()
     averager = polyak.average(model, Odd())
     before = all_bits(averager)
@@ -429,3 +436,16 @@ def test_moves_that_make_no_sense_are_refused_and_nothing_moves(made):
     with pytest.raises(polyak.RateError, match="Odd"):
         averager.update()
     assert all_bits(averager) == before
+
+
+def test_a_strategy_with_slots_that_does_not_say_its_moves_or_shares_is_refused():
+    with pytest.raises(TypeError, match=r"Silent has slots and lacks moves\(\) or shares\(\)"):
+
+        class Silent(polyak.Strategy):
+            name: str = "silent"
+
+            def rate(self, clock):
+                return 0.5
+
+            def slots(self):
+                return ("here",)

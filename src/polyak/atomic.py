@@ -23,7 +23,8 @@ def write_whole(file: Path, write: Callable[[Path], object], *, folder: str = ""
     """
     scratch = file.parent / folder / f".{file.name}.{os.getpid()}.tmp"
     try:
-        scratch.parent.mkdir(exist_ok=True)
+        if folder:
+            scratch.parent.mkdir(exist_ok=True)
         scratch.touch()
         mode = scratch.stat().st_mode
         write(scratch)
