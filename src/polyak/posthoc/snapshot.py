@@ -155,17 +155,9 @@ def write(
         SnapshotError: The file cannot be written, as on a full disk.
     """
     told, tensors = described(profile, strategy)
-    averaged = {*layout.averaged}
     tensors = {f"profile/{name}": tensor for name, tensor in tensors.items()}
-    is_complex = []
-    for name, tensor in weights.items():
-        here = tensor.detach().cpu().resolve_conj()
-        if here.is_complex():
-            is_complex.append(name)
-            here = torch.view_as_real(here)
-        if name in averaged:
-            here = here.to(dtype or torch.promote_types(here.dtype, torch.float32))
-        tensors[f"weights/{name}"] = here.contiguous()
+    packed, is_complex = _packed(weights, {*layout.averaged}, dtype)
+    tensors |= packed
     summary = {"half_life": profile.half_life, "mean_age": profile.mean_age} if len(profile) else {}
     about = {
         "format": FORMAT,
@@ -190,6 +182,22 @@ def write(
         )
         raise SnapshotError(message) from error
     return path
+
+
+def _packed(
+    weights: Mapping[str, Tensor], averaged: set[str], dtype: torch.dtype | None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return tensors as the file has them, and the names of those that are complex, which no file has."""
+    packed, is_complex = {}, []
+    for name, tensor in weights.items():
+        here = tensor.detach().cpu().resolve_conj()
+        if here.is_complex():
+            is_complex.append(name)
+            here = torch.view_as_real(here)
+        if name in averaged:
+            here = here.to(dtype or torch.promote_types(here.dtype, torch.float32))
+        packed[f"weights/{name}"] = here.contiguous()
+    return packed, is_complex
 
 
 def file_name(average: str) -> str:
