@@ -108,7 +108,12 @@ def _memory(plan: Plan) -> list[int]:
 
 def recording() -> bool:
     """Return whether what is called now is recorded, to be run later."""
-    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return torch.compiler.is_compiling() or _capturing()
+
+
+def _capturing() -> bool:
+    # Whether there is a device would be asked of the driver, each time.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]  # torch's own
 
 
 def refuse_recording() -> None:
@@ -117,7 +122,7 @@ def refuse_recording() -> None:
     Raises:
         ConfigError: A CUDA graph is being captured.
     """
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if _capturing():
         message = (
             "a CUDA graph is being captured, which would repeat this update's rate for ever; build the averager with "
             "capturable=True, and call advance() before each replay"

@@ -161,6 +161,10 @@ class Strategy(BaseModel, ABC):
             raise TypeError(message)
 
 
+def _is_number(value: object) -> bool:
+    return (type(value) is float or isinstance(value, Real)) and math.isfinite(value)
+
+
 def checked_rate(strategy: Strategy, clock: Clock) -> float:
     """Return a strategy's rate.
 
@@ -168,7 +172,7 @@ def checked_rate(strategy: Strategy, clock: Clock) -> float:
         RateError: It is no finite number in [0, 1].
     """
     rate = strategy.rate(clock)
-    if not isinstance(rate, Real) or not math.isfinite(rate) or not 0.0 <= rate <= 1.0:
+    if not (_is_number(rate) and 0.0 <= rate <= 1.0):
         message = (
             f"the strategy {strategy!r} returned the rate {rate!r} at {clock}; expected a finite number in [0, 1]. "
             "Nothing was averaged."
@@ -184,7 +188,7 @@ def checked_weight(strategy: Strategy, clock: Clock) -> float:
         RateError: It is no finite number from 0 on.
     """
     weight = strategy.weight(clock)
-    if not isinstance(weight, Real) or not math.isfinite(weight) or weight < 0.0:
+    if not (_is_number(weight) and weight >= 0.0):
         message = (
             f"the strategy {strategy!r} returned the weight {weight!r} at {clock}; expected a finite number >= 0. "
             "Nothing was averaged."
@@ -201,6 +205,8 @@ def checked_moves(strategy: Strategy, n: int, rate: float) -> Sequence[Move]:
     """
     moves = strategy.moves(n, rate)
     slots = strategy.slots()
+    if not slots and type(strategy).moves is Strategy.moves:
+        return moves
     known = {"average", *slots}
     if not slots and tuple(moves) != (Move("average", "weights", rate),):
         message = (

@@ -25,7 +25,13 @@ def without_kernels() -> Iterator[None]:
     """
     public = getattr(torch, "foreach", None)  # torch 2.15 made these public; older versions have only the private names
     theirs = [(torch, f"_foreach_{name}") for name in _FOREACH] + [(public, name) for name in _FOREACH]
-    ours = [(eager, "_foreach_lerp_"), (eager, "_foreach_copy_"), (threads.Slices, "run"), (cuda.FusedCUDA, "_launch")]
+    ours = [
+        (torch, "cat"),
+        (eager, "_foreach_lerp_"),
+        (eager, "_foreach_copy_"),
+        (threads.Slices, "run"),
+        (cuda.FusedCUDA, "_launch"),
+    ]
     with ExitStack() as switched_off:
         for owner, name in (*(pair for pair in theirs if hasattr(*pair)), *ours):
             switched_off.enter_context(_idle(owner, name))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from polyak.tensors.kernels import PIECEWISE, Kernel, KernelName, bind, kernel_for
 from polyak.tensors.kernels.kernel import SHORT
+from polyak.tensors.layout import dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -80,11 +81,12 @@ def grouped(lanes: Sequence[Lane]) -> list[Group]:
 
     Where there is too little of it, nothing has moved yet.
     """
+    names: dict[object, str] = {}
     rows: dict[tuple[_Kind, tuple[int, ...]], tuple[list[Tensor], list[list[Stored]]]] = {}
     for live, stored in _by_weight(lanes):
         alike: dict[_Kind, list[int]] = {}
         for number in stored:
-            alike.setdefault(_kind(stored[number], live, lanes[number].kernel, number), []).append(number)
+            alike.setdefault(_kind(stored[number], live, lanes[number].kernel, number, names), []).append(number)
         for kind, numbers in alike.items():
             weights, own = rows.setdefault((kind, tuple(numbers)), ([], [[] for _ in numbers]))
             weights.append(live)
@@ -99,18 +101,24 @@ def grouped(lanes: Sequence[Lane]) -> list[Group]:
     return sorted(groups, key=_scratch, reverse=True)
 
 
-def _kind(stored: Stored, live: Tensor, wanted: KernelName, lane: int) -> _Kind:
+def _kind(stored: Stored, live: Tensor, wanted: KernelName, lane: int, names: dict[object, str]) -> _Kind:
     average = stored.average
-    name = kernel_for(average, live, wanted, copied=stored.policy == "copy")
+    kind = (average.device, average.dtype), (live.device, live.dtype)
+    # All that a kernel is chosen by: there are few such pairs, and to choose takes longer than to tell them apart.
+    alike = kind, type(live), average.stride() == live.stride(), dense(live), live.is_neg(), live.is_conj()
+    if (name := names.get(key := (stored.policy, wanted, *alike))) is None:
+        name = names[key] = kernel_for(average, live, wanted, copied=stored.policy == "copy")
     # What is moved piece by piece may be interrupted between tensors, so each of them has a group of its own;
     # what is copied has one for each lane.
     # Parts of spread tensors draw random numbers of their own: ranks hold others beside them.
     own_draws = stored.spread is not None and average.dtype in SHORT
     alone = id(stored) if name in PIECEWISE or own_draws else lane if stored.policy == "copy" else 0
-    return _Kind(name, stored.policy, (average.device, average.dtype), (live.device, live.dtype), alone)
+    return _Kind(name, stored.policy, *kind, alone)
 
 
 def _by_weight(lanes: Sequence[Lane]) -> Iterable[tuple[Tensor, dict[int, Stored]]]:
+    if len(lanes) == 1:
+        return [(live, {0: stored}) for stored, live in zip(lanes[0].stored, lanes[0].live, strict=True)]
     found: dict[int, tuple[Tensor, dict[int, Stored]]] = {}
     for number, lane in enumerate(lanes):
         for stored, live in zip(lane.stored, lane.live, strict=True):

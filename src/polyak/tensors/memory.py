@@ -35,6 +35,7 @@ def clones(tensors: Sequence[Tensor], places: Sequence[Place]) -> list[Tensor]:
         else:
             made[number] = _alone(tensor, *place)
     for (place, _), numbers in small.items():
+        numbers.sort(key=lambda number: tensors[number].dim() > 1)  # side by side what kernels move as one
         originals = [tensors[number] for number in numbers]
         packed = _packed(originals, *place)
         copy_all(packed, originals)

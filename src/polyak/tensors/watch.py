@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from polyak.errors import ModelError
 from polyak.tensors.entries import PLAIN, STRIDED, Model
-from polyak.tensors.kernels import KernelName, readings_of
+from polyak.tensors.kernels import KernelName, reads
+from polyak.tensors.kernels.readings import Contents, Layouts, contents_of, layouts_of
 from polyak.tensors.wrappers import dtensor
 
 if TYPE_CHECKING:
@@ -63,19 +64,17 @@ class Watch:
         self._addresses = [*map(Tensor.data_ptr, self._addressed)]
         _refuse_freed(self._addressed)
         everything = {*map(id, self._addressed)}.issuperset(map(id, live))
-        self._readings = readings_of(self._addressed, kernel) if everything and self._addressed else None
+        self._contents = contents_of(self._holders)
+        self._readings = layouts_of(self._addressed) if reads(kernel) and everything and self._addressed else None
         self.epoch = 0
 
     def unchanged(self) -> bool:
         """Return whether the same places hold the same tensors in the same layout, and the same ones share memory."""
-        if not (self._watchable and self._same_objects()):
-            return False
-        if self._readings is not None and self._readings.same():
-            return True
-        same = self._compare_layouts() and self._same_ties()
-        if same and self._readings is not None:
-            self._readings.note()
-        return same
+        return (
+            self._watchable
+            and _confirmed(self._contents, self._same_objects)
+            and _confirmed(self._readings, lambda: self._compare_layouts() and self._same_ties())
+        )
 
     def _same_ties(self) -> bool:
         addresses = [*map(Tensor.data_ptr, self._addressed)]
@@ -105,6 +104,16 @@ class Watch:
         return quickly or _layouts(self._live) == self._layouts
 
 
+def _confirmed(readings: Contents | Layouts | None, looked: Callable[[], bool]) -> bool:
+    """Return whether nothing changed, by readings where there are any; what these find is looked at."""
+    if readings is not None and readings.same():
+        return True
+    same = looked()
+    if same and readings is not None:
+        readings.confirm()
+    return same
+
+
 def _items(holder: Mapping[str, Any]) -> Iterator[Any]:
     return chain(holder, holder.values())
 
@@ -125,7 +134,10 @@ def _holders(model: Model) -> list[Mapping[str, Any]]:
 
 def _refuse_freed(tensors: Sequence[Tensor]) -> None:
     # torch and compiled kernels alike would read memory that belongs to others.
-    freed = [t for t in tensors if t.numel() and not t.is_meta and not _has_memory(t)]
+    storages = map(Tensor.untyped_storage, tensors)
+    ends = [(t.storage_offset() + t.numel()) * t.itemsize for t in tensors]
+    lacking = [t for t, s, end in zip(tensors, storages, ends, strict=True) if s.nbytes() < end or not t.data_ptr()]
+    freed = [t for t in lacking if t.numel() and not t.is_meta and not _has_memory(t)]
     if freed:
         message = (
             f"{len(freed)} of the model's tensors (the first of shape {tuple(freed[0].shape)}) have no memory now: it "

@@ -17,7 +17,6 @@ import torch
 from polyak.errors import MissingExtraError, PolyakWarning
 from polyak.tensors.kernels import cpu, cuda, eager
 from polyak.tensors.kernels.kernel import SHORT, Checking, Generators, Kernel, KernelName, Lanes
-from polyak.tensors.kernels.readings import Readings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +33,7 @@ __all__ = [
     "bind",
     "check_available",
     "kernel_for",
-    "readings_of",
+    "reads",
 ]
 
 Binder = Callable[[Lanes, "Sequence[Tensor]"], Kernel]
@@ -100,14 +99,9 @@ def check_available(wanted: KernelName) -> None:
         raise MissingExtraError(message)
 
 
-def readings_of(tensors: Sequence[Tensor], wanted: KernelName) -> Readings | None:
-    """Return what compares the layouts and addresses of dense tensors at once; None where that cannot be had."""
-    if wanted not in {"auto", "fused"} or not _works("numba"):
-        return None
-    try:
-        return Readings(tensors)
-    except (AttributeError, OSError, ValueError):  # a torch whose tensors are otherwise
-        return None
+def reads(wanted: KernelName) -> bool:
+    """Return whether compiled loops may read where tensors are."""
+    return wanted in {"auto", "fused"} and _works("numba")
 
 
 _TRIALS = {"numba": cpu.try_out, "triton": cuda.try_out}

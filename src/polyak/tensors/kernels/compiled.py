@@ -9,11 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]  # it ships no types
 from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
-__all__ = ["copy", "finite", "jit", "move", "pointer"]
+__all__ = ["copy", "fetch", "finite", "jit", "move", "pointer"]
 
+_AHEAD = 4  # pieces: where they are short, memory takes longer than the work on several
+_LINES = (np.uint64(0), np.uint64(64), np.uint64(128), np.uint64(192))  # bytes: what is asked for of a piece ahead
 _ROUNDS = (np.uint32(0x7FEB352D), np.uint32(0x846CA68B))  # lowbias32, a public-domain hash of 32 bits
 
 
@@ -38,6 +41,22 @@ def pointer(_: Any, address: Any, like: Any) -> Any:
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
+
+    return signature, generate
+
+
+@intrinsic
+def fetch(_: Any, address: Any) -> Any:
+    """Ask for the line of the cache at an address, which need not be one: nothing waits for it."""
+    signature = types.void(address)
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        number, place = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [place, number, number, number])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", (place,), kind)
+        reading, often, data = number(0), number(3), number(1)
+        builder.call(prefetch, [builder.inttoptr(args[0], place), reading, often, data])
+        return None
 
     return signature, generate
 
@@ -173,6 +192,10 @@ def move(
         done: One flag, set at the end.
     """
     for piece in range(last - 1, first - 1, -1):
+        ahead = max(piece - _AHEAD, first)
+        for line in _LINES:
+            fetch(weights[ahead] + line)
+            fetch(averages[0, ahead] + line)
         source = carray(pointer(weights[piece], weight), (sizes[piece],))
         for lane in range(len(rates)):
             if rates[lane] == 1:  # it is copied: a sum would keep a NaN of the average

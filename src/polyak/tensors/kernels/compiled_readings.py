@@ -9,9 +9,12 @@ from llvmlite import ir  # type: ignore[import-untyped]  # it ships no types
 from numba import carray, types
 from numba.extending import intrinsic
 
-from polyak.tensors.kernels.compiled import jit, pointer
+from polyak.tensors.kernels.compiled import fetch, jit, pointer
 
 __all__ = ["read", "words"]
+
+_AHEAD = 5  # places: memory takes so much longer than a look at what came from it
+_LINES = (0, 64, 128, 168)  # bytes from the beginning of what a tensor is made of, in each line that is looked at
 
 
 @intrinsic
@@ -37,20 +40,28 @@ def words(places: Any) -> Any:
 
 
 @jit(nogil=False)  # no other thread shall replace a tensor meanwhile
-def read(functions: Any, handles: Any, dims: Any, known: Any, answer: Any, place: int, note: bool) -> bool:  # noqa: FBT001 - Numba knows positional arguments only
-    """Return whether each tensor answers as is known, or note what it answers.
+def read(
+    functions: Any, handles: Any, bodies: Any, storages: Any, dims: Any, known: Any, answer: Any, place: int
+) -> bool:
+    """Return whether each tensor answers as is known; else note what it answers.
 
     Args:
         functions: Addresses of functions of a tensor: its dimensions, other numbers; at last its sizes and its strides.
         handles: Of the tensors.
-        dims: How many dimensions each has, for which there is room in ``known``.
+        bodies: Where the answers probably come from: the memory a tensor is made of.
+        storages: The same of its storage.
+        dims: How many dimensions each has, for which there is room in ``known``; others answer nothing.
         known: All answers, one after the other.
         answer: One number, written by the functions.
         place: Its address.
-        note: Whether ``known`` is written instead of compared.
     """
-    k, numbers = 0, len(functions) - 2
+    k, numbers, equal = 0, len(functions) - 2, True
     for i in range(len(handles)):
+        if i + _AHEAD < len(handles):
+            fetch(handles[i + _AHEAD])
+            for line in _LINES:
+                fetch(bodies[i + _AHEAD] + np.uint64(line))
+            fetch(storages[i + _AHEAD])
         for f in range(len(functions)):
             answer[0] = 0  # some write half a word
             if _ask(functions[f], handles[i], place) != 0 or (f == 0 and answer[0] != dims[i]):
@@ -58,9 +69,7 @@ def read(functions: Any, handles: Any, dims: Any, known: Any, answer: Any, place
             count = 1 if f < numbers else dims[i]
             found = carray(pointer(place if f < numbers else answer[0], answer), (count,))
             for j in range(count):
-                if note:
-                    known[k] = found[j]
-                elif known[k] != found[j]:
-                    return False
+                if known[k] != found[j]:
+                    known[k], equal = found[j], False
                 k += 1
-    return True
+    return equal

@@ -116,7 +116,7 @@ class FusedCPU(Checking):
         if not done:
             self._rates[:] = rates
         # As the kernel sees them: a rate next to 1 may be 1 in float32.
-        replaced = [lane for lane, rate in zip(self._lanes, self._rates, strict=True) if rate == 1]
+        replaced = [lane for lane, rate in zip(self._lanes, self._rates.tolist(), strict=True) if rate == 1.0]
         if self._short and not self._drawn:
             self._seeds[:] = [0 if rate == 1 else _seed(own) for own, rate in zip(generators, self._rates, strict=True)]
             self._drawn = True

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from polyak.tensors.kernels.kernel import Kernel
+from polyak.tensors.kernels.runs import runs_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,7 +114,9 @@ class Foreach(_Eager):
     def __init__(self, lanes: Lanes, weights: Sequence[Tensor]) -> None:
         super().__init__()
         self._lanes, self._weights = lanes, list(weights)
-        self._joined = _joined(lanes, weights)
+        self._runs = runs_of(lanes, weights, _CHUNK)
+        self._fewer = self._runs.lanes
+        self._joined = _joined(self._fewer)
 
     @override
     def __call__(self, rates: Sequence[float], generators: Sequence[Generators], done: int) -> None:
@@ -123,18 +126,19 @@ class Foreach(_Eager):
             copy_all(lane, self._weights)
         if done > len(replaced) or len(replaced) == len(self._lanes):
             return
-        moved = self._joined
+        averages = self._joined
         if replaced:
-            moved = _joined([lane for lane, rate in zip(self._lanes, rates, strict=True) if rate != 1.0], self._weights)
-        averages, weights = moved
+            averages = _joined([lane for lane, rate in zip(self._fewer, rates, strict=True) if rate != 1.0])
         slower = [rate for rate in rates if rate != 1.0]
+        weights = self._runs.gathered(_scratch)
         self._write(len(replaced), averages[0])
-        _foreach_lerp_(averages, weights, slower[0] if len(slower) == 1 else slower * len(self._weights))
+        each = [weight for weight in weights for _ in slower] if len(slower) > 1 else weights
+        _foreach_lerp_(averages, each, slower[0] if len(slower) == 1 else slower * len(weights))
 
 
-def _joined(lanes: Lanes, weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _joined(lanes: Lanes) -> list[Tensor]:
     # Tensor by tensor: a weight is still in the cache when it is read for the next lane.
-    return [average for of_one in zip(*lanes, strict=True) for average in of_one], [w for w in weights for _ in lanes]
+    return [average for of_one in zip(*lanes, strict=True) for average in of_one]
 
 
 def _version(tensor: Tensor) -> int:
@@ -173,10 +177,15 @@ def _converted(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tens
     # In memory that is used again: new pages at every update take longer than the sums.
     if weight.numel() > _CHUNK:
         return weight.to(device, dtype)
+    return _scratch(device, dtype, weight.numel()).view(weight.shape).copy_(weight)
+
+
+def _scratch(device: torch.device, dtype: torch.dtype, size: int) -> Tensor:
+    """Return memory for so many elements, a chunk at most, which holds until it is asked for again."""
     scratch = _SCRATCH.kept.get((device, dtype))
-    if scratch is None or scratch.numel() < weight.numel():
+    if scratch is None:
         scratch = _SCRATCH.kept[device, dtype] = torch.empty(_CHUNK, dtype=dtype, device=device)
-    return scratch[: weight.numel()].view(weight.shape).copy_(weight)
+    return scratch[:size]
 
 
 def _cut_bits(exact: Tensor, generator: torch.Generator) -> Tensor:

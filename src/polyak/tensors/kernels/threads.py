@@ -80,7 +80,7 @@ class Slices:
     def __init__(self, work: Callable[[int], None], count: int) -> None:
         self._work = work
         self._running: list[Future[None]] = []
-        self._process = os.getpid()
+        self._process = 0
         self.done = np.zeros(count, np.bool_)
 
     def reset(self) -> None:
@@ -106,6 +106,7 @@ class Slices:
         if threads > 1:
             _POOL.need(threads - 1)
             # Known before they begin: an interruption that struck in between would leave them behind.
+            self._process = os.getpid()
             self._running = [Future() for _ in range(threads - 1)]
             for future in self._running:
                 _POOL.do(future, lambda: self._take(slices))
@@ -120,8 +121,12 @@ class Slices:
             self._work(number)
 
     def _join(self) -> None:
+        if self._running:
+            self._wait()
+
+    def _wait(self) -> None:
         if self._process != os.getpid():  # forked: the threads that would have finished them are not here
-            self._running, self._process = [], os.getpid()
+            self._running = []
         while self._running:
             # Who has not begun is not needed any more.
             if not self._running[-1].cancel():

@@ -1,0 +1,91 @@
+"""Small tensors that lie side by side in memory, moved as one: a call of each costs more than its numbers."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from polyak.tensors.kernels.kernel import Lanes
+
+__all__ = ["Runs", "runs_of"]
+
+_SMALL = 1 << 12  # elements: larger ones take longer to be joined than a call does
+_WORTH = 4  # tensors that make a run
+
+
+class _Run(NamedTuple):
+    averages: list[Tensor]  # of each lane, as one tensor
+    weights: list[Tensor]
+    size: int
+
+
+class Runs(NamedTuple):
+    """The averages of some lanes and their weights, in fewer tensors.
+
+    Attributes:
+        alone: Averages, lanes × tensors, of those that are moved by themselves.
+        weights: Their weights.
+        runs: Runs of the others.
+    """
+
+    alone: list[list[Tensor]]
+    weights: list[Tensor]
+    runs: list[_Run]
+
+    @property
+    def lanes(self) -> list[list[Tensor]]:
+        """The averages of each lane, those of a run as one."""
+        return [[*own, *(run.averages[lane] for run in self.runs)] for lane, own in enumerate(self.alone)]
+
+    def gathered(self, scratch: Callable[[torch.device, torch.dtype, int], Tensor]) -> list[Tensor]:
+        """Return the weights as they are now, those of a run in one piece of scratch memory."""
+        if not self.runs:
+            return self.weights
+        one, sizes = self.runs[0].weights[0], [run.size for run in self.runs]
+        pieces = torch.split(scratch(one.device, one.dtype, sum(sizes)), sizes)
+        return [*self.weights, *(torch.cat(run.weights, out=to) for run, to in zip(self.runs, pieces, strict=True))]
+
+
+def runs_of(lanes: Lanes, weights: Sequence[Tensor], most: int) -> Runs:
+    """Return averages and weights with those joined that lie side by side in each lane, ``most`` elements at most."""
+    fit = [i for i, weight in enumerate(weights) if _joins(weight) and all(lane[i].is_contiguous() for lane in lanes)]
+    fit.sort(key=lambda i: lanes[0][i].data_ptr())
+    runs: list[list[int]] = []
+    for before, i in pairwise([-1, *fit]):
+        if before < 0 or not all(_follows(lane[before], lane[i]) for lane in lanes):
+            runs.append([])
+        runs[-1].append(i)
+    joined, taken = [], 0
+    for run in runs:
+        size = sum(weights[i].numel() for i in run)
+        if len(run) >= _WORTH and taken + size <= most:
+            joined.append(_Run([_across(lane[run[0]], size) for lane in lanes], [weights[i] for i in run], size))
+            taken += size
+        else:
+            run.clear()
+    within = {i for run in runs for i in run}
+    rest = [i for i in range(len(weights)) if i not in within]
+    return Runs([[lane[i] for i in rest] for lane in lanes], [weights[i] for i in rest], joined)
+
+
+def _joins(weight: Tensor) -> bool:
+    # On an accelerator one launch moves all tensors as they are.
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.is_cpu and weight.is_floating_point()
+    return plain and weight.dim() == 1 and 0 < weight.numel() <= _SMALL and weight.is_contiguous()
+
+
+def _follows(before: Tensor, average: Tensor) -> bool:
+    same = before._base is not None and before._base is average._base  # noqa: SLF001 - torch has no public way to read it
+    return same and before.data_ptr() + before.nbytes == average.data_ptr()
+
+
+def _across(first: Tensor, size: int) -> Tensor:
+    """Return what begins with a tensor and is so long, in the same memory, counting writes with it."""
+    with torch.enable_grad():  # views made under no_grad() may only be written to under it
+        return cast("Tensor", first._base).as_strided((size,), (1,), first.storage_offset())  # noqa: SLF001 - as above
