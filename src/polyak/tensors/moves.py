@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from polyak.tensors.finite import FiniteCheck
@@ -31,9 +31,12 @@ class Moves:
     def __init__(self, lane: Lane) -> None:
         self.mover = Mover([lane])
         self._lane = lane
-        averaged = [live for stored, live in zip(lane.stored, lane.live, strict=True) if stored.policy == "average"]
-        self._finite = FiniteCheck(averaged)
         self._movers: dict[tuple[str, str], Mover] = {}
+
+    @cached_property
+    def _finite(self) -> FiniteCheck:
+        lane = self._lane
+        return FiniteCheck([live for s, live in zip(lane.stored, lane.live, strict=True) if s.policy == "average"])
 
     def update(
         self, moves: Sequence[Move], generators: OwnGenerators, commit: Callable[[], None], *, check: bool
