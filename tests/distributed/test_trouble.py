@@ -6,17 +6,21 @@ import pytest
 from torch import nn
 
 import polyak
-from on_ranks import trouble
-from on_ranks.start import run
+from on_ranks import dying, trouble
+from on_ranks.start import free_port, run
 
 
 def test_ranks_that_disagree_are_named(tmp_path):
     run(2, trouble.ALL, tmp_path)
 
 
-@pytest.mark.parametrize("check", [trouble.dies_in_update, trouble.dies_in_save, trouble.dies_in_applied])
-def test_a_rank_that_dies_is_told_of_and_nothing_is_changed(check, tmp_path):
-    run(2, [check], tmp_path, dying=[1])
+@pytest.mark.parametrize("acts", ["UPDATE", "SAVE", "APPLIED", "OTHERS"])
+def test_a_rank_that_is_killed_is_named_by_all_others_and_nothing_is_changed(acts, tmp_path):
+    run(5, [dying.killed], tmp_path, getattr(dying, acts), [free_port() for _ in range(3)], dying=[0, 2, 4])
+
+
+def test_a_rank_that_is_only_late_is_not_called_dead(tmp_path):
+    run(2, [dying.late], tmp_path)
 
 
 def test_averages_of_one_process_are_in_sync():

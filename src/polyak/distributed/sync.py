@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 
 from polyak.errors import DistributedError, ModelError
+from polyak.tensors.roll_call import answered, words
 from polyak.tensors.spread import Spread
 from polyak.tensors.wrappers import dtensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Hashable, Sequence
 
     from torch import Tensor
     from torch.distributed import ProcessGroup
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     from polyak.averager import Averager
     from polyak.bank import Bank
 
-__all__ = ["asked", "broadcast", "rank", "verify_in_sync"]
+__all__ = ["asked", "broadcast", "members", "rank", "verify_in_sync"]
 
 _SHOWN = 6
+_REST = "All ranks call this. Nothing was changed here; start all ranks again from the last checkpoint."
 
 
 def verify_in_sync(averager: Averager | Bank, *, group: ProcessGroup | None = None) -> None:
@@ -88,9 +90,8 @@ def broadcast(averager: Averager, *, source: int = 0, group: ProcessGroup | None
         return
     state = averager.state_dict() if rank() == source else None
     received = [state]
-    _answered(
-        lambda: dist.broadcast_object_list(received, src=source, group=group), f"broadcast rank {source}'s average"
-    )
+    with answered(f"broadcast rank {source}'s average", _REST, ranks=members(group)):
+        dist.broadcast_object_list(received, src=source, group=group)
     if received[0] is not None and rank() != source:
         averager.load_state_dict(received[0])
 
@@ -104,7 +105,8 @@ def asked(answer: Any, group: ProcessGroup | None, purpose: str) -> list[Any]:  
     if not (dist.is_available() and dist.is_initialized()):
         return [answer]
     answers: list[Any] = [None] * dist.get_world_size(group)
-    _answered(lambda: dist.all_gather_object(answers, answer, group=group), purpose)
+    with answered(purpose, _REST, ranks=members(group)):
+        dist.all_gather_object(answers, answer, group=group)
     return answers
 
 
@@ -113,15 +115,9 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def _answered(ask: Callable[[], None], purpose: str) -> None:
-    try:
-        ask()
-    except RuntimeError as error:
-        message = (
-            f"rank {dist.get_rank()} wanted to {purpose}, and a rank is gone or did not: {error}\n"
-            "Nothing was changed here. Start all ranks again from the last checkpoint."
-        )
-        raise DistributedError(message) from error
+def members(group: ProcessGroup | None) -> list[int] | None:
+    """Return the ranks of a group; None: all."""
+    return None if group is None else dist.get_process_group_ranks(group)
 
 
 def _about(averager: Averager) -> dict[str, object]:
@@ -168,7 +164,7 @@ def _differences(digests: Sequence[Mapping[Hashable, str]]) -> list[str]:
             others = [rank for rank, answer in answers.items() if answer != usual]
             alike = [rank for rank, answer in answers.items() if answer == usual]
             name = key[0] if isinstance(key, tuple) else key
-            problems.append(f"{name}: {_ranks(others)} other than {_ranks(alike)}")
+            problems.append(f"{name}: {words(others)} other than {words(alike)}")
     return problems
 
 
@@ -176,8 +172,4 @@ def _by_answer(answers: Sequence[object]) -> str:
     by_answer: dict[str, list[int]] = {}
     for rank, answer in enumerate(answers):
         by_answer.setdefault(repr(answer)[:200], []).append(rank)
-    return "; ".join(f"{answer} on {_ranks(ranks)}" for answer, ranks in by_answer.items())
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    return "; ".join(f"{answer} on {words(ranks)}" for answer, ranks in by_answer.items())
