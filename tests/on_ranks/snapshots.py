@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 import polyak
 from on_ranks.averaging import layouts
-from on_ranks.models import built, fsdp, trained
+from on_ranks.models import bits, built, fsdp, same, trained
 
 
 def a_recorder_writes_whole_tensors_once_and_any_average_can_be_made_of_them(rank, folder):
@@ -62,6 +63,34 @@ def what_rank_0_cannot_do_is_told_by_every_rank_and_training_goes_on(rank, folde
     recorder.close()
     if rank == 0:
         assert [*second.glob("average-*.safetensors")]
+
+
+def a_stage_of_a_pipeline_is_recorded_saved_and_loaded_by_its_own_ranks(rank, folder):
+    """Rank 0 has no part of it, and is not asked."""
+    stage = DeviceMesh("cpu", [1, 2])
+    if not rank:
+        return
+    model, group = fsdp(built(), mesh=stage), stage.get_group()
+    averager, other = (polyak.average(model, "ema", decay=0.5, buffers="skip") for _ in range(2))
+    with polyak.posthoc.Recorder(averager, folder / "stage", every=2):
+        trained(model, 4, between=lambda step: averager.update())
+    wanted = averager.averaged_state_dict(full=True)
+    assert bool(wanted) == (rank == 1)
+    assert len([*(folder / "stage").glob("*.safetensors")]) == 1 + 2 * 2
+    if wanted:
+        made = polyak.posthoc.synthesize(folder / "stage", "ema", decay=0.5)
+        torch.testing.assert_close(made.state_dict["up.weight"], wanted["up.weight"])
+    taken = polyak.posthoc.Recorder(other, folder / "stage", every=2)
+    with pytest.raises(polyak.StateError, match=r"rank 1: .*another run"):
+        other.update()
+    taken.close()
+    polyak.distributed.verify_in_sync(averager, group=group)
+    polyak.distributed.save(averager, folder / "saved", group=group)
+    polyak.distributed.load(other, folder / "saved", group=group)
+    assert other.n == 4
+    same(bits(other), bits(averager))
+    with pytest.raises(polyak.StateError, match=r"cannot be loaded \(rank 2\): there is no such folder"):
+        polyak.distributed.load(other, folder / ("saved" if rank == 1 else "unseen"), group=group)
 
 
 ALL = [
