@@ -1,4 +1,4 @@
-"""Ranks that disagree are named; a rank that dies is told of, within the others' patience, and nothing is changed."""
+"""Ranks that disagree are named, and engines that hide their weights refused."""
 
 from __future__ import annotations
 
@@ -6,21 +6,12 @@ import pytest
 from torch import nn
 
 import polyak
-from on_ranks import dying, trouble
-from on_ranks.start import free_port, run
+from on_ranks import trouble
+from on_ranks.start import run
 
 
 def test_ranks_that_disagree_are_named(tmp_path):
     run(2, trouble.ALL, tmp_path)
-
-
-@pytest.mark.parametrize("acts", ["UPDATE", "SAVE", "APPLIED", "OTHERS"])
-def test_a_rank_that_is_killed_is_named_by_all_others_and_nothing_is_changed(acts, tmp_path):
-    run(5, [dying.killed], tmp_path, getattr(dying, acts), [free_port() for _ in range(3)], dying=[0, 2, 4])
-
-
-def test_a_rank_that_is_only_late_is_not_called_dead(tmp_path):
-    run(2, [dying.late], tmp_path)
 
 
 def test_averages_of_one_process_are_in_sync():
