@@ -14,10 +14,12 @@ def test_ranks_that_disagree_are_named(tmp_path):
     run(2, trouble.ALL, tmp_path)
 
 
-def test_averages_of_one_process_are_in_sync():
+def test_averages_of_one_process_are_in_sync_and_need_no_broadcast():
     averager = polyak.average(nn.Linear(2, 1), "ema")
     averager.update()
     polyak.distributed.verify_in_sync(averager)
+    polyak.distributed.broadcast(averager)
+    assert averager.n == 1
 
 
 class Engine(nn.Module):

@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
 import polyak
 from on_ranks.averaging import layouts
-from on_ranks.models import bits, built, fsdp, same, trained
+from on_ranks.models import bits, built, ddp, fsdp, same, trained, weights
 
 
 def a_recorder_writes_whole_tensors_once_and_any_average_can_be_made_of_them(rank, folder):
@@ -65,6 +66,46 @@ def what_rank_0_cannot_do_is_told_by_every_rank_and_training_goes_on(rank, folde
         assert [*second.glob("average-*.safetensors")]
 
 
+def what_one_rank_synthesised_goes_into_a_sharded_model(rank, folder):
+    model, other = fsdp(built()), fsdp(built(seed=5))
+    averager = polyak.average(model, "swa")
+    with polyak.posthoc.Recorder(averager, folder / "made", every=2):
+        trained(model, 6, between=lambda step: averager.update())
+    made = polyak.posthoc.synthesize(folder / "made", "swa").state_dict if rank == 0 else {}
+    whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(other, made, options=whole)
+    got, wanted = weights(other), averager.averaged_state_dict(full=True)
+    if rank == 0:
+        assert {*wanted} == {*got, "head.weight"}  # which is tied
+        for name, tensor in got.items():
+            torch.testing.assert_close(tensor, wanted[name].double(), rtol=1e-6, atol=1e-7)
+
+
+def under_ddp_only_rank_0_writes(rank, folder):
+    averager = polyak.average(ddp(built()), "ema", decay=0.5, buffers="skip")
+    shared, own = folder / "ddp", folder / f"seen by {rank}"
+    with polyak.posthoc.Recorder(averager, shared, every=2), polyak.posthoc.Recorder(averager, own, every=2):
+        for _ in range(4):
+            averager.update()
+    torch.distributed.barrier()
+    assert len([*shared.glob("*.safetensors")]) == 1 + 2 * 2
+    assert own.exists() == (rank == 0)
+
+
+def an_error_of_another_kind_on_rank_0_is_told_by_every_rank(rank, folder):
+    averager = polyak.average(fsdp(built()), "ema", decay=0.5)
+    recorder = polyak.posthoc.Recorder(averager, folder / "kinds", every=1, keep=1, blocks=False)
+    averager.update()
+    if rank == 0:  # which cannot be removed as the oldest snapshot
+        (folder / "kinds" / "average-000000000000.safetensors").mkdir()
+    with pytest.raises(polyak.SnapshotError, match=r"rank 0: (IsADirectory|Permission)Error"):
+        averager.update()
+    if rank == 0:
+        (folder / "kinds" / "average-000000000000.safetensors").rmdir()
+    recorder.close()
+    assert averager.n == 2
+
+
 def a_stage_of_a_pipeline_is_recorded_saved_and_loaded_by_its_own_ranks(rank, folder):
     """Rank 0 has no part of it, and is not asked."""
     stage = DeviceMesh("cpu", [1, 2])
@@ -96,4 +137,7 @@ def a_stage_of_a_pipeline_is_recorded_saved_and_loaded_by_its_own_ranks(rank, fo
 ALL = [
     a_recorder_writes_whole_tensors_once_and_any_average_can_be_made_of_them,
     what_rank_0_cannot_do_is_told_by_every_rank_and_training_goes_on,
+    what_one_rank_synthesised_goes_into_a_sharded_model,
+    under_ddp_only_rank_0_writes,
+    an_error_of_another_kind_on_rank_0_is_told_by_every_rank,
 ]

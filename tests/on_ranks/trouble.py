@@ -59,6 +59,32 @@ def ranks_that_made_it_otherwise_are_named(rank, folder):
         averager.update()
     with pytest.raises(polyak.DistributedError, match=r"updates: 1 on rank 0; 2 on rank 1"):
         polyak.distributed.verify_in_sync(averager)
+    # As many updates, but other ones.
+    averager = polyak.average(model, "ema")
+    averager.update(step=3 + rank)
+    with pytest.raises(polyak.DistributedError, match=r"last step: \[3\] on rank 0; \[4\] on rank 1"):
+        polyak.distributed.verify_in_sync(averager)
+
+
+def averages_of_a_bank_are_compared_each(rank, folder):
+    bank = polyak.bank(built(), {"a": "ema", "b": "swa"})
+    bank.update()
+    polyak.distributed.verify_in_sync(bank)
+    if rank:
+        bank["b"].averages["up.bias"][2] += 1
+    with pytest.raises(polyak.DistributedError, match=r"up\.bias: rank 1 other than rank 0"):
+        polyak.distributed.verify_in_sync(bank)
+
+
+def a_folder_that_holds_more_than_averages_is_kept_and_every_rank_is_told(rank, folder):
+    averager, place = polyak.average(fsdp(built()), "ema"), Path(folder) / "foreign"
+    if rank == 0:
+        place.mkdir()
+        (place / "notes.txt").write_text("kept")
+    dist.barrier()
+    with pytest.raises(polyak.DistributedError, match=r"rank 0 could not prepare .*'notes\.txt', which is no average"):
+        polyak.distributed.save(averager, place)
+    assert (place / "notes.txt").read_text() == "kept"
 
 
 def one_rank_may_average_for_all(rank, folder):
@@ -99,6 +125,8 @@ ALL = [
     ddp_averages_are_alike_and_told_apart,
     shards_are_compared_with_their_replicas_only,
     ranks_that_made_it_otherwise_are_named,
+    averages_of_a_bank_are_compared_each,
+    a_folder_that_holds_more_than_averages_is_kept_and_every_rank_is_told,
     one_rank_may_average_for_all,
     fsdp1_is_refused_with_the_way_out,
     a_folder_that_one_rank_cannot_see_is_refused_by_all,
