@@ -52,10 +52,11 @@ def verify_in_sync(averager: Averager | Bank, *, group: ProcessGroup | None = No
             verify_in_sync(one, group=group)
         return
     about = asked(_about(averager), group, "compare averages")
-    problems = [f"{key}: {_by_answer([one[key] for one in about])}" for key in about[0] if _differ(about, key)]
+    ranks = members(group) or range(len(about))
+    problems = [f"{key}: {_by_answer(ranks, [one[key] for one in about])}" for key in about[0] if _differ(about, key)]
     # Only then have all ranks the same tensors to tell of.
     if not problems:
-        problems = _differences(asked(_digests(averager), group, "compare averages"))
+        problems = _differences(ranks, asked(_digests(averager), group, "compare averages"))
     if problems:
         shown = "\n  ".join(problems[:_SHOWN])
         more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
@@ -155,10 +156,10 @@ def _differ(told: Sequence[Mapping[str, object]], key: str) -> bool:
     return len({repr(one[key]) for one in told}) > 1
 
 
-def _differences(digests: Sequence[Mapping[Hashable, str]]) -> list[str]:
+def _differences(ranks: Sequence[int], digests: Sequence[Mapping[Hashable, str]]) -> list[str]:
     problems = []
     for key in dict.fromkeys(key for own in digests for key in own):
-        answers = {rank: own[key] for rank, own in enumerate(digests) if key in own}
+        answers = {rank: own[key] for rank, own in zip(ranks, digests, strict=True) if key in own}
         if len({*answers.values()}) > 1:
             usual = Counter(answers.values()).most_common(1)[0][0]
             others = [rank for rank, answer in answers.items() if answer != usual]
@@ -168,8 +169,8 @@ def _differences(digests: Sequence[Mapping[Hashable, str]]) -> list[str]:
     return problems
 
 
-def _by_answer(answers: Sequence[object]) -> str:
+def _by_answer(ranks: Sequence[int], answers: Sequence[object]) -> str:
     by_answer: dict[str, list[int]] = {}
-    for rank, answer in enumerate(answers):
+    for rank, answer in zip(ranks, answers, strict=True):
         by_answer.setdefault(repr(answer)[:200], []).append(rank)
-    return "; ".join(f"{answer} on {words(ranks)}" for answer, ranks in by_answer.items())
+    return "; ".join(f"{answer} on {words(alike)}" for answer, alike in by_answer.items())
