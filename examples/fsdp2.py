@@ -85,7 +85,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, on any number of ranks")
     parser.add_argument("--steps", type=int, default=150, help="steps to train from here (default: 150)")
-    parser.add_argument("--folder", type=Path, default=Path("fsdp2-checkpoint"), help="where the checkpoint is")
+    parser.add_argument("--folder", type=Path, default=Path("fsdp2-checkpoints"), help="where the checkpoints are")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -95,7 +95,9 @@ def main() -> None:
     training = Training(device)
     averager = polyak.average(training.model, "ema", decay=0.98)  # after sharding: the average is sharded alike
     if args.resume:
-        dcp.load({"training": training, "averager": averager}, checkpoint_id=args.folder)
+        last = max(args.folder.glob("step-*/average")).parent
+        dcp.load({"training": training}, checkpoint_id=last / "training")
+        polyak.distributed.load(averager, last / "average")
     learn_x, learn_y, test_x, test_y = data(device)
     start = training.step
     train(training, averager, learn_x, learn_y, until=start + args.steps)
@@ -103,14 +105,17 @@ def main() -> None:
     raw = wrong(training.model, test_x, test_y)
     with averager.applied():  # swaps the shards in, and out again
         averaged = wrong(training.model, test_x, test_y)
-    dcp.save({"training": training, "averager": averager}, checkpoint_id=args.folder)
+    # A folder for each step, and the average last: where there is one, all of it is there.
+    folder = args.folder / f"step-{training.step:06}"
+    dcp.save({"training": training}, checkpoint_id=folder / "training")
+    polyak.distributed.save(averager, folder / "average")
     held = sum(tensor.to_local().nbytes for tensor in averager.averages.values())
     whole = averager.averaged_state_dict(full=True)  # on the CPU of rank 0, {} elsewhere
     if dist.get_rank() == 0:
         everything = sum(tensor.nbytes for tensor in whole.values())
         print(f"steps {start + 1} to {training.step} on {dist.get_world_size()} rank(s), {averager.n} updates averaged")
         print(f"errors: {raw:.1%} raw, {averaged:.1%} averaged")
-        print(f"rank 0 holds {held} of {everything} bytes of the average; saved in {args.folder}")
+        print(f"rank 0 holds {held} of {everything} bytes of the average; saved in {folder}")
     dist.destroy_process_group()
 
 

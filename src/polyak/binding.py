@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from polyak.errors import AppliedError, ConfigError, UnboundError
+from polyak.tensors.agreement import ranks_of
 from polyak.tensors.collector import collector_paused
 from polyak.tensors.kernels import check_available
 from polyak.tensors.matching import pair
 from polyak.tensors.plan import Plan
 from polyak.tensors.policies import Policy, policies
+from polyak.tensors.roll_call import answered
 from polyak.tensors.sharded import adapter_for
 from polyak.tensors.storage import allocate, as_device, as_dtype, check_storable
 from polyak.tensors.swap import Swap, swapped
@@ -21,6 +23,7 @@ from polyak.tensors.wrappers import refuse_sharded, root_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -152,18 +155,19 @@ class Binding:
                 self.depth -= 1
             return
         plan = self.ready(planned)
-        try:
+        with _together(plan):
             try:
-                self._swap = Swap([s.average for s in plan.stored], plan.live)
-                self._swap.put()
-                plan.adapter.after_swap(plan.model)
-                self.depth = 1
-                yield
+                try:
+                    self._swap = Swap([s.average for s in plan.stored], plan.live)
+                    self._swap.put()
+                    plan.adapter.after_swap(plan.model)
+                    self.depth = 1
+                    yield
+                finally:
+                    self._leave(plan)
             finally:
+                # Ctrl-C may have struck before the first of these began, or inside it; twice is once.
                 self._leave(plan)
-        finally:
-            # Ctrl-C may have struck before the first of these began, or inside it; twice is once.
-            self._leave(plan)
 
     def ready(self, planned: Callable[[], Plan]) -> Plan:
         """Return the plan of a model that is ready for values written into its tensors."""
@@ -183,6 +187,13 @@ class Binding:
         options = self._options
         globs: dict[str, Any] = {"buffers": options.buffers, "include": options.include, "exclude": options.exclude}
         return policies(entries, **globs, strict=strict)
+
+
+def _together(plan: Plan) -> AbstractContextManager[None]:
+    """Return what tells of a rank that is gone while the ranks of a sharded model compute with the average."""
+    meshes = [stored.spread.mesh for stored in plan.stored if stored.spread]
+    rest = "The model has its own weights again; start all ranks again from the last checkpoint."
+    return answered("compute with the average", rest, ranks=ranks_of(meshes)) if meshes else nullcontext()
 
 
 def _root(model: Model) -> Model:

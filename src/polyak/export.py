@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from polyak.errors import DistributedError
-from polyak.tensors.agreement import first_rank
+from polyak.tensors.agreement import first_rank, ranks_of
 from polyak.tensors.entries import walk
+from polyak.tensors.roll_call import answered
 from polyak.tensors.swap import overwrite, writable
 from polyak.tensors.wrappers import dtensor, unwrap
 
@@ -92,16 +92,10 @@ def gathered(state: dict[str, Any]) -> dict[str, Any]:
     spread = [value for value in state.values() if kind is not None and isinstance(value, kind)]
     if not spread:
         return state
-    first = first_rank([value.device_mesh for value in spread]) == torch.distributed.get_rank()
-    key = ""
-    try:
+    meshes = [value.device_mesh for value in spread]
+    first = first_rank(meshes) == torch.distributed.get_rank()
+    with answered("gather the average", "All ranks call averaged_state_dict(full=True).", ranks=ranks_of(meshes)):
         for key, value in state.items():
             whole = value.full_tensor() if isinstance(value, kind) else value
             state[key] = whole.cpu() if first and isinstance(whole, Tensor) else whole if first else None
-    except RuntimeError as error:
-        message = (
-            f"rank {torch.distributed.get_rank()} could not gather {key}: a rank is gone, or did not call "
-            f"averaged_state_dict(full=True), which all do: {error}"
-        )
-        raise DistributedError(message) from error
     return state if first else {}

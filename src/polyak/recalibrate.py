@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from polyak.averager import Averager
+from polyak.engine import Engine
 from polyak.errors import ConfigError, ModelError
+from polyak.moments import Moments, joined
 from polyak.progress import track
 from polyak.tensors.entries import walk
+from polyak.tensors.sharded import peers_of
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
+
+    from polyak.averager import Averager
+    from polyak.tensors.sharded import Peers
 
 __all__ = ["recalibrate"]
 
@@ -29,7 +34,8 @@ def recalibrate(
     """Measure the running statistics of all batch norm layers anew: mean and variance over all rows of all batches.
 
     Averaged weights produce other activations than those whose statistics were averaged with them. Every row counts
-    the same, whatever batch it is in; the layers' momenta are not used, and their modes are restored.
+    the same, whatever batch it is in; the layers' momenta are not used, and their modes are restored. All ranks of a
+    sharded model call it, each with as many batches of its own, and the rows of all ranks count.
 
     Args:
         target: An averager (its average gets the statistics, the model is left alone) or a module.
@@ -42,6 +48,7 @@ def recalibrate(
 
     Raises:
         ModelError: There is no batch norm layer with running statistics, or the averager leaves them out.
+        DistributedError: A rank does not answer.
         ConfigError: No batch was given, or ``exact`` needs several passes and ``batches`` can be read only once.
 
     Nothing is written when an exception is raised, the data's or the model's own included.
@@ -58,18 +65,28 @@ def recalibrate(
         >>> round(model[0].running_mean.item(), 3)
         3.0
     """
-    module = target.module if isinstance(target, Averager) else target
-    layers = _layers(module)
+    if isinstance(target, Engine) and any(stored.spread for stored in target.stored):
+        # Shards make no module of their own: the model computes with the average, and its statistics are put back.
+        with target.applied():
+            _recalibrate(target, cast("nn.Module", target.model), batches, forward or _forward, exact=exact)
+    else:
+        module = target if isinstance(target, nn.Module) else target.module
+        _recalibrate(target, module, batches, forward or _forward, exact=exact)
+
+
+def _recalibrate(
+    target: Averager | nn.Module, module: nn.Module, batches: Iterable[Any], run: Forward, *, exact: bool
+) -> None:
+    layers, peers = _layers(module), peers_of(module)
     destinations = _destinations(target, module, layers)
     if exact and len(layers) > 1 and iter(batches) is batches:
         message = f"exact=True reads the batches {len(layers)} times; give a list or a loader, not an iterator"
         raise ConfigError(message)
-    run = forward or _forward
     with torch.no_grad(), _prepared(module, layers) as saved:
         rounds = [[layer] for layer in _order_of_use(module, layers, batches, run)] if exact else [layers]
-        measured: dict[_BatchNorm, _Moments] = {}
+        measured: dict[_BatchNorm, Moments] = {}
         for i, group in enumerate(rounds):
-            measured |= _measure(module, group, batches, run, f"recalibrating, pass {i + 1} of {len(rounds)}")
+            measured |= _measure(module, group, batches, run, f"recalibrating, pass {i + 1} of {len(rounds)}", peers)
             for layer in group:
                 # One batch of all rows would be normalised with the variance of that batch, which is the biased one.
                 measured[layer].write(layer, lost=0)
@@ -77,7 +94,7 @@ def recalibrate(
         saved.clear()
 
 
-def _write(measured: Mapping[_BatchNorm, _Moments], destinations: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _write(measured: Mapping[_BatchNorm, Moments], destinations: Sequence[tuple[Tensor, Tensor]]) -> None:
     for layer, moments in measured.items():
         moments.write(layer, lost=1)
     for buffer, stored in destinations:
@@ -93,41 +110,15 @@ def _twice(act: Callable[[], None]) -> None:
         raise
 
 
-class _Moments:
-    """The count, mean and sum of squared deviations of all rows so far, per channel, in float64 (Chan et al. 1979)."""
-
-    def __init__(self) -> None:
-        self.count, self.batches = 0, 0
-        self.mean = torch.zeros((), dtype=torch.float64)
-        self.squares = torch.zeros((), dtype=torch.float64)
-
-    def add(self, x: Tensor) -> None:
-        rows = x.detach().movedim(1, 0).flatten(1)
-        count = rows.shape[1]
-        if not count:
-            return
-        variance, mean = torch.var_mean(rows if rows.dtype == torch.float64 else rows.float(), dim=1, correction=0)
-        # Per channel only: in float64 on the CPU, since not every device has it.
-        variance, mean = variance.to("cpu", torch.float64), mean.to("cpu", torch.float64)
-        total, delta = self.count + count, mean - self.mean
-        self.mean = self.mean + delta * (count / total)
-        self.squares = self.squares + variance * count + delta.square() * (self.count * count / total)
-        self.count, self.batches = total, self.batches + 1
-
-    def write(self, layer: _BatchNorm, *, lost: int) -> None:
-        """Write the statistics, the variance with so many degrees of freedom lost."""
-        if layer.running_mean is None or layer.running_var is None or not self.count:
-            return
-        layer.running_mean.copy_(self.mean)
-        layer.running_var.copy_(self.squares / max(1, self.count - lost))
-        if layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.fill_(self.batches)
-
-
 def _measure(
-    module: nn.Module, layers: list[_BatchNorm], batches: Iterable[Any], run: Forward, what: str
-) -> dict[_BatchNorm, _Moments]:
-    moments = {layer: _Moments() for layer in layers}
+    module: nn.Module,
+    layers: list[_BatchNorm],
+    batches: Iterable[Any],
+    run: Forward,
+    what: str,
+    peers: Peers | None,
+) -> dict[_BatchNorm, Moments]:
+    moments = {layer: Moments() for layer in layers}
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else kwargs["input"]
@@ -138,6 +129,8 @@ def _measure(
     with _hooked(layers, before):
         for batch in track(batches, what):
             run(module, batch)
+    if peers is not None:
+        joined(moments, peers)
     for layer in layers:
         layer.eval()
     if not any(moment.count for moment in moments.values()):
@@ -214,7 +207,7 @@ def _destinations(
     target: Averager | nn.Module, module: nn.Module, layers: list[_BatchNorm]
 ) -> list[tuple[Tensor, Tensor]]:
     """Return which statistic of the averager's module goes into which of its tensors; a plain module keeps its own."""
-    if not isinstance(target, Averager):
+    if isinstance(target, nn.Module):
         return []
     names = {id(slot.tensor): entry.name for entry in walk(module) for slot in entry.slots}
     buffers = [b for layer in layers for b in layer.buffers(recurse=False)]

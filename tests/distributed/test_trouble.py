@@ -1,4 +1,4 @@
-"""Ranks that disagree are named; a rank that dies is told of, within the others' patience, and nothing is changed."""
+"""Ranks that disagree are named, and engines that hide their weights refused."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ def test_ranks_that_disagree_are_named(tmp_path):
     run(2, trouble.ALL, tmp_path)
 
 
-@pytest.mark.parametrize("check", [trouble.dies_in_update, trouble.dies_in_save, trouble.dies_in_applied])
-def test_a_rank_that_dies_is_told_of_and_nothing_is_changed(check, tmp_path):
-    run(2, [check], tmp_path, dying=[1])
-
-
-def test_averages_of_one_process_are_in_sync():
+def test_averages_of_one_process_are_in_sync_and_need_no_broadcast():
     averager = polyak.average(nn.Linear(2, 1), "ema")
     averager.update()
     polyak.distributed.verify_in_sync(averager)
+    polyak.distributed.broadcast(averager)
+    assert averager.n == 1
 
 
 class Engine(nn.Module):

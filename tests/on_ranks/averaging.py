@@ -334,6 +334,43 @@ def one_rank_is_enough_for_one_rank(rank):
     assert averager.n == 1
 
 
+def statistics_are_measured_over_the_batches_of_all_ranks(rank):
+    ranks = dist.get_world_size()
+    batches = torch.randint(0, 7, (2 * ranks, 6), generator=torch.Generator().manual_seed(9))
+    for exact in (False, True):
+        for shard in layouts().values():
+            model, alone = shard(built()), built()
+            averager = polyak.average(model, "ema", decay=0.5)
+            trained(model, 2, between=lambda step, averager=averager: averager.update())
+            for parameter, averaged in zip(alone.parameters(), alone_of(averager, alone), strict=True):
+                parameter.data.copy_(averaged)
+            before, modes = weights(model), [module.training for module in model.modules()]
+            # Ranks that are tensor parallel have the same data.
+            each = 2 if shard is models.tp_fsdp else 1
+            polyak.recalibrate(averager, batches[rank // each :: ranks // each], exact=exact)
+            polyak.recalibrate(alone, batches, exact=exact)
+            for name, buffer in alone.bn.named_buffers():
+                wide = 0.02 if shard is models.mixed else 1e-5
+                torch.testing.assert_close(averager.averages[f"bn.{name}"], buffer, rtol=wide, atol=wide)
+            same(weights(model), before)
+            assert [module.training for module in model.modules()] == modes
+            told = [None] * ranks
+            dist.all_gather_object(told, averager.averages["bn.running_var"].tolist())
+            assert told == told[:1] * ranks
+    model = fsdp(built())
+    polyak.recalibrate(model, batches[rank::ranks])
+    alone = built()
+    polyak.recalibrate(alone, batches)
+    torch.testing.assert_close(model.bn.running_mean, alone.bn.running_mean)
+    with pytest.raises(polyak.ModelError, match=r"leaves .* out"):
+        polyak.recalibrate(polyak.average(model, "ema", buffers="skip"), batches)
+
+
+def alone_of(averager, alone):
+    averages = bits(averager)
+    return [averages[name] for name, _ in alone.named_parameters()]
+
+
 ALL = [
     every_layout_equals_the_recursion_in_float64,
     training_with_evaluations_equals_training_without,
@@ -347,5 +384,6 @@ ALL = [
     a_state_resumes_exactly,
     a_mapping_of_dtensors_is_averaged,
     one_rank_is_enough_for_one_rank,
+    statistics_are_measured_over_the_batches_of_all_ranks,
 ]
-FOUR = ALL[:3] + ALL[4:5]
+FOUR = ALL[:3] + ALL[4:5] + ALL[-1:]

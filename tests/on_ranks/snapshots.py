@@ -6,10 +6,12 @@ import shutil
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 
 import polyak
 from on_ranks.averaging import layouts
-from on_ranks.models import built, fsdp, trained
+from on_ranks.models import bits, built, ddp, fsdp, same, trained, weights
 
 
 def a_recorder_writes_whole_tensors_once_and_any_average_can_be_made_of_them(rank, folder):
@@ -64,7 +66,82 @@ def what_rank_0_cannot_do_is_told_by_every_rank_and_training_goes_on(rank, folde
         assert [*second.glob("average-*.safetensors")]
 
 
+def what_one_rank_synthesised_goes_into_a_sharded_model(rank, folder):
+    model, other = fsdp(built()), fsdp(built(seed=5))
+    averager = polyak.average(model, "swa")
+    with polyak.posthoc.Recorder(averager, folder / "made", every=2):
+        trained(model, 6, between=lambda step: averager.update())
+    made = polyak.posthoc.synthesize(folder / "made", "swa").state_dict if rank == 0 else {}
+    whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(other, made, options=whole)
+    got, wanted = weights(other), averager.averaged_state_dict(full=True)
+    if rank == 0:
+        assert {*wanted} == {*got, "head.weight"}  # which is tied
+        for name, tensor in got.items():
+            torch.testing.assert_close(tensor, wanted[name].double(), rtol=1e-6, atol=1e-7)
+
+
+def under_ddp_only_rank_0_writes(rank, folder):
+    averager = polyak.average(ddp(built()), "ema", decay=0.5, buffers="skip")
+    shared, own = folder / "ddp", folder / f"seen by {rank}"
+    with polyak.posthoc.Recorder(averager, shared, every=2), polyak.posthoc.Recorder(averager, own, every=2):
+        for _ in range(4):
+            averager.update()
+    torch.distributed.barrier()
+    assert len([*shared.glob("*.safetensors")]) == 1 + 2 * 2
+    assert own.exists() == (rank == 0)
+
+
+def an_error_of_another_kind_on_rank_0_is_told_by_every_rank(rank, folder):
+    averager = polyak.average(fsdp(built()), "ema", decay=0.5)
+    recorder = polyak.posthoc.Recorder(averager, folder / "kinds", every=1, keep=1, blocks=False)
+    averager.update()
+    if rank == 0:  # which cannot be removed as the oldest snapshot
+        (folder / "kinds" / "average-000000000000.safetensors").mkdir()
+    with pytest.raises(polyak.SnapshotError, match=r"rank 0: (IsADirectory|Permission)Error"):
+        averager.update()
+    if rank == 0:
+        (folder / "kinds" / "average-000000000000.safetensors").rmdir()
+    recorder.close()
+    assert averager.n == 2
+
+
+def a_stage_of_a_pipeline_is_recorded_saved_and_loaded_by_its_own_ranks(rank, folder):
+    """Rank 0 has no part of it, and is not asked."""
+    stage = DeviceMesh("cpu", [1, 2])
+    if not rank:
+        return
+    model, group = fsdp(built(), mesh=stage), stage.get_group()
+    averager, other = (polyak.average(model, "ema", decay=0.5, buffers="skip") for _ in range(2))
+    with polyak.posthoc.Recorder(averager, folder / "stage", every=2):
+        trained(model, 4, between=lambda step: averager.update())
+    wanted = averager.averaged_state_dict(full=True)
+    assert bool(wanted) == (rank == 1)
+    assert len([*(folder / "stage").glob("*.safetensors")]) == 1 + 2 * 2
+    if wanted:
+        made = polyak.posthoc.synthesize(folder / "stage", "ema", decay=0.5)
+        torch.testing.assert_close(made.state_dict["up.weight"], wanted["up.weight"])
+    taken = polyak.posthoc.Recorder(other, folder / "stage", every=2)
+    with pytest.raises(polyak.StateError, match=r"rank 1: .*another run"):
+        other.update()
+    taken.close()
+    polyak.distributed.verify_in_sync(averager, group=group)
+    plain = polyak.average(built(), "ema")
+    plain.update(step=rank)
+    with pytest.raises(polyak.DistributedError, match=r"last step: \[1\] on rank 1; \[2\] on rank 2"):
+        polyak.distributed.verify_in_sync(plain, group=group)
+    polyak.distributed.save(averager, folder / "saved", group=group)
+    polyak.distributed.load(other, folder / "saved", group=group)
+    assert other.n == 4
+    same(bits(other), bits(averager))
+    with pytest.raises(polyak.StateError, match=r"cannot be loaded \(rank 2\): there is no such folder"):
+        polyak.distributed.load(other, folder / ("saved" if rank == 1 else "unseen"), group=group)
+
+
 ALL = [
     a_recorder_writes_whole_tensors_once_and_any_average_can_be_made_of_them,
     what_rank_0_cannot_do_is_told_by_every_rank_and_training_goes_on,
+    what_one_rank_synthesised_goes_into_a_sharded_model,
+    under_ddp_only_rank_0_writes,
+    an_error_of_another_kind_on_rank_0_is_told_by_every_rank,
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import polyak
 from on_ranks import models
-from on_ranks.models import built, fsdp, same, trained
+from on_ranks.models import built, fsdp, trained
 
 
 def ddp_averages_are_alike_and_told_apart(rank, folder):
@@ -61,6 +59,32 @@ def ranks_that_made_it_otherwise_are_named(rank, folder):
         averager.update()
     with pytest.raises(polyak.DistributedError, match=r"updates: 1 on rank 0; 2 on rank 1"):
         polyak.distributed.verify_in_sync(averager)
+    # As many updates, but other ones.
+    averager = polyak.average(model, "ema")
+    averager.update(step=3 + rank)
+    with pytest.raises(polyak.DistributedError, match=r"last step: \[3\] on rank 0; \[4\] on rank 1"):
+        polyak.distributed.verify_in_sync(averager)
+
+
+def averages_of_a_bank_are_compared_each(rank, folder):
+    bank = polyak.bank(built(), {"a": "ema", "b": "swa"})
+    bank.update()
+    polyak.distributed.verify_in_sync(bank)
+    if rank:
+        bank["b"].averages["up.bias"][2] += 1
+    with pytest.raises(polyak.DistributedError, match=r"up\.bias: rank 1 other than rank 0"):
+        polyak.distributed.verify_in_sync(bank)
+
+
+def a_folder_that_holds_more_than_averages_is_kept_and_every_rank_is_told(rank, folder):
+    averager, place = polyak.average(fsdp(built()), "ema"), Path(folder) / "foreign"
+    if rank == 0:
+        place.mkdir()
+        (place / "notes.txt").write_text("kept")
+    dist.barrier()
+    with pytest.raises(polyak.DistributedError, match=r"rank 0 could not prepare .*'notes\.txt', which is no average"):
+        polyak.distributed.save(averager, place)
+    assert (place / "notes.txt").read_text() == "kept"
 
 
 def one_rank_may_average_for_all(rank, folder):
@@ -101,71 +125,9 @@ ALL = [
     ddp_averages_are_alike_and_told_apart,
     shards_are_compared_with_their_replicas_only,
     ranks_that_made_it_otherwise_are_named,
+    averages_of_a_bank_are_compared_each,
+    a_folder_that_holds_more_than_averages_is_kept_and_every_rank_is_told,
     one_rank_may_average_for_all,
     fsdp1_is_refused_with_the_way_out,
     a_folder_that_one_rank_cannot_see_is_refused_by_all,
 ]
-
-
-def _ready():
-    model = fsdp(built())
-    averager = polyak.average(model, "ema", decay=0.5)
-    trained(model, 1, between=lambda step: averager.update())
-    return (
-        model,
-        averager,
-        {name: s.average.clone() for name, s in zip(averager.averages, averager._state.stored, strict=True)},
-    )
-
-
-def _unchanged(averager, before):
-    same({name: s.average for name, s in zip(averager.averages, averager._state.stored, strict=True)}, before)
-
-
-def dies_in_update(rank, folder):
-    _, averager, before = _ready()
-    if rank:
-        os._exit(1)
-    start = time.monotonic()
-    with pytest.raises(polyak.DistributedError, match=r"rank 0 .*gone"):
-        averager.update()
-    assert time.monotonic() - start < 60
-    assert averager.n == 1
-    _unchanged(averager, before)
-
-
-def dies_in_save(rank, folder):
-    _, averager, _ = _ready()
-    place = Path(folder) / "average"
-    polyak.distributed.save(averager, place)
-    averager.update()
-    if rank:
-        os._exit(1)
-    with pytest.raises(polyak.DistributedError, match="gone"):
-        polyak.distributed.save(averager, place)
-    # The one before is whole: a process alone reads it.
-    dist.destroy_process_group()
-    alone = polyak.average(built(), "ema", decay=0.5)
-    polyak.distributed.load(alone, place)
-    assert alone.n == 1
-
-
-def dies_in_applied(rank, folder):
-    model, averager, before = _ready()
-    live = [parameter.to_local().clone() for parameter in model.parameters()]
-    model.eval()
-
-    def evaluate():
-        with averager.applied(), torch.no_grad():
-            if rank:
-                os._exit(1)
-            model(torch.arange(6))
-
-    with pytest.raises(RuntimeError):
-        evaluate()
-    assert not averager.is_applied
-    for group in model._get_fsdp_state()._fsdp_param_groups:
-        assert group.is_sharded
-    held = [parameter.to_local() for parameter in model.parameters()]
-    assert all(map(torch.equal, held, live))
-    _unchanged(averager, before)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
-import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from polyak.distributed.sync import asked
+from polyak.distributed.place import KEY, Place
+from polyak.distributed.sync import asked, members, rank
+from polyak.distributed.translated import metadata, translated
 from polyak.errors import DistributedError, StateError
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping
 
+    from torch.distributed import ProcessGroup
     from torch.distributed.checkpoint.metadata import Metadata
 
 __all__ = ["load", "save"]
 
-_KEY = "averager"
 _SHOWN = 6
 
 
@@ -35,8 +33,8 @@ class _Stateful(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-def save(averager: _Stateful, folder: str | os.PathLike[str]) -> None:
-    """Write an averager or a bank into a folder, whole or not at all; all ranks call it.
+def save(averager: _Stateful, folder: str | os.PathLike[str], *, group: ProcessGroup | None = None) -> None:
+    """Write an averager or a bank into a folder, whole or not at all; all ranks that share it call this.
 
     Each rank writes its own shards beside the folder, which then gets its name. Until then a folder of that name that
     was there before stays what it is, wherever the run is cut off.
@@ -44,6 +42,7 @@ def save(averager: _Stateful, folder: str | os.PathLike[str]) -> None:
     Args:
         averager: This rank's averager or bank, sharded or not.
         folder: A folder that all ranks see.
+        group: The ranks that share it, where not all do (a stage of a pipeline); None: all.
 
     Raises:
         DistributedError: A rank is gone, or could not write; the folder is what it was.
@@ -63,35 +62,22 @@ def save(averager: _Stateful, folder: str | os.PathLike[str]) -> None:
     """
     from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-    target = Path(folder).absolute()
-    scratch, old = _beside(target, "new"), _beside(target, "old")
-
-    def prepare() -> None:
-        _recover(target)
-        _check_replaceable(target)
-        shutil.rmtree(scratch, ignore_errors=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-
-    def publish() -> None:
-        if target.exists():
-            target.rename(old)
-        scratch.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-
-    _on_first(prepare, f"prepare {str(folder)!r}")
-    with _translated(f"write {str(folder)!r}", DistributedError, "It is what it was before."):
-        dcp_save({_KEY: averager.state_dict()}, checkpoint_id=scratch)
-    _on_first(publish, f"name {str(folder)!r}")
+    place, ranks = Place(Path(folder).absolute()), members(group)
+    _on_first(place.prepare, f"prepare {str(folder)!r}", group)
+    with translated(f"write {str(folder)!r}", DistributedError, "It is what it was before.", ranks):
+        dcp_save({KEY: averager.state_dict()}, checkpoint_id=place.scratch, process_group=group)
+    _on_first(place.publish, f"name {str(folder)!r}", group)
 
 
-def load(averager: _Stateful, folder: str | os.PathLike[str]) -> None:
-    """Go on exactly where ``save`` left off, on however many ranks; all ranks call it.
+def load(averager: _Stateful, folder: str | os.PathLike[str], *, group: ProcessGroup | None = None) -> None:
+    """Go on exactly where ``save`` left off, on however many ranks; all ranks that share it call this.
 
     Each rank reads what it needs: from one process to many and back, between FSDP2, DDP and plain models.
 
     Args:
         averager: An averager of the same model and strategy, or such a bank, sharded or not.
         folder: What ``save`` wrote.
+        group: The ranks that share it, where not all do; None: all.
 
     Raises:
         StateError: There is no such folder, or it is damaged, lacks tensors, or is of another model or strategy.
@@ -106,37 +92,38 @@ def load(averager: _Stateful, folder: str | os.PathLike[str]) -> None:
         Traceback (most recent call last):
         polyak.errors.StateError: 'missing' cannot be loaded: there is no such folder. Nothing was loaded.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-    target = Path(folder).absolute()
-    _on_first(lambda: _recover(target), f"look for {str(folder)!r}")
-    metadata, problem = _metadata(FileSystemReader(target), target)
+    place = Place(Path(folder).absolute())
+    _on_first(place.recover, f"look for {str(folder)!r}", group)
+    found, problem = metadata(place.target)
     # Copies: DCP writes into what it is given, whatever becomes of the rest.
-    wanted, problems = ({}, [problem]) if metadata is None else _wanted(metadata, averager.state_dict())
-    everyones = {rank: told for rank, told in enumerate(asked(problems, None, f"load {str(folder)!r}")) if told}
+    wanted, problems = ({}, [problem]) if found is None else _wanted(found, averager.state_dict())
+    answers = asked(problems, group, f"load {str(folder)!r}")
+    everyones = {one: told for one, told in zip(members(group) or range(len(answers)), answers, strict=True) if told}
     if everyones:
-        rank, told = next(iter(everyones.items()))
+        one, told = next(iter(everyones.items()))
         shown = "; ".join(told[:_SHOWN]) + (f" … and {len(told) - _SHOWN} more" if len(told) > _SHOWN else "")
-        where = "" if len(everyones) == _ranks() else f" (rank {rank})"
+        where = "" if len(everyones) == len(answers) else f" (rank {one})"
         message = f"{str(folder)!r} cannot be loaded{where}: {shown}. Nothing was loaded."
         raise StateError(message)
-    with _translated(f"read {str(folder)!r}", StateError, "Nothing was loaded. Load the one before it."):
-        dcp_load(wanted, checkpoint_id=target)
-    averager.load_state_dict(wanted[_KEY])
+    rest = "Nothing was loaded. Load the one before it."
+    with translated(f"read {str(folder)!r}", StateError, rest, members(group)):
+        dcp_load(wanted, checkpoint_id=place.target, process_group=group)
+    averager.load_state_dict(wanted[KEY])
 
 
-def _wanted(metadata: Metadata, own: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _wanted(found: Metadata, own: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return what is to be filled from a folder, and in words which tensors there and here are not the same."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     wanted: dict[str, Any] = {}
-    tensors = dict(_leaves(own, (_KEY,)))
+    tensors = dict(_leaves(own, (KEY,)))
     problems = []
-    paths: Mapping[str, tuple[Any, ...]] = metadata.planner_data or {}
-    for key, saved in metadata.state_dict_metadata.items():
+    paths: Mapping[str, tuple[Any, ...]] = found.planner_data or {}
+    for key, saved in found.state_dict_metadata.items():
         path = tuple(paths.get(key, (key,)))
-        if path[0] != _KEY:
+        if path[0] != KEY:
             continue  # a model, an optimiser: others load those
         value = None
         if isinstance(saved, TensorStorageMetadata):
@@ -148,8 +135,8 @@ def _wanted(metadata: Metadata, own: Mapping[str, Any]) -> tuple[dict[str, Any],
             # As wide as it was saved: load_state_dict() decides how it is kept.
             value = torch.empty_like(mine, dtype=saved.properties.dtype)
         _put(wanted, path, value)
-    if _KEY not in wanted and not problems:
-        return wanted, [f"it holds no {_KEY!r}"]
+    if KEY not in wanted and not problems:
+        return wanted, [f"it holds no {KEY!r}"]
     return wanted, [f"{_called(path)} is missing" for path in tensors] + problems
 
 
@@ -171,82 +158,17 @@ def _put(state: dict[str, Any], path: tuple[Any, ...], value: object) -> None:
     state[path[-1]] = value
 
 
-def _metadata(reader: Any, folder: Path) -> tuple[Metadata | None, str]:  # noqa: ANN401 - DCP's own type
-    if not folder.is_dir():
-        return None, "there is no such folder"
-    try:
-        return reader.read_metadata(), ""
-    except Exception as error:  # noqa: BLE001 - a pickle of anything may raise anything
-        return None, f"it is incomplete or damaged ({type(error).__name__}: {error})"
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Refuse to replace what is no folder of averages.
+def _on_first(act: Callable[[], None], purpose: str, group: ProcessGroup | None) -> None:
+    """Let the first rank do something that the others wait for.
 
     Raises:
-        FileExistsError: It is something else, or holds more.
+        DistributedError: It could not, or a rank does not answer.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-    if not folder.exists():
-        return
-    others = [folder.name]
-    if folder.is_dir():
-        others = sorted(path.name for path in folder.iterdir() if path.name != ".metadata" and path.suffix != ".distcp")
-        metadata, _ = _metadata(FileSystemReader(folder), folder)
-        paths = {} if metadata is None else metadata.planner_data or {}
-        others += sorted({str(path[0]) for path in paths.values()} - {_KEY})
-    if others:
-        message = f"{str(folder)!r} holds {others[0]!r}, which is no average and would be lost; give another folder"
-        raise FileExistsError(message)
-
-
-def _beside(folder: Path, what: str) -> Path:
-    return folder.with_name(f".{folder.name}.{what}")
-
-
-def _recover(folder: Path) -> None:
-    """Finish what was cut off between the two steps in which a folder takes another's place."""
-    old = _beside(folder, "old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _on_first(act: Callable[[], None], purpose: str) -> None:
-    """Let rank 0 do something that the others wait for.
-
-    Raises:
-        DistributedError: It could not, or a rank is gone.
-    """
-    problem = ""
-    if _ranks() == 1 or dist.get_rank() == 0:
+    first, problem = (members(group) or [0])[0], ""
+    if rank() == first:
         try:
             act()
-        except OSError as error:
-            problem = f"rank 0 could not {purpose}: {error}"
-    if problem := "".join(asked(problem, None, purpose)):
+        except Exception as error:  # noqa: BLE001 - the others wait to be told
+            problem = f"rank {first} could not {purpose}: {type(error).__name__}: {error}"
+    if problem := "".join(asked(problem, group, purpose)):
         raise DistributedError(problem)
-
-
-@contextmanager
-def _translated(purpose: str, kind: type[Exception], rest: str) -> Iterator[None]:
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    try:
-        with warnings.catch_warnings():
-            # One process is what one process is meant to be.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            yield
-    except CheckpointException as error:  # which is no Exception: `except Exception` would let it pass
-        reasons = [f"rank {rank}: {type(one).__name__}: {one}" for rank, (one, _) in error.failures.items()]
-        message = f"could not {purpose}: {'; '.join(reasons[:_SHOWN])}. {rest}"
-        raise kind(message) from error
-    except RuntimeError as error:
-        rank = dist.get_rank() if _ranks() > 1 else 0
-        message = f"rank {rank} could not {purpose}; a rank may be gone: {error}. {rest}"
-        raise (DistributedError if _ranks() > 1 else kind)(message) from error

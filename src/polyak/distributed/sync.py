@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 
 from polyak.errors import DistributedError, ModelError
+from polyak.tensors.roll_call import answered, words
 from polyak.tensors.spread import Spread
 from polyak.tensors.wrappers import dtensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Hashable, Sequence
 
     from torch import Tensor
     from torch.distributed import ProcessGroup
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     from polyak.averager import Averager
     from polyak.bank import Bank
 
-__all__ = ["asked", "broadcast", "rank", "verify_in_sync"]
+__all__ = ["asked", "broadcast", "members", "rank", "verify_in_sync"]
 
 _SHOWN = 6
+_REST = "All ranks call this. Nothing was changed here; start all ranks again from the last checkpoint."
 
 
 def verify_in_sync(averager: Averager | Bank, *, group: ProcessGroup | None = None) -> None:
@@ -50,10 +52,11 @@ def verify_in_sync(averager: Averager | Bank, *, group: ProcessGroup | None = No
             verify_in_sync(one, group=group)
         return
     about = asked(_about(averager), group, "compare averages")
-    problems = [f"{key}: {_by_answer([one[key] for one in about])}" for key in about[0] if _differ(about, key)]
+    ranks = members(group) or range(len(about))
+    problems = [f"{key}: {_by_answer(ranks, [one[key] for one in about])}" for key in about[0] if _differ(about, key)]
     # Only then have all ranks the same tensors to tell of.
     if not problems:
-        problems = _differences(asked(_digests(averager), group, "compare averages"))
+        problems = _differences(ranks, asked(_digests(averager), group, "compare averages"))
     if problems:
         shown = "\n  ".join(problems[:_SHOWN])
         more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
@@ -88,9 +91,8 @@ def broadcast(averager: Averager, *, source: int = 0, group: ProcessGroup | None
         return
     state = averager.state_dict() if rank() == source else None
     received = [state]
-    _answered(
-        lambda: dist.broadcast_object_list(received, src=source, group=group), f"broadcast rank {source}'s average"
-    )
+    with answered(f"broadcast rank {source}'s average", _REST, ranks=members(group)):
+        dist.broadcast_object_list(received, src=source, group=group)
     if received[0] is not None and rank() != source:
         averager.load_state_dict(received[0])
 
@@ -104,7 +106,8 @@ def asked(answer: Any, group: ProcessGroup | None, purpose: str) -> list[Any]:  
     if not (dist.is_available() and dist.is_initialized()):
         return [answer]
     answers: list[Any] = [None] * dist.get_world_size(group)
-    _answered(lambda: dist.all_gather_object(answers, answer, group=group), purpose)
+    with answered(purpose, _REST, ranks=members(group)):
+        dist.all_gather_object(answers, answer, group=group)
     return answers
 
 
@@ -113,15 +116,9 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def _answered(ask: Callable[[], None], purpose: str) -> None:
-    try:
-        ask()
-    except RuntimeError as error:
-        message = (
-            f"rank {dist.get_rank()} wanted to {purpose}, and a rank is gone or did not: {error}\n"
-            "Nothing was changed here. Start all ranks again from the last checkpoint."
-        )
-        raise DistributedError(message) from error
+def members(group: ProcessGroup | None) -> list[int] | None:
+    """Return the ranks of a group; None: all."""
+    return None if group is None else dist.get_process_group_ranks(group)
 
 
 def _about(averager: Averager) -> dict[str, object]:
@@ -159,25 +156,21 @@ def _differ(told: Sequence[Mapping[str, object]], key: str) -> bool:
     return len({repr(one[key]) for one in told}) > 1
 
 
-def _differences(digests: Sequence[Mapping[Hashable, str]]) -> list[str]:
+def _differences(ranks: Sequence[int], digests: Sequence[Mapping[Hashable, str]]) -> list[str]:
     problems = []
     for key in dict.fromkeys(key for own in digests for key in own):
-        answers = {rank: own[key] for rank, own in enumerate(digests) if key in own}
+        answers = {rank: own[key] for rank, own in zip(ranks, digests, strict=True) if key in own}
         if len({*answers.values()}) > 1:
             usual = Counter(answers.values()).most_common(1)[0][0]
             others = [rank for rank, answer in answers.items() if answer != usual]
             alike = [rank for rank, answer in answers.items() if answer == usual]
             name = key[0] if isinstance(key, tuple) else key
-            problems.append(f"{name}: {_ranks(others)} other than {_ranks(alike)}")
+            problems.append(f"{name}: {words(others)} other than {words(alike)}")
     return problems
 
 
-def _by_answer(answers: Sequence[object]) -> str:
+def _by_answer(ranks: Sequence[int], answers: Sequence[object]) -> str:
     by_answer: dict[str, list[int]] = {}
-    for rank, answer in enumerate(answers):
+    for rank, answer in zip(ranks, answers, strict=True):
         by_answer.setdefault(repr(answer)[:200], []).append(rank)
-    return "; ".join(f"{answer} on {_ranks(ranks)}" for answer, ranks in by_answer.items())
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    return "; ".join(f"{answer} on {words(alike)}" for answer, alike in by_answer.items())

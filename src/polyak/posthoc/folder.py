@@ -7,22 +7,27 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from polyak import errors
-from polyak.distributed.sync import asked, rank
+from polyak.distributed.sync import rank
 from polyak.errors import PolyakError, PolyakWarning, StateError
 from polyak.posthoc.snapshot import Layout, file_name, make_folder, write
 from polyak.posthoc.store import Store
+from polyak.tensors.agreement import first_rank, from_first, ranks_of
+from polyak.tensors.roll_call import answered
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import torch
     from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
 
     from polyak.profile import Profile
     from polyak.strategy import Strategy
 
 __all__ = ["Folder"]
+
+_REST = "All ranks record; this snapshot was not written, and those before are whole."
 
 
 class Folder:
@@ -33,18 +38,19 @@ class Folder:
         layout: The model.
         dtype: The dtype of what is averaged; None: its own, but float32 at the least.
         keep: How many snapshots of each average are kept; None: all.
-        shared: Whether each rank has its part of the tensors. All ranks then call, the first one writes, and what it
-            raises is raised by all.
+        meshes: The ranks that have parts of the tensors, if these are sharded. All of them then call, the first one
+            writes, and what it raises is raised by all.
 
     Raises:
         ConfigError: The folder cannot be made.
     """
 
     def __init__(
-        self, path: Path, layout: Layout, *, dtype: torch.dtype | None, keep: int | None, shared: bool
+        self, path: Path, layout: Layout, *, dtype: torch.dtype | None, keep: int | None, meshes: Sequence[DeviceMesh]
     ) -> None:
         self.path, self.layout = path, layout
-        self._dtype, self._keep, self._shared = dtype, keep, shared
+        self._dtype, self._keep, self._meshes = dtype, keep, meshes
+        self._first = first_rank(meshes) if meshes else 0  # under DDP every rank has the same average
         self._run = uuid4().hex
         self._by_first(lambda: make_folder(path))
 
@@ -54,7 +60,7 @@ class Folder:
         Raises:
             SnapshotError: It cannot be written.
         """
-        whole = self._gathered(weights) if self._shared else weights
+        whole = self._gathered(weights) if self._meshes else weights
 
         def act() -> None:
             write(
@@ -108,27 +114,28 @@ class Folder:
     def _gathered(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return whole tensors on the CPU of the first rank, gathered one by one, and none elsewhere."""
         whole: dict[str, Tensor] = {}
-        for name, tensor in weights.items():
-            part: Any = tensor
-            gathered = part.full_tensor() if hasattr(part, "full_tensor") else part
-            if rank() == 0:
-                whole[name] = gathered.detach().cpu()
+        with answered("gather a snapshot", _REST, ranks=ranks_of(self._meshes)):
+            for name, tensor in weights.items():
+                part: Any = tensor
+                gathered = part.full_tensor() if hasattr(part, "full_tensor") else part
+                if rank() == self._first:
+                    whole[name] = gathered.detach().cpu()
         return whole
 
     def _by_first(self, act: Callable[[], None]) -> None:
-        if not self._shared:
-            if rank() == 0:  # under DDP every rank has the same average
+        if not self._meshes:
+            if rank() == self._first:
                 act()
             return
         problem: tuple[str, str] | None = None
-        if rank() == 0:
+        if rank() == self._first:
             try:
                 act()
             except PolyakError as error:
                 problem = type(error).__name__, str(error)
             except Exception as error:  # noqa: BLE001 - the others wait to be told
                 problem = "SnapshotError", f"{type(error).__name__}: {error}"
-        told = asked(problem, None, f"let rank 0 write to {str(self.path)!r}")[0]
+        told = from_first(self._meshes, problem, f"let rank {self._first} write to {str(self.path)!r}")
         if told is not None:
-            msg = f"rank 0: {told[1]}"
+            msg = f"rank {self._first}: {told[1]}"
             raise getattr(errors, told[0], errors.SnapshotError)(msg)

@@ -104,8 +104,9 @@ class Recorder:
         if taken := sorted(own & self._engines.keys()):
             message = f"the names {taken} of averages are those of the recorder's own snapshots; give them others"
             raise ConfigError(message)
-        shared = any(stored.spread for engine in self._engines.values() for stored in engine.stored)
-        self._folder = Folder(self.directory, layout, dtype=short, keep=keep, shared=shared)
+        stored = [stored for engine in self._engines.values() for stored in engine.stored]
+        meshes = [one.spread.mesh for one in stored if one.spread]
+        self._folder = Folder(self.directory, layout, dtype=short, keep=keep, meshes=meshes)
         self._at_start = start_of(self._engines, layout)
         self._listeners = [(engine, self._listener(name)) for name, engine in self._engines.items()]
         for engine, listener in self._listeners:

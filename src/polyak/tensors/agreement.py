@@ -1,19 +1,25 @@
-"""One answer of all ranks that share a model: the only thing that ranks tell each other in an update."""
+"""What the ranks that share a model tell each other: in an update no more than one yes or no."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
-from polyak.errors import DistributedError
+from polyak.tensors.roll_call import answered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["agreement", "first_rank"]
+__all__ = ["agreement", "first_rank", "from_first", "ranks_of"]
+
+_REST = (
+    "All ranks call update() at the same steps. Nothing was averaged here; start all ranks again from the last "
+    "checkpoint. nonfinite='propagate' asks nobody."
+)
 
 
 def agreement(meshes: Sequence[DeviceMesh]) -> Callable[[bool], bool] | None:
@@ -23,32 +29,52 @@ def agreement(meshes: Sequence[DeviceMesh]) -> Callable[[bool], bool] | None:
     """
     if not meshes:
         return None
-    mesh = _widest(meshes)
-    # Where no mesh has all the ranks, all the ranks there are are asked.
-    groups: list[Any] = [None] if mesh is None else [mesh.get_group(dim) for dim in range(mesh.ndim)]
-    device = torch.device(meshes[0].device_type)
+    groups = [group for group, _ in _groups(meshes)]
+    device, ranks = torch.device(meshes[0].device_type), ranks_of(meshes)
 
     def all_said_yes(answer: bool) -> bool:  # noqa: FBT001 - it is the answer
         said = torch.tensor([answer], dtype=torch.uint8, device=device)
-        try:
+        with answered("ask whether all weights are finite", _REST, ranks=ranks):
             for group in groups:
-                torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MIN, group=group)
+                dist.all_reduce(said, dist.ReduceOp.MIN, group=group)
             return bool(said.item())
-        except RuntimeError as error:
-            message = (
-                f"rank {torch.distributed.get_rank()} waited for the others to tell whether their weights are finite, "
-                f"and one is gone or did not call update(): {error}\nNothing was averaged here. Start all ranks again "
-                "from the last checkpoint. nonfinite='propagate' asks nobody."
-            )
-            raise DistributedError(message) from error
 
     return all_said_yes
 
 
+def from_first(meshes: Sequence[DeviceMesh], message: Any, purpose: str) -> Any:  # noqa: ANN401 - whatever the first one says
+    """Return what the first of the ranks that share a model says.
+
+    Raises:
+        DistributedError: A rank does not answer.
+    """
+    box = [message]
+    with answered(purpose, ranks=ranks_of(meshes)):
+        # Along one dimension after the other, as from a corner.
+        for group, source in _groups(meshes):
+            dist.broadcast_object_list(box, src=source, group=group)
+    return box[0]
+
+
 def first_rank(meshes: Sequence[DeviceMesh]) -> int:
     """Return the first of the ranks that share a model."""
+    return (ranks_of(meshes) or [0])[0]
+
+
+def ranks_of(meshes: Sequence[DeviceMesh]) -> list[int] | None:
+    """Return the ranks that share a model; None: all."""
     mesh = _widest(meshes)
-    return 0 if mesh is None else int(mesh.mesh.min())
+    return None if mesh is None else [int(rank) for rank in mesh.mesh.flatten()]
+
+
+def _groups(meshes: Sequence[DeviceMesh]) -> list[tuple[Any, int]]:
+    """Return this rank's group for each dimension, and the first rank of each."""
+    mesh = _widest(meshes)
+    if mesh is None:  # where no mesh has all the ranks, all the ranks there are are asked
+        return [(None, 0)]
+    here = mesh.get_coordinate() or [0] * mesh.ndim
+    rows = [mesh.mesh[(*here[:dim], slice(None), *here[dim + 1 :])] for dim in range(mesh.ndim)]
+    return [(mesh.get_group(dim), int(row[0])) for dim, row in enumerate(rows)]
 
 
 def _widest(meshes: Sequence[DeviceMesh]) -> DeviceMesh | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from operator import attrgetter, is_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -18,9 +18,12 @@ from polyak.tensors.wrappers import dtensor, each_module, refuse_sharded, shards
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    import torch
+    from torch.distributed import ProcessGroup
+
     from polyak.tensors.entries import Entry, Model
 
-__all__ = ["Sharded", "adapter_for"]
+__all__ = ["Peers", "Sharded", "adapter_for", "peers_of"]
 
 _local = attrgetter("_local_tensor")
 
@@ -65,6 +68,34 @@ class Sharded(Adapter):
     @override
     def agree(self, entries: Sequence[Entry]) -> Callable[[bool], bool] | None:
         return agreement([entry.spread.mesh for entry in entries if entry.spread])
+
+
+class Peers(NamedTuple):
+    """Ranks that train one model with data of their own.
+
+    Attributes:
+        groups: Whoever sums along each of these sums over all of them.
+        ranks: Their numbers.
+        device: Where they talk.
+    """
+
+    groups: list[ProcessGroup]
+    ranks: list[int]
+    device: torch.device
+
+
+def peers_of(model: nn.Module) -> Peers | None:
+    """Return the ranks that FSDP2 shards a model over or has replicas on; None where it has none of it.
+
+    Those of a tensor parallel mesh have the same data.
+    """
+    group = next(_groups(model), None)
+    if group is None:
+        return None
+    info = group.mesh_info
+    groups = [getattr(info, name, None) for name in ("shard_process_group", "replicate_process_group")]
+    ranks = [int(rank) for rank in info.mesh.mesh.flatten()]
+    return Peers([one for one in groups if one is not None], ranks, group.device)
 
 
 def _is_spread(model: nn.Module) -> bool:

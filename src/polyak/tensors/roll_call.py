@@ -1,0 +1,146 @@
+"""Which rank does not answer: asked through the process group's store, once a collective has failed."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+from zlib import crc32
+
+import torch.distributed as dist
+
+from polyak.errors import DistributedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch._C._distributed_c10d import Store
+
+__all__ = ["answered", "words"]
+
+# In seconds. Who waits for a rank that has heard of the failure hears of it when the group's own timeout is over.
+_MOST, _SLACK, _SURE, _PAUSE, _FAREWELL = 60.0, 5.0, 1.0, 0.05, 2.0
+_KEY = "polyak/roll call"
+_TALK = re.compile(r"\b(gloo|nccl|ucc|mpi)\b|^operation timed out", re.IGNORECASE)
+_CLOSED = re.compile("connection (closed|reset)|broken pipe", re.IGNORECASE)
+_calls: Counter[int] = Counter()
+
+
+@contextmanager
+def answered(purpose: str, rest: str = "", *, ranks: Sequence[int] | None = None) -> Iterator[None]:
+    """Where ranks cannot talk, tell which one does not answer, once all that are left have told each other.
+
+    They wait for each other until the group's own timeout is over, but no longer than a minute, and then for some
+    seconds more, since not all begin at once.
+
+    Args:
+        purpose: What cannot be done then.
+        rest: What that means, and what to do.
+        ranks: Who takes part; None: all.
+
+    Raises:
+        DistributedError: The ranks could not talk. All other errors are what they were.
+    """
+    began = time.monotonic()
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, DistributedError) or not (dist.is_available() and dist.is_initialized()):
+            raise
+        if not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _TALK.search(str(error)))):
+            with suppress(RuntimeError):  # for those who will wait in vain
+                _store().set(f"{_KEY}/last words/{dist.get_rank()}", f"{type(error).__name__}: {error}"[:200])
+            raise
+        who = _missing(error, [*range(dist.get_world_size())] if ranks is None else ranks, began)
+        message = f"rank {dist.get_rank()} could not {purpose}: {who}. {rest}\n(torch: {error})"
+        raise DistributedError(message) from error
+
+
+def words(ranks: Sequence[int]) -> str:
+    """Return ranks in words.
+
+    Examples:
+        >>> words([1]), words([0, 2])
+        ('rank 1', 'ranks 0, 2')
+    """
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def _missing(error: Exception, ranks: Sequence[int], began: float) -> str:
+    """Return in words who does not answer."""
+    call = _Call(_store(), ranks)
+    timeout = call.store.timeout.total_seconds()  # type: ignore[attr-defined]  # torch has it, its stubs have not
+    now = time.monotonic()
+    gone = ""
+    try:
+        call.answer(closed=_CLOSED.search(str(error)) is not None)
+        call.wait(now + _SURE, max(min(began + timeout, now + _MOST), now) + min(timeout, _SLACK))
+    except RuntimeError:
+        gone = "the process group's store, which rank 0 keeps (torchrun: its agent), is gone"
+    missing = [rank for rank in ranks if rank not in call.told]
+    if gone and 0 not in call.told:
+        return f"{gone}: rank 0 died, or stopped by an error of its own"
+    if not missing:
+        return "all ranks answer now: one did not come to this, or too late for the group's timeout"
+    if call.certain:
+        return f"{words(missing)} is gone: it closed its connections and does not answer{_last_words(missing)}"
+    do = "does not answer: it died, hangs or did not come to this"
+    if len(missing) > 1:
+        do = "do not answer: they died, hang, did not come to this, or wait for one of those"
+    return f"{words(missing)} {do}{_last_words(missing)}"
+
+
+class _Call:
+    """What each rank has told, by rank: whether it saw a connection closed, and did not only wait in vain."""
+
+    def __init__(self, store: Store, ranks: Sequence[int]) -> None:
+        group = crc32(repr(tuple(ranks)).encode())
+        _calls[group] += 1
+        self.store, self.told, self._ranks, self._read = store, dict[int, bool](), ranks, 0
+        self._key = f"{_KEY}/{group}/{_calls[group]}"
+
+    @property
+    def certain(self) -> bool:
+        """Whether one rank only is missing and surely gone: a wait in vain closes connections of the living, too."""
+        return len(self.told) == len(self._ranks) - 1 and all(self.told.values())
+
+    def answer(self, *, closed: bool) -> None:
+        number = self.store.add(f"{self._key}/count", 1)
+        self.store.set(f"{self._key}/{number}", f"{dist.get_rank()} {int(closed)}")
+
+    def wait(self, sure: float, until: float) -> None:
+        while True:
+            self._listen()
+            now = time.monotonic()
+            if len(self.told) == len(self._ranks) or (self.certain and now > sure) or now > until:
+                break
+            time.sleep(_PAUSE)
+        here = self.store.add(f"{self._key}/heard", 1)
+        until = time.monotonic() + _FAREWELL
+        # The store may go with this rank: the others hear first.
+        while dist.get_rank() == 0 and here < len(self.told) and time.monotonic() < until:
+            time.sleep(_PAUSE)
+            here = self.store.add(f"{self._key}/heard", 0)
+
+    def _listen(self) -> None:
+        count = self.store.add(f"{self._key}/count", 0)
+        keys = [f"{self._key}/{number}" for number in range(self._read + 1, count + 1)]
+        if keys and self.store.check(keys):  # counted first, told then
+            for key in keys:
+                rank, closed = self.store.get(key).split()
+                self.told[int(rank)] = closed == b"1"
+            self._read = count
+
+
+def _last_words(ranks: Sequence[int]) -> str:
+    told = []
+    with suppress(RuntimeError):
+        keys = {rank: f"{_KEY}/last words/{rank}" for rank in ranks}
+        told = [f"rank {rank}: {_store().get(key).decode()}" for rank, key in keys.items() if _store().check([key])]
+    return f" (the last error it told of: {'; '.join(told)})" if told else ""
+
+
+def _store() -> Store:
+    return dist.distributed_c10d._get_default_store()  # noqa: SLF001 - torch has no public way to it
