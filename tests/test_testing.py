@@ -13,7 +13,7 @@ from pydantic import ConfigDict, PrivateAttr, field_serializer
 
 import polyak
 from polyak.tensors import kernels
-from polyak.tensors.kernels import eager
+from polyak.tensors.kernels import piecewise
 from polyak.testing import check_strategies, check_strategy, learning_rate
 
 
@@ -182,11 +182,12 @@ def test_a_kernel_that_disagrees_is_found(wrong, found, monkeypatch):
 
 
 def test_averages_that_are_not_the_sum_or_drift_are_found(monkeypatch):
-    def scaled(average, weight, rate, generators):
-        average.mul_(1 - rate).add_(weight, alpha=rate * (1 + 1e-5))
+    def scaled(pairs, rate, generators):
+        for average, weight in pairs:
+            average.mul_(1 - rate).add_(weight, alpha=rate * (1 + 1e-5))
 
     for kernel in ("loop", "foreach", "fused"):
-        binder = lambda lanes, weights: eager.PerTensor("scaled", scaled, lanes[0], weights)
+        binder = lambda lanes, weights: piecewise.Piecewise("scaled", scaled, lanes[0], weights)
         monkeypatch.setitem(kernels.KERNELS, kernel, binder)
     with pytest.raises(AssertionError) as caught:
         check_strategy(Sound)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from models import bits
 from polyak.tensors.finite import FiniteCheck
-from polyak.tensors.kernels import KERNELS, eager
+from polyak.tensors.kernels import KERNELS, piecewise
+from polyak.tensors.memory import clones
 
 WIDE = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 SHAPES = st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=5)
@@ -82,7 +83,7 @@ def test_a_rate_of_one_replaces_even_what_is_not_finite(kernel):
 
 @pytest.mark.parametrize("kernel", ["mixed", "stochastic"])
 def test_large_tensors_are_moved_in_pieces_and_go_on_where_they_stopped(kernel, monkeypatch):
-    monkeypatch.setattr(eager, "_CHUNK", 10)
+    monkeypatch.setattr(piecewise, "CHUNK", 10)
     dtype = torch.bfloat16 if kernel == "stochastic" else torch.float64
     average, weight = torch.zeros(35, dtype=dtype), torch.ones(35)
     _move(kernel, [average], [weight], 0.5, done=2)
@@ -94,9 +95,36 @@ def test_large_tensors_are_moved_in_pieces_and_go_on_where_they_stopped(kernel, 
     assert whole._version == 4
 
 
+@pytest.mark.parametrize("done", range(6))
+@pytest.mark.parametrize("kernel", ["mixed", "stochastic", "loop"])
+def test_small_tensors_are_moved_several_at_a_time_and_go_on_where_they_stopped(kernel, done, monkeypatch):
+    monkeypatch.setattr(piecewise, "CHUNK", 10)
+    dtype = torch.bfloat16 if kernel == "stochastic" else torch.float64
+    averages = [torch.zeros(shape, dtype=dtype) for shape in ((3,), (2, 2), (15,), (0,), (5,))]
+    weights = [torch.ones_like(average, dtype=torch.float32) for average in averages]
+    _move(kernel, averages, weights, 0.5, done=done)
+    pieces = [[2], [2], [4, 1], [0, 3]] if kernel != "loop" else [[2], [2], [4], [1], [0], [3]]
+    still = [sum(i in piece for piece in pieces[done:]) for i in range(5)]
+    half = [average.eq(0.5).sum().item() for average in averages]
+    assert half == [3 * still[0], 4 * still[1], [0, 5, 15][still[2]], 0, 5 * still[4]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_random_numbers_do_not_depend_on_where_the_averages_lie(dtype):
+    torch.manual_seed(0)
+    weights = [torch.randn(shape) for shape in ((70,), (3, 5), (64,), (), (2, 3, 4, 5))]
+    alone = [torch.ones_like(weight, dtype=dtype) for weight in weights]
+    packed = clones(alone, [(torch.device("cpu"), dtype)] * len(alone))
+    assert packed[0].untyped_storage().data_ptr() == packed[1].untyped_storage().data_ptr()
+    _move("stochastic", alone, weights, 0.3)
+    with torch.no_grad():
+        _move("stochastic", packed, weights, 0.3)
+    assert all(torch.equal(*pair) for pair in zip(alone, packed, strict=True))
+
+
 @pytest.mark.parametrize("kernel", ["mixed", "loop"])
 def test_tensors_that_are_not_contiguous_are_moved_whole(kernel, monkeypatch):
-    monkeypatch.setattr(eager, "_CHUNK", 10)
+    monkeypatch.setattr(piecewise, "CHUNK", 10)
     average = torch.zeros(6, 7, dtype=torch.float64).t()
     _move(kernel, [average], [torch.ones(7, 6)], 0.25)
     assert torch.equal(average, torch.full((7, 6), 0.25, dtype=torch.float64))

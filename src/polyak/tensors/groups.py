@@ -108,11 +108,10 @@ def _kind(stored: Stored, live: Tensor, wanted: KernelName, lane: int, names: di
     alike = kind, type(live), average.stride() == live.stride(), dense(live), live.is_neg(), live.is_conj()
     if (name := names.get(key := (stored.policy, wanted, *alike))) is None:
         name = names[key] = kernel_for(average, live, wanted, copied=stored.policy == "copy")
-    # What is moved piece by piece may be interrupted between tensors, so each of them has a group of its own;
-    # what is copied has one for each lane.
+    # What is moved piece by piece, and what is copied, has a group for each lane.
     # Parts of spread tensors draw random numbers of their own: ranks hold others beside them.
     own_draws = stored.spread is not None and average.dtype in SHORT
-    alone = id(stored) if name in PIECEWISE or own_draws else lane if stored.policy == "copy" else 0
+    alone = id(stored) if own_draws else lane if name in PIECEWISE or stored.policy == "copy" else 0
     return _Kind(name, stored.policy, *kind, alone)
 
 
@@ -127,4 +126,4 @@ def _by_weight(lanes: Sequence[Lane]) -> Iterable[tuple[Tensor, dict[int, Stored
 
 
 def _scratch(group: Group) -> int:
-    return group.weights[0].numel() if group.kernel.name in PIECEWISE else 0
+    return max(weight.numel() for weight in group.weights) if group.kernel.name in PIECEWISE else 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from polyak.errors import MissingExtraError, PolyakWarning
-from polyak.tensors.kernels import cpu, cuda, eager
+from polyak.tensors.kernels import cpu, cuda, eager, piecewise
 from polyak.tensors.kernels.kernel import SHORT, Checking, Generators, Kernel, KernelName, Lanes
 
 if TYPE_CHECKING:
@@ -38,11 +38,11 @@ __all__ = [
 
 Binder = Callable[[Lanes, "Sequence[Tensor]"], Kernel]
 PIECEWISE = frozenset({"loop", "mixed", "stochastic"})
-"""Kernels that write one tensor after the other."""
+"""Kernels that write some tensors after others, of one averager only."""
 
 
-def _one_by_one(name: str, move: eager.Move) -> Binder:
-    return lambda lanes, weights: eager.PerTensor(name, move, lanes[0], weights)
+def _piecewise(name: str, move: piecewise.Move, *, joined: bool = True) -> Binder:
+    return lambda lanes, weights: piecewise.Piecewise(name, move, lanes[0], weights, joined=joined)
 
 
 def _fused(lanes: Lanes, weights: Sequence[Tensor]) -> Kernel:
@@ -52,9 +52,9 @@ def _fused(lanes: Lanes, weights: Sequence[Tensor]) -> Kernel:
 KERNELS: dict[str, Binder] = {
     "copy": eager.Copy,
     "compiled copy": cpu.CopyCPU,
-    "loop": _one_by_one("loop", eager.loop),
-    "mixed": _one_by_one("mixed", eager.loop),  # the same, told apart where averages are described
-    "stochastic": _one_by_one("stochastic", eager.stochastic),
+    "loop": _piecewise("loop", piecewise.loop, joined=False),
+    "mixed": _piecewise("mixed", piecewise.mixed),
+    "stochastic": _piecewise("stochastic", piecewise.stochastic),
     "foreach": eager.Foreach,
     "fused": _fused,
 }
