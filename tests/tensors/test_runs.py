@@ -77,8 +77,10 @@ def test_what_gains_nothing_is_moved_alone(weights):
 
 def test_no_more_is_joined_than_fits_the_scratch_memory():
     weights = [torch.zeros(64) for _ in range(100)]
-    assert not runs_of([_stored(weights)], weights, 6399).runs
-    assert runs_of([_stored(weights)], weights, 6400).runs
+    for most, lengths in ((6400, [100]), (6399, [99]), (640, [10]), (255, [])):
+        found = runs_of([_stored(weights)], weights, most)
+        assert [len(run.weights) for run in found.runs] == lengths
+        assert len(found.weights) == 100 - sum(lengths)
 
 
 def test_averages_of_their_own_memory_are_moved_alone():

@@ -56,7 +56,7 @@ class Watch:
         self._spread = kind is not None and any(isinstance(v, kind) for holder in filled for v in holder.values())
         self._live = live
         self._layouts = _layouts(live)
-        self._same_layouts = _guard(live, *self._layouts[-2:])
+        self._guard: Callable[..., bool] | None = None
         held = [value for holder in filled for value in holder.values()]
         known = {*map(id, held)}
         everywhere = [*held, *(tensor for tensor in live if id(tensor) not in known)]
@@ -67,6 +67,10 @@ class Watch:
         self._contents = contents_of(self._holders)
         self._readings = layouts_of(self._addressed) if reads(kernel) and everything and self._addressed else None
         self.epoch = 0
+        for readings in (self._contents, self._readings):
+            if readings is not None:
+                readings.same()
+                readings.confirm()  # it is what was remembered above
 
     def unchanged(self) -> bool:
         """Return whether the same places hold the same tensors in the same layout, and the same ones share memory."""
@@ -100,8 +104,12 @@ class Watch:
         return same and all(map(is_, map(getitem, owners, keys), values))
 
     def _compare_layouts(self) -> bool:
-        quickly = self._same_layouts is not None and self._same_layouts(*self._live)
-        return quickly or _layouts(self._live) == self._layouts
+        if self._guard is not None and self._guard(*self._live):
+            return True
+        same = _layouts(self._live) == self._layouts
+        if same and self._guard is None:
+            self._guard = _guard(self._live, *self._layouts[-2:])  # of tensors that are as they were
+        return same
 
 
 def _confirmed(readings: Contents | Layouts | None, looked: Callable[[], bool]) -> bool:
@@ -164,14 +172,14 @@ def _layouts(live: Sequence[Tensor]) -> list[list[Any]]:
     return [*([*map(part, live)] for part in _LAYOUT), [*map(Tensor.stride, strided)]]
 
 
-def _guard(live: Sequence[Tensor], shapes: Sequence[Any], strides: Sequence[Any]) -> Callable[..., bool] | None:
+def _guard(live: Sequence[Tensor], shapes: Sequence[Any], strides: Sequence[Any]) -> Callable[..., bool]:
     """Return torch.compile's own check of many tensors' layouts, in one call where Python would need several each.
 
     It may refuse what is unchanged (under autocast, or where a tensor was frozen), and a torch without it loses nothing
     but its speed.
     """
     if len(strides) < len(live):  # sparse tensors have none
-        return None
+        return _refuses
     try:
         from torch._C._dynamo import guards
 
@@ -179,5 +187,9 @@ def _guard(live: Sequence[Tensor], shapes: Sequence[Any], strides: Sequence[Any]
         expected = {"dynamic_dims_sizes": [*map(list, shapes)], "dynamic_dims_strides": [*map(list, strides)]}
         check: Callable[..., bool] = made(*live, **expected).check
     except Exception:  # noqa: BLE001 - private, so that anything may have become of it
-        return None
+        return _refuses
     return check
+
+
+def _refuses(*_: Tensor) -> bool:
+    return False

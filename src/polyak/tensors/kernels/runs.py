@@ -57,10 +57,13 @@ def runs_of(lanes: Lanes, weights: Sequence[Tensor], most: int) -> Runs:
     fit = [i for i, weight in enumerate(weights) if _joins(weight) and all(lane[i].is_contiguous() for lane in lanes)]
     fit.sort(key=lambda i: lanes[0][i].data_ptr())
     runs: list[list[int]] = []
+    room = 0
     for before, i in pairwise([-1, *fit]):
-        if before < 0 or not all(_follows(lane[before], lane[i]) for lane in lanes):
+        if (size := weights[i].numel()) > room or not all(_follows(lane[before], lane[i]) for lane in lanes):
             runs.append([])
+            room = most
         runs[-1].append(i)
+        room -= size
     joined, taken = [], 0
     for run in runs:
         size = sum(weights[i].numel() for i in run)
