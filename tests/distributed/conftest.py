@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from on_ranks.start import FSDP2_TRAINS
 
-# The FSDP2 of torch 2.6 does not train on CPUs: its own forward and backward raise.
 needs_fsdp2 = ["test_budgets.py", "test_checkpoints.py", "test_dying.py", "test_sharded.py"]
-collect_ignore = [] if hasattr(torch.cpu.Stream, "record_event") else needs_fsdp2
+collect_ignore = [] if FSDP2_TRAINS else needs_fsdp2

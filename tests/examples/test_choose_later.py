@@ -42,6 +42,7 @@ def figures(out, label):
 
 pytestmark = pytest.mark.xdist_group("choose later")  # one run for all tests here
 
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One run as from the command line: what it printed, and its folder."""

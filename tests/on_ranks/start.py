@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# The FSDP2 of torch 2.6 does not train on CPUs: its own forward and backward raise.
+FSDP2_TRAINS = hasattr(torch.cpu.Stream, "record_event")
 SECONDS = 30  # how long a rank waits for another one
 PRELOADED = [
     "polyak",
