@@ -212,6 +212,15 @@ def test_another_layout_over_the_same_memory_is_noticed(change, kernel):
     assert not _is_current(averager)
 
 
+@pytest.mark.parametrize("change", [other_strides, other_type_over_the_same_memory])
+def test_a_layout_that_changed_before_the_first_look_is_noticed_at_each(change, kernel):
+    model = mlp().requires_grad_(requires_grad=False)
+    averager = polyak.average(model, "ema", decay=0.5, kernel=kernel)
+    change(model)
+    assert not _is_current(averager)
+    assert not _is_current(averager)
+
+
 def test_freed_memory_is_refused_each_time_until_it_is_back(kernel):
     model, averager = _averager(kernel=kernel)
     weight = model[0].weight
