@@ -95,7 +95,10 @@ def main() -> None:
     training = Training(device)
     averager = polyak.average(training.model, "ema", decay=0.98)  # after sharding: the average is sharded alike
     if args.resume:
-        last = max(args.folder.glob("step-*/average")).parent
+        saved = [*args.folder.glob("step-*/average")]
+        if not saved:
+            raise SystemExit(f"--resume: there is no checkpoint in {str(args.folder)!r}; train without it first")
+        last = max(saved).parent
         dcp.load({"training": training}, checkpoint_id=last / "training")
         polyak.distributed.load(averager, last / "average")
     learn_x, learn_y, test_x, test_y = data(device)

@@ -243,6 +243,8 @@ def test_ctrl_c_at_any_operation_of_an_update_leaves_the_old_or_the_new_average(
         pass
     state = averager.state_dict()
     old = average_bits(averager)
+    averager.load_state_dict(state)
+    averager.averaged_state_dict()
     total = _operations(averager.update)
     new = average_bits(averager)
     assert old != new
@@ -479,3 +481,23 @@ def test_an_update_in_one_dtype_needs_no_extra_memory_for_the_model():
     with _Peak() as memory:
         averager.update()
     assert memory.peak == 0
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_a_model_that_cannot_be_made_ready_gets_its_own_weights_back_all_the_same(times, monkeypatch):
+    model, averager = _moved(Tied)
+    own, stored = model_bits(model), average_bits(averager)
+    failures = iter([RuntimeError("a rank is gone")] * times)
+
+    def unready(_):
+        for failure in failures:
+            raise failure
+
+    def evaluate():
+        with averager.applied():
+            assert model_bits(model) != own
+            monkeypatch.setattr(averager.plan.adapter, "before_swap", unready)
+
+    with pytest.raises(RuntimeError, match="a rank is gone"):
+        evaluate()
+    assert (model_bits(model), average_bits(averager), averager.is_applied) == (own, stored, False)

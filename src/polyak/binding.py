@@ -167,7 +167,10 @@ class Binding:
                     self._leave(plan)
             finally:
                 # Ctrl-C may have struck before the first of these began, or inside it; twice is once.
-                self._leave(plan)
+                try:
+                    self._leave(plan)
+                finally:
+                    self._swap, self.depth = None, 0
 
     def ready(self, planned: Callable[[], Plan]) -> Plan:
         """Return the plan of a model that is ready for values written into its tensors."""
@@ -178,8 +181,10 @@ class Binding:
     def _leave(self, plan: Plan) -> None:
         if self._swap is None:
             return
-        plan.adapter.before_swap(plan.model)
-        self._swap.take()
+        try:
+            plan.adapter.before_swap(plan.model)
+        finally:  # a rank that is gone keeps the model from being made ready, and not its shards from being written
+            self._swap.take()
         plan.adapter.after_swap(plan.model)
         self._swap, self.depth = None, 0
 

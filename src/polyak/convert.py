@@ -138,9 +138,15 @@ def _nearest(member: Callable[[float], Strategy], distance: Callable[[Strategy],
         sections = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
         younger, older = map(math.exp, sections)
         if member(younger) == member(older):
-            left = _WHOLE
-            break
-        if at(younger) <= at(older):
+            # Whole numbers are few, and all windows beyond the run are one: leave out what is alike up to an end.
+            if member(older) == member(math.exp(high)):
+                high = sections[0]
+            elif member(younger) == member(math.exp(low)):
+                low = sections[1]
+            else:
+                left = _WHOLE
+                break
+        elif at(younger) <= at(older):
             high = sections[1]
         else:
             low = sections[0]

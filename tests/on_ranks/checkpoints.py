@@ -124,10 +124,10 @@ def a_folder_that_does_not_fit_is_refused_whole(rank, folder, *_):
         "swa": "made by the strategy 'swa'",
         "small": "emb.weight is missing",
         "model only": "holds no 'averager'",
-        "empty": "incomplete or damaged",
+        "empty": "no finished checkpoint",
         "absent": "no such folder",
         "truncated": "could not read",
-        "without metadata": "incomplete or damaged",
+        "without metadata": "no finished checkpoint",
         "without a file": "could not read",
         "broken metadata": "incomplete or damaged",
     }

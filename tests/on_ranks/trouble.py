@@ -62,7 +62,7 @@ def ranks_that_made_it_otherwise_are_named(rank, folder):
     # As many updates, but other ones.
     averager = polyak.average(model, "ema")
     averager.update(step=3 + rank)
-    with pytest.raises(polyak.DistributedError, match=r"last step: \[3\] on rank 0; \[4\] on rank 1"):
+    with pytest.raises(polyak.DistributedError, match=r"last step: 3 on rank 0; 4 on rank 1"):
         polyak.distributed.verify_in_sync(averager)
 
 
@@ -74,6 +74,20 @@ def averages_of_a_bank_are_compared_each(rank, folder):
         bank["b"].averages["up.bias"][2] += 1
     with pytest.raises(polyak.DistributedError, match=r"up\.bias: rank 1 other than rank 0"):
         polyak.distributed.verify_in_sync(bank)
+
+
+def averages_of_different_moments_are_not_saved_as_one(rank, folder):
+    averager, place = polyak.average(fsdp(built()), "swa", nonfinite="propagate"), Path(folder) / "mixed"
+    for _ in range(rank + 1):
+        averager.update()
+    with pytest.raises(polyak.DistributedError, match=r"updates: 1 on rank 0; 2 on rank 1"):
+        polyak.distributed.save(averager, place)
+    bank = polyak.bank(fsdp(built()), {"a": {"name": "ema", "nonfinite": "propagate"}})
+    if rank:
+        bank.update()
+    with pytest.raises(polyak.DistributedError, match=r"a updates: 0 on rank 0; 1 on rank 1"):
+        polyak.distributed.save(bank, place)
+    assert not place.exists()
 
 
 def a_folder_that_holds_more_than_averages_is_kept_and_every_rank_is_told(rank, folder):
@@ -126,6 +140,7 @@ ALL = [
     shards_are_compared_with_their_replicas_only,
     ranks_that_made_it_otherwise_are_named,
     averages_of_a_bank_are_compared_each,
+    averages_of_different_moments_are_not_saved_as_one,
     a_folder_that_holds_more_than_averages_is_kept_and_every_rank_is_told,
     one_rank_may_average_for_all,
     fsdp1_is_refused_with_the_way_out,

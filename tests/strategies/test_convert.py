@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import polyak
@@ -49,6 +49,8 @@ def test_an_ema_finds_its_own_decay(decay, every):
 
 @pytest.mark.property
 @settings(max_examples=25)
+@example(window=2642, every=1)
+@example(window=2999, every=7)
 @given(window=st.integers(1, 3000), every=st.sampled_from([1, 7]))
 def test_a_window_is_found_to_the_snapshot(window, every):
     steps = 3000 * every

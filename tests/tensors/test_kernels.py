@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from models import bits
 from polyak.tensors.finite import FiniteCheck
-from polyak.tensors.kernels import KERNELS, piecewise
+from polyak.tensors.kernels import KERNELS, piecewise, scratch
 from polyak.tensors.memory import clones
 
 WIDE = [torch.float32, torch.float64, torch.complex64, torch.complex128]
@@ -120,6 +120,27 @@ def test_random_numbers_do_not_depend_on_where_the_averages_lie(dtype):
     with torch.no_grad():
         _move("stochastic", packed, weights, 0.3)
     assert all(torch.equal(*pair) for pair in zip(alone, packed, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_random_numbers_do_not_depend_on_how_an_average_lies(dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(2, 3, 4, 5)
+    moved = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        average = torch.ones(weight.shape, dtype=dtype).to(memory_format=layout)
+        _move("stochastic", [average], [weight], 0.3)
+        moved.append(average)
+    assert torch.equal(*moved)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_large_tensor_that_is_not_contiguous_is_rounded_in_memory_of_its_own(dtype, monkeypatch):
+    monkeypatch.setattr(scratch, "CHUNK", 10)
+    monkeypatch.setattr(piecewise, "CHUNK", 10)
+    average = torch.zeros(9, 7, dtype=dtype).t()
+    _move("stochastic", [average], [torch.ones(7, 9)], 0.25)
+    assert torch.equal(average, torch.full((7, 9), 0.25, dtype=dtype))
 
 
 @pytest.mark.parametrize("kernel", ["mixed", "loop"])
@@ -240,6 +261,15 @@ def test_a_sum_that_overflows_is_no_infinity(dtype, size):
 )
 def test_nothing_and_empty_tensors_are_finite(tensors):
     assert FiniteCheck(tensors)()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_autocast_changes_nothing(dtype):
+    tensors = [torch.ones(3, dtype=dtype), torch.ones(2, 2, dtype=dtype)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert FiniteCheck(tensors)()
+        tensors[1][0, 0] = torch.inf
+        assert not FiniteCheck(tensors)()
 
 
 def test_expanded_and_strided_tensors_are_read():

@@ -221,6 +221,21 @@ def test_a_layout_that_changed_before_the_first_look_is_noticed_at_each(change, 
     assert not _is_current(averager)
 
 
+def test_memory_that_changed_beside_a_tensor_of_other_dimensions_is_followed_there_and_back(kernel):
+    model = nn.ParameterDict({"skip": nn.Parameter(torch.zeros(6)), "w": nn.Parameter(torch.zeros(4))})
+    averager = polyak.average(model, "ema", decay=0.5, exclude="skip", kernel=kernel)
+    averager.update()
+    own, other, skipped = model["w"].data, torch.full((4,), 5.0), model["skip"].data
+    model["skip"].data, model["w"].data = torch.zeros(2, 3), other
+    averager.update()
+    assert averager.averages["w"].tolist() == [2.5] * 4
+    own.fill_(1.0)
+    other.fill_(7.0)
+    model["skip"].data, model["w"].data = skipped, own
+    averager.update()
+    assert averager.averages["w"].tolist() == [1.75] * 4
+
+
 def test_freed_memory_is_refused_each_time_until_it_is_back(kernel):
     model, averager = _averager(kernel=kernel)
     weight = model[0].weight

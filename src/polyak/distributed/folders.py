@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from polyak.distributed.place import KEY, Place
-from polyak.distributed.sync import asked, members, rank
+from polyak.distributed.sync import asked, check_counters, members, rank
 from polyak.distributed.translated import metadata, translated
 from polyak.errors import DistributedError, StateError
 
@@ -20,20 +20,15 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.checkpoint.metadata import Metadata
 
+    from polyak.averager import Averager
+    from polyak.bank import Bank
+
 __all__ = ["load", "save"]
 
 _SHOWN = 6
 
 
-class _Stateful(Protocol):
-    """An averager or a bank."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-def save(averager: _Stateful, folder: str | os.PathLike[str], *, group: ProcessGroup | None = None) -> None:
+def save(averager: Averager | Bank, folder: str | os.PathLike[str], *, group: ProcessGroup | None = None) -> None:
     """Write an averager or a bank into a folder, whole or not at all; all ranks that share it call this.
 
     Each rank writes its own shards beside the folder, which then gets its name. Until then a folder of that name that
@@ -45,7 +40,8 @@ def save(averager: _Stateful, folder: str | os.PathLike[str], *, group: ProcessG
         group: The ranks that share it, where not all do (a stage of a pipeline); None: all.
 
     Raises:
-        DistributedError: A rank is gone, or could not write; the folder is what it was.
+        DistributedError: A rank is gone or could not write, or ranks disagree about strategy, steps or updates; the
+            folder is what it was.
 
     Often confused with: ``polyak.save``, by which one process writes one file. ``torch.distributed.checkpoint.save``
     of ``{"averager": averager, "model": …}`` writes the same, beside the model's parts, but into the folder itself.
@@ -62,6 +58,7 @@ def save(averager: _Stateful, folder: str | os.PathLike[str], *, group: ProcessG
     """
     from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+    check_counters(averager, f"save to {str(folder)!r}", group)
     place, ranks = Place(Path(folder).absolute()), members(group)
     _on_first(place.prepare, f"prepare {str(folder)!r}", group)
     with translated(f"write {str(folder)!r}", DistributedError, "It is what it was before.", ranks):
@@ -69,7 +66,7 @@ def save(averager: _Stateful, folder: str | os.PathLike[str], *, group: ProcessG
     _on_first(place.publish, f"name {str(folder)!r}", group)
 
 
-def load(averager: _Stateful, folder: str | os.PathLike[str], *, group: ProcessGroup | None = None) -> None:
+def load(averager: Averager | Bank, folder: str | os.PathLike[str], *, group: ProcessGroup | None = None) -> None:
     """Go on exactly where ``save`` left off, on however many ranks; all ranks that share it call this.
 
     Each rank reads what it needs: from one process to many and back, between FSDP2, DDP and plain models.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 
     from polyak.averager import Averager
     from polyak.bank import Bank
+    from polyak.engine import Engine
 
-__all__ = ["asked", "broadcast", "members", "rank", "verify_in_sync"]
+__all__ = ["alone", "asked", "broadcast", "check_counters", "members", "rank", "verify_in_sync"]
 
 _SHOWN = 6
 _REST = "All ranks call this. Nothing was changed here; start all ranks again from the last checkpoint."
@@ -51,21 +53,34 @@ def verify_in_sync(averager: Averager | Bank, *, group: ProcessGroup | None = No
         for one in averager.values():
             verify_in_sync(one, group=group)
         return
-    about = asked(_about(averager), group, "compare averages")
-    ranks = members(group) or range(len(about))
-    problems = [f"{key}: {_by_answer(ranks, [one[key] for one in about])}" for key in about[0] if _differ(about, key)]
+    _refuse(_disagreements({**_about(averager), "tensors": tuple(averager.averages)}, group, "compare averages"))
     # Only then have all ranks the same tensors to tell of.
+    digests = asked(_digests(averager), group, "compare averages")
+    _refuse(_differences(members(group) or range(len(digests)), digests))
+
+
+def check_counters(averager: Averager | Bank, purpose: str, group: ProcessGroup | None) -> None:
+    """Refuse averages that ranks made by other strategies, steps or numbers of updates; all ranks call it.
+
+    Raises:
+        DistributedError: On every rank, where ranks disagree, or one does not answer.
+    """
+    banked = averager.items() if isinstance(averager, Mapping) else [("", averager)]
+    about = {f"{name} {key}".strip(): told for name, one in banked for key, told in _about(one).items()}
+    _refuse(_disagreements(about, group, purpose))
+
+
+def _refuse(problems: Sequence[str]) -> None:
     if not problems:
-        problems = _differences(ranks, asked(_digests(averager), group, "compare averages"))
-    if problems:
-        shown = "\n  ".join(problems[:_SHOWN])
-        more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        message = (
-            f"the ranks disagree about the average:\n  {shown}{more}\n"
-            "Build averagers after wrapping, from weights that are alike, and call update() on all ranks at the same "
-            "steps; polyak.distributed.broadcast() gives all the average of one."
-        )
-        raise DistributedError(message)
+        return
+    shown = "\n  ".join(problems[:_SHOWN])
+    more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    message = (
+        f"the ranks disagree about the average:\n  {shown}{more}\n"
+        "Build averagers after wrapping, from weights that are alike, and call update() on all ranks at the same "
+        "steps; polyak.distributed.broadcast() gives all the average of one."
+    )
+    raise DistributedError(message)
 
 
 def broadcast(averager: Averager, *, source: int = 0, group: ProcessGroup | None = None) -> None:
@@ -87,7 +102,7 @@ def broadcast(averager: Averager, *, source: int = 0, group: ProcessGroup | None
     if kind is not None and any(isinstance(tensor, kind) for tensor in averager.averages.values()):
         message = "the averager is sharded: each rank has its own parts, and there is nothing to broadcast"
         raise ModelError(message)
-    if not (dist.is_available() and dist.is_initialized()):
+    if alone():
         return
     state = averager.state_dict() if rank() == source else None
     received = [state]
@@ -103,12 +118,29 @@ def asked(answer: Any, group: ProcessGroup | None, purpose: str) -> list[Any]:  
     Raises:
         DistributedError: A rank did not answer.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if alone():
         return [answer]
     answers: list[Any] = [None] * dist.get_world_size(group)
     with answered(purpose, _REST, ranks=members(group)):
         dist.all_gather_object(answers, answer, group=group)
     return answers
+
+
+def alone() -> bool:
+    """Return whether there is no other rank.
+
+    Raises:
+        DistributedError: There are others, and no process group to talk in.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return False
+    if (count := os.environ.get("WORLD_SIZE", "1")) != "1":  # torchrun's
+        message = (
+            f"{count} processes were started (WORLD_SIZE) and there is no process group, so that each would act alone; "
+            "call torch.distributed.init_process_group() first"
+        )
+        raise DistributedError(message)
+    return True
 
 
 def rank() -> int:
@@ -125,10 +157,9 @@ def _about(averager: Averager) -> dict[str, object]:
     return {
         "strategy": repr(averager.strategy),
         "updates": averager.n,
-        "last step": averager.profile().steps[-1:].tolist(),
+        "last step": cast("Engine", averager).progress.averaged,
         "rate": averager.rate,
         "skipped": averager.skipped,
-        "tensors": tuple(averager.averages),
     }
 
 
@@ -152,8 +183,11 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.blake2b(bits.tobytes(), digest_size=16).hexdigest()
 
 
-def _differ(told: Sequence[Mapping[str, object]], key: str) -> bool:
-    return len({repr(one[key]) for one in told}) > 1
+def _disagreements(about: Mapping[str, object], group: ProcessGroup | None, purpose: str) -> list[str]:
+    told = asked(about, group, purpose)
+    ranks = members(group) or range(len(told))
+    answers = {key: [one.get(key) for one in told] for key in dict.fromkeys(key for one in told for key in one)}
+    return [f"{key}: {_by_answer(ranks, own)}" for key, own in answers.items() if len({*map(repr, own)}) > 1]
 
 
 def _differences(ranks: Sequence[int], digests: Sequence[Mapping[Hashable, str]]) -> list[str]:

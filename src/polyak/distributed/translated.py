@@ -50,7 +50,10 @@ def metadata(folder: Path) -> tuple[Metadata | None, str]:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     if not folder.is_dir():
-        return None, "there is no such folder"
+        return None, "it is a file, and no folder" if folder.exists() else "there is no such folder"
+    if not (folder / ".metadata").exists():
+        inside = sorted(path.parent.name for path in folder.glob("*/.metadata"))
+        return None, f"it is no finished checkpoint{f' (in it there are {inside})' if inside else ''}"
     try:
         return FileSystemReader(folder).read_metadata(), ""
     except Exception as error:  # noqa: BLE001 - a pickle of anything may raise anything

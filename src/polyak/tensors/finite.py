@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["FiniteCheck"]
 
 _SMALL = 1 << 14
+_AUTOCAST = {"cpu", "cuda"}
 _SHORT = {torch.float16, torch.bfloat16}
 
 
@@ -43,7 +45,11 @@ class FiniteCheck:
 
     def __call__(self) -> bool:
         """Return whether all values are finite now."""
-        with torch.no_grad():
+        with ExitStack() as modes:
+            modes.enter_context(torch.no_grad())
+            for kind in {device.type for device in self._groups} & _AUTOCAST:
+                if torch.is_autocast_enabled(kind):  # which joins no halves on CPUs
+                    modes.enter_context(torch.autocast(kind, enabled=False))
             totals = [_sum([_total(*pair) for pair in groups.items()]).item() for groups in self._groups.values()]
             return all(map(math.isfinite, totals)) or all(bool(_readable(t).isfinite().all()) for t in self._tensors)
 

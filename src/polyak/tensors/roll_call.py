@@ -23,7 +23,8 @@ __all__ = ["answered", "words"]
 # In seconds. Who waits for a rank that has heard of the failure hears of it when the group's own timeout is over.
 _MOST, _SLACK, _SURE, _PAUSE, _FAREWELL = 60.0, 5.0, 1.0, 0.05, 2.0
 _KEY = "polyak/roll call"
-_TALK = re.compile(r"\b(gloo|nccl|ucc|mpi)\b|^operation timed out", re.IGNORECASE)
+# What gloo says; the other backends raise errors of their own.
+_TALK = re.compile(r"\[\S*/gloo/|^operation timed out|pair closure", re.IGNORECASE)
 _CLOSED = re.compile("connection (closed|reset)|broken pipe", re.IGNORECASE)
 _calls: Counter[int] = Counter()
 
@@ -49,7 +50,7 @@ def answered(purpose: str, rest: str = "", *, ranks: Sequence[int] | None = None
     except Exception as error:
         if isinstance(error, DistributedError) or not (dist.is_available() and dist.is_initialized()):
             raise
-        if not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _TALK.search(str(error)))):
+        if not (isinstance(error, dist.DistError) or (type(error) is RuntimeError and _TALK.search(str(error)))):
             with suppress(RuntimeError):  # for those who will wait in vain
                 _store().set(f"{_KEY}/last words/{dist.get_rank()}", f"{type(error).__name__}: {error}"[:200])
             raise
@@ -83,7 +84,14 @@ def _missing(error: Exception, ranks: Sequence[int], began: float) -> str:
     if gone and 0 not in call.told:
         return f"{gone}: rank 0 died, or stopped by an error of its own"
     if not missing:
-        return "all ranks answer now: one did not come to this, or too late for the group's timeout"
+        ago = {rank: time.time() - told for rank, (_, told) in call.told.items()}  # by the clocks of their machines
+        old = [
+            f"rank {rank} told so {past:.0f} s ago and may have ended since"
+            for rank, past in ago.items()
+            if past > _SLACK
+        ]
+        late = "one did not come to this, or too late for the group's timeout"
+        return f"all ranks answered: {'; '.join([late, *old])}"
     if call.certain:
         return f"{words(missing)} is gone: it closed its connections and does not answer{_last_words(missing)}"
     do = "does not answer: it died, hangs or did not come to this"
@@ -93,22 +101,22 @@ def _missing(error: Exception, ranks: Sequence[int], began: float) -> str:
 
 
 class _Call:
-    """What each rank has told, by rank: whether it saw a connection closed, and did not only wait in vain."""
+    """What each rank has told and when, by rank: whether it saw a connection closed, and did not only wait in vain."""
 
     def __init__(self, store: Store, ranks: Sequence[int]) -> None:
         group = crc32(repr(tuple(ranks)).encode())
         _calls[group] += 1
-        self.store, self.told, self._ranks, self._read = store, dict[int, bool](), ranks, 0
+        self.store, self.told, self._ranks, self._read = store, dict[int, tuple[bool, float]](), ranks, 0
         self._key = f"{_KEY}/{group}/{_calls[group]}"
 
     @property
     def certain(self) -> bool:
         """Whether one rank only is missing and surely gone: a wait in vain closes connections of the living, too."""
-        return len(self.told) == len(self._ranks) - 1 and all(self.told.values())
+        return len(self.told) == len(self._ranks) - 1 and all(closed for closed, _ in self.told.values())
 
     def answer(self, *, closed: bool) -> None:
         number = self.store.add(f"{self._key}/count", 1)
-        self.store.set(f"{self._key}/{number}", f"{dist.get_rank()} {int(closed)}")
+        self.store.set(f"{self._key}/{number}", f"{dist.get_rank()} {int(closed)} {time.time()}")
 
     def wait(self, sure: float, until: float) -> None:
         while True:
@@ -129,8 +137,8 @@ class _Call:
         keys = [f"{self._key}/{number}" for number in range(self._read + 1, count + 1)]
         if keys and self.store.check(keys):  # counted first, told then
             for key in keys:
-                rank, closed = self.store.get(key).split()
-                self.told[int(rank)] = closed == b"1"
+                rank, closed, when = self.store.get(key).split()
+                self.told[int(rank)] = closed == b"1", float(when)
             self._read = count
 
 

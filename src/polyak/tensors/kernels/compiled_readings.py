@@ -65,6 +65,7 @@ def read(
         for f in range(len(functions)):
             answer[0] = 0  # some write half a word
             if _ask(functions[f], handles[i], place) != 0 or (f == 0 and answer[0] != dims[i]):
+                known[:] = -1  # it answers nothing: what is known of those behind it may be long ago
                 return False
             count = 1 if f < numbers else dims[i]
             found = carray(pointer(place if f < numbers else answer[0], answer), (count,))

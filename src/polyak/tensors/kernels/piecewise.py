@@ -78,7 +78,11 @@ def mixed(pairs: Pairs, rate: float, generators: Generators) -> None:
     """Move tensors towards weights of another dtype or on another device, converted in memory that is used again."""
     del generators
     averages = [average for average, _ in pairs]
-    _, weights = _converted("weights", averages, [weight for _, weight in pairs], averages[0].dtype)
+    memory = _memory(averages, averages[0].dtype, "weights")
+    starts = _starts(averages)
+    # Laid out as the averages, which have no holes.
+    weights = [memory.as_strided(t.shape, t.stride(), start) for t, start in zip(averages, starts, strict=False)]
+    copy_all(weights, [weight for _, weight in pairs])
     lerp_all(averages, weights, rate)
 
 
@@ -88,11 +92,13 @@ def stochastic(pairs: Pairs, rate: float, generators: Generators) -> None:
     Without it steps below the dtype's resolution are lost: a bfloat16 average at decay 0.9999 never moves.
     """
     averages = [average for average, _ in pairs]
-    exact, _ = _converted("averages", averages, averages, torch.float32)
-    exact.lerp_(_converted("weights", averages, [weight for _, weight in pairs], torch.float32)[0], rate)
+    exact, new = (_memory(averages, torch.float32, use) for use in ("averages", "weights"))
+    copy_all(_in_order(exact, averages), averages)
+    copy_all(_in_order(new, averages), [weight for _, weight in pairs])
+    exact.lerp_(new, rate)
     generator = generators(exact.device)
     rounded = _cut_bits(exact, generator) if averages[0].dtype == torch.bfloat16 else _choose(exact, generator)
-    copy_all(averages, _cut(rounded, averages))
+    copy_all(averages, _in_order(rounded, averages))
 
 
 def _pieces(average: Tensor, weight: Tensor) -> list[list[tuple[Tensor, Tensor]]]:
@@ -102,22 +108,21 @@ def _pieces(average: Tensor, weight: Tensor) -> list[list[tuple[Tensor, Tensor]]
     return [[pair] for pair in both]
 
 
-def _converted(
-    use: str, like: Sequence[Tensor], tensors: Sequence[Tensor], dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor]]:
-    """Return tensors in a dtype, where others are and laid out as these: all as one, and its pieces."""
-    # In memory that is used again: new pages at every update take longer than the sums.
-    size, device = sum(tensor.numel() for tensor in like), like[0].device
-    memory = scratch(device, dtype, size, use) if size <= CHUNK else torch.empty(size, dtype=dtype, device=device)
-    pieces = _cut(memory, like)
-    copy_all(pieces, tensors)
-    return memory, pieces
+def _memory(like: Sequence[Tensor], dtype: torch.dtype, use: str) -> Tensor:
+    """Return memory for as many elements as some tensors have, used again: new pages take longer than the sums."""
+    return scratch(like[0].device, dtype, sum(tensor.numel() for tensor in like), use)
 
 
-def _cut(memory: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Return pieces of memory that are laid out as some tensors, which have no holes."""
-    starts: Iterator[int] = accumulate((tensor.numel() for tensor in like), initial=int(memory.storage_offset()))
-    return [memory.as_strided(t.shape, t.stride(), start) for t, start in zip(like, starts, strict=False)]
+def _starts(like: Sequence[Tensor]) -> Iterator[int]:
+    return accumulate((tensor.numel() for tensor in like), initial=0)
+
+
+def _in_order(memory: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return pieces of memory of the shapes of some tensors, in the order of their elements, however these lie.
+
+    So each element gets the same random number in any layout.
+    """
+    return [memory[start : start + t.numel()].view(t.shape) for t, start in zip(like, _starts(like), strict=False)]
 
 
 def _cut_bits(exact: Tensor, generator: torch.Generator) -> Tensor:

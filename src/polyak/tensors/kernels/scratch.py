@@ -14,18 +14,23 @@ CHUNK = 1 << 20
 
 
 class _Scratch(threading.local):
-    """Memory for one chunk of each kind on each device, of each thread: offloaded averages are moved on another one."""
+    """Memory for one chunk of each kind on each stream, of each thread: offloaded averages are moved on another one."""
 
     def __init__(self) -> None:
-        self.kept: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self.kept: dict[tuple[str, torch.device, torch.dtype, int], Tensor] = {}
 
 
 _SCRATCH = _Scratch()
 
 
 def scratch(device: torch.device, dtype: torch.dtype, size: int, use: str = "weights") -> Tensor:
-    """Return memory for so many elements, a chunk at most, which holds until it is asked for again for this use."""
-    memory = _SCRATCH.kept.get((use, device, dtype))
+    """Return memory for so many elements, good until it is asked for again for this use; above a chunk it is new."""
+    if size > CHUNK:
+        return torch.empty(size, dtype=dtype, device=device)
+    # What is enqueued on another stream may be read there still.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = use, device, dtype, stream
+    memory = _SCRATCH.kept.get(key)
     if memory is None or memory.numel() < size:
-        memory = _SCRATCH.kept[use, device, dtype] = torch.empty(CHUNK, dtype=dtype, device=device)
+        memory = _SCRATCH.kept[key] = torch.empty(CHUNK, dtype=dtype, device=device)
     return memory[:size]
