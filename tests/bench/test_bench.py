@@ -29,6 +29,9 @@ def net():
 def with_inputs():
     return net(), torch.randn(4, 4)
 
+def with_a_tuple_of_inputs():
+    return net(), (torch.randn(4, 4),)
+
 def broken():
     raise ValueError("no such\\nlayer")
 
@@ -145,6 +148,13 @@ def test_what_was_measured_before_ctrl_c_is_kept(monkeypatch):
 
     assert {one.case for one in report.rows} == {"update"}
     assert report.notes == ["Interrupted: what was measured until then is shown."]
+
+
+@pytest.mark.usefixtures("says")
+@pytest.mark.parametrize("callable_", ["with_inputs", "with_a_tuple_of_inputs"])
+def test_a_model_comes_with_its_inputs_in_either_form(callable_):
+    subject = build(f"tiny:{callable_}", torch.device("cpu"))
+    assert [tuple(tensor.shape) for tensor in subject.inputs] == [(4, 4)]
 
 
 @pytest.mark.parametrize(

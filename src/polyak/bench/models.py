@@ -133,10 +133,12 @@ def _imported(name: str) -> tuple[nn.Module, *tuple[Tensor, ...]]:
         message = f"the model {name!r} cannot be made: {type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(message) from error
     model, *inputs = made if isinstance(made, tuple) else (made,)
+    if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)):  # a module and a tuple of its inputs means the same
+        inputs = [*inputs[0]]
     if not isinstance(model, nn.Module) or not all(isinstance(tensor, Tensor) for tensor in inputs):
         message = (
             f"{name!r} made {type(made).__name__}; it must return a torch.nn.Module, or a tuple of one and the "
-            f"tensors that it is called with"
+            f"tensors that it is called with, as in `return model, x`"
         )
         raise ConfigError(message)
     return model, *inputs
