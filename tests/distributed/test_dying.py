@@ -8,7 +8,10 @@ from on_ranks import dying
 from on_ranks.start import free_port, run
 
 
-@pytest.mark.parametrize("acts", ["UPDATE", "SAVE", "APPLIED", "OTHERS"])
+@pytest.mark.parametrize(
+    "acts",
+    ["EACH", *(pytest.param(acts, marks=pytest.mark.distributed) for acts in ("UPDATE", "SAVE", "APPLIED", "OTHERS"))],
+)
 def test_a_rank_that_is_killed_is_named_by_all_others_and_nothing_is_changed(acts, tmp_path):
     run(5, [dying.killed], tmp_path, getattr(dying, acts), [free_port() for _ in range(3)], dying=[0, 2, 4])
 

@@ -101,9 +101,7 @@ def late(rank, folder):
     _impatient()
     if rank:
         time.sleep(2.5 * PATIENCE)
-        with pytest.raises(
-            polyak.DistributedError, match="all ranks answer now: one did not come to this, or too late"
-        ):
+        with pytest.raises(polyak.DistributedError, match="all ranks answered: one did not come to this, or too late"):
             averager.update()
         _get_default_store().set("told", "")
     else:
@@ -114,3 +112,4 @@ def late(rank, folder):
 
 
 UPDATE, SAVE, APPLIED, OTHERS = [_update] * 3, [_save] * 3, [_applied] * 3, [_gather, _compare, _load]
+EACH = [_update, _save, _applied]
