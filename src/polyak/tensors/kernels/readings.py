@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from abc import ABC, abstractmethod
 from functools import cache
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ _LISTS = ("sizes", "strides")  # of as many numbers as there are dimensions
 _VERSION = 24  # bytes from the beginning of a dictionary: behind its count of references, its type and its size
 
 
-class _Readings:
+class _Readings(ABC):
     """Remembers what was read last, which counts once it is confirmed."""
 
     def __init__(self) -> None:
@@ -46,9 +47,9 @@ class _Readings:
         """Let what was read last count: somebody has looked, and it is the model's."""
         self._confirmed = True
 
+    @abstractmethod
     def _read(self) -> bool:
         """Return whether all reads as it did last, and remember how it reads."""
-        raise NotImplementedError
 
 
 class Contents(_Readings):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Runs", "runs_of"]
 
 _SMALL = 1 << 12  # elements: larger ones take longer to be joined than a call does
-_WORTH = 4  # tensors that make a run
+_WORTH = 16  # tensors that make a run: with fewer, to join them takes as long as what it saves
 
 
 class _Run(NamedTuple):
