@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["FiniteCheck"]
 
@@ -36,12 +37,16 @@ class FiniteCheck:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
-        self._groups: dict[torch.device, dict[torch.dtype, _Group]] = {}
-        for tensor in tensors:
-            group = self._groups.setdefault(tensor.device, {}).setdefault(tensor.dtype, _Group([], []))
+
+    @cached_property
+    def _groups(self) -> Mapping[torch.device, Mapping[torch.dtype, _Group]]:
+        groups: dict[torch.device, dict[torch.dtype, _Group]] = {}
+        for tensor in self._tensors:
+            group = groups.setdefault(tensor.device, {}).setdefault(tensor.dtype, _Group([], []))
             # Joining reads each tensor's memory in its own order, which only plain tensors have.
             joins = tensor.numel() < _SMALL and tensor.layout == torch.strided and not tensor.is_conj()
             (group.small if joins else group.large).append(tensor)
+        return groups
 
     def __call__(self) -> bool:
         """Return whether all values are finite now."""

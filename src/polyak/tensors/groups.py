@@ -81,17 +81,18 @@ def grouped(lanes: Sequence[Lane]) -> list[Group]:
 
     Where there is too little of it, nothing has moved yet.
     """
-    names: dict[object, str] = {}
+    kinds = _Kinds(lanes)
     rows: dict[tuple[_Kind, tuple[int, ...]], tuple[list[Tensor], list[list[Stored]]]] = {}
-    for live, stored in _by_weight(lanes):
+    for moves, (weights, columns) in kinds.moves().items():
         alike: dict[_Kind, list[int]] = {}
-        for number in stored:
-            alike.setdefault(_kind(stored[number], live, lanes[number].kernel, number, names), []).append(number)
-        for kind, numbers in alike.items():
-            weights, own = rows.setdefault((kind, tuple(numbers)), ([], [[] for _ in numbers]))
-            weights.append(live)
-            for number, column in zip(numbers, own, strict=True):
-                column.append(stored[number])
+        for place, number in enumerate(moves):
+            alike.setdefault(kinds.known[number][1], []).append(place)
+        for kind, places in alike.items():
+            numbers = tuple([kinds.known[moves[place]][0] for place in places])
+            tensors, own = rows.setdefault((kind, numbers), ([], [[] for _ in places]))
+            tensors += weights
+            for place, column in zip(places, own, strict=True):
+                column.extend(columns[place])
     groups = []
     for (kind, moved), (weights, own) in rows.items():
         averages = [[stored.average for stored in column] for column in own]
@@ -101,18 +102,46 @@ def grouped(lanes: Sequence[Lane]) -> list[Group]:
     return sorted(groups, key=_scratch, reverse=True)
 
 
-def _kind(stored: Stored, live: Tensor, wanted: KernelName, lane: int, names: dict[object, str]) -> _Kind:
-    average = stored.average
-    kind = (average.device, average.dtype), (live.device, live.dtype)
-    # All that a kernel is chosen by: there are few such pairs, and to choose takes longer than to tell them apart.
-    alike = kind, type(live), average.stride() == live.stride(), dense(live), live.is_neg(), live.is_conj()
-    if (name := names.get(key := (stored.policy, wanted, *alike))) is None:
-        name = names[key] = kernel_for(average, live, wanted, copied=stored.policy == "copy")
-    # What is moved piece by piece, and what is copied, has a group for each lane.
-    # Parts of spread tensors draw random numbers of their own: ranks hold others beside them.
-    own_draws = stored.spread is not None and average.dtype in SHORT
-    alone = id(stored) if own_draws else lane if name in PIECEWISE or stored.policy == "copy" else 0
-    return _Kind(name, stored.policy, *kind, alone)
+class _Kinds:
+    """How lanes move their tensors, known by its number: to choose a kernel takes longer than to tell tensors apart.
+
+    Attributes:
+        known: For each number the lane and the kind.
+    """
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self._lanes = lanes
+        self._numbers: dict[object, int] = {}
+        self.known: list[tuple[int, _Kind]] = []
+
+    def moves(self) -> dict[tuple[int, ...], tuple[list[Tensor], list[list[Stored]]]]:
+        """Return the live tensors, and what is stored of them, by how they are moved in each lane that has them."""
+        found: dict[tuple[int, ...], tuple[list[Tensor], list[list[Stored]]]] = {}
+        for live, stored in _by_weight(self._lanes):
+            numbers = tuple([self._number(one, live, lane) for lane, one in stored.items()])
+            if numbers not in found:
+                found[numbers] = [], [[] for _ in numbers]
+            weights, columns = found[numbers]
+            weights.append(live)
+            for column, one in zip(columns, stored.values(), strict=True):
+                column.append(one)
+        return found
+
+    def _number(self, stored: Stored, live: Tensor, lane: int) -> int:
+        average, policy = stored.average, stored.policy
+        # Parts of spread tensors draw random numbers of their own: ranks hold others beside them.
+        alone = id(stored) if stored.spread is not None and average.dtype in SHORT else 0
+        # All that a kernel is chosen by.
+        layout = average.stride() == live.stride(), dense(live), live.is_neg(), live.is_conj()
+        key = lane, policy, average.device, average.dtype, live.device, live.dtype, type(live), layout, alone
+        if key not in self._numbers:
+            name = kernel_for(average, live, self._lanes[lane].kernel, copied=policy == "copy")
+            if name in PIECEWISE or policy == "copy":  # which have a group for each lane
+                alone = alone or lane
+            self._numbers[key] = len(self.known)
+            kind = _Kind(name, policy, (average.device, average.dtype), (live.device, live.dtype), alone)
+            self.known.append((lane, kind))
+        return self._numbers[key]
 
 
 def _by_weight(lanes: Sequence[Lane]) -> Iterable[tuple[Tensor, dict[int, Stored]]]:

@@ -27,7 +27,7 @@ __all__ = ["Offload", "crosses"]
 
 def crosses(average: Tensor, live: Tensor) -> bool:
     """Return whether a tensor on an accelerator is averaged on the CPU."""
-    return average.device.type == "cpu" and live.device.type not in {"cpu", "meta"}
+    return average.is_cpu and not (live.is_cpu or live.is_meta)
 
 
 class _Unmoved:

@@ -95,7 +95,7 @@ def refuse_sharded(model: nn.Module) -> None:
         ModelError: It has FSDP1 layers that shard or hide their parameters, or belongs to DeepSpeed's ZeRO.
     """
     fsdp1 = _loaded(*_FSDP1)
-    zero = any(name.startswith("deepspeed") for name in sys.modules)
+    zero = "deepspeed" in sys.modules
     for module in each_module(model) if fsdp1 or zero else ():
         if fsdp1 and isinstance(module, fsdp1) and (module.process_group.size() > 1 or not module._use_orig_params):  # noqa: SLF001 - FSDP1 has no public way to ask
             message = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from operator import add, attrgetter
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -54,12 +55,15 @@ class Runs(NamedTuple):
 
 def runs_of(lanes: Lanes, weights: Sequence[Tensor], most: int) -> Runs:
     """Return averages and weights with those joined that lie side by side in each lane, ``most`` elements at most."""
-    fit = [i for i, weight in enumerate(weights) if _joins(weight) and all(lane[i].is_contiguous() for lane in lanes)]
+    fit = [i for i, weight in enumerate(weights) if _joins(weight)]
+    for lane in lanes:
+        fit = [i for i in fit if lane[i].is_contiguous()]
     fit.sort(key=lambda i: lanes[0][i].data_ptr())
+    sizes = [weights[i].numel() for i in fit]
     runs: list[list[int]] = []
     room = 0
-    for before, i in pairwise([-1, *fit]):
-        if (size := weights[i].numel()) > room or not all(_follows(lane[before], lane[i]) for lane in lanes):
+    for follows, i, size in zip(_following([[lane[i] for i in fit] for lane in lanes]), fit, sizes, strict=True):
+        if size > room or not follows:
             runs.append([])
             room = most
         runs[-1].append(i)
@@ -83,9 +87,16 @@ def _joins(weight: Tensor) -> bool:
     return plain and weight.dim() == 1 and 0 < weight.numel() <= _SMALL and weight.is_contiguous()
 
 
-def _follows(before: Tensor, average: Tensor) -> bool:
-    same = before._base is not None and before._base is average._base  # noqa: SLF001 - torch has no public way to read it
-    return same and before.data_ptr() + before.nbytes == average.data_ptr()
+def _following(lanes: Lanes) -> list[bool]:
+    """Return for each average whether it lies behind the one before it, in the same tensor, in all lanes."""
+    found = [True] * len(lanes[0])
+    for lane in lanes:
+        starts, sizes = [*map(Tensor.data_ptr, lane)], [*map(attrgetter("nbytes"), lane)]
+        bases = [*map(attrgetter("_base"), lane)]
+        ends = [0, *map(add, starts, sizes)]
+        same = [False, *(a is b and a is not None for a, b in pairwise(bases))]
+        found = [f and s and start == end for f, s, start, end in zip(found, same, starts, ends, strict=False)]
+    return found
 
 
 def _across(first: Tensor, size: int) -> Tensor:
