@@ -14,7 +14,8 @@ from polyak.__main__ import main
 from polyak.bench import CASES, MODELS, Settings, measure
 from polyak.bench.cases.bank import SIZES
 from polyak.bench.cases.precision import PAIRS
-from polyak.bench.cases.scaling import SERIES
+from polyak.bench.cases.scaling import SERIES, scaling
+from polyak.bench.limit import LIMITS
 from polyak.bench.models import build, size
 from polyak.bench.settings import kernel_names
 from polyak.errors import ConfigError, MissingExtraError
@@ -117,6 +118,20 @@ def test_every_case_of_one_process_runs(says, tmp_path):
     assert [one for one in rows if one["group"] == "polyak" and one["remark"] and one["case"] != "scaling"] == []
     for case in cases:
         assert CASES[case].title in out
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("gigabytes", "subjects"), [(1.0, 4), (8e-6, 2), (1e-6, 0)])
+def test_models_too_large_for_all_are_measured_with_fewer_and_that_is_told(gigabytes, subjects, monkeypatch):
+    monkeypatch.setattr("polyak.bench.cases.scaling.available", lambda device: int(gigabytes * 1e9))
+    monkeypatch.setitem(SERIES, "100 tensors", SERIES["100 tensors"]._replace(counts=(400,)))
+    settings = Settings(kernels=("auto", "loop"), against=(), seconds=1.0)
+
+    found = [row for row in scaling(settings) if row.model == "100 tensors"]
+    told = [row.remark for row in found if row.subject == "-"]
+    assert [row.subject for row in found if row.milliseconds] == ["polyak auto", "polyak loop", *LIMITS][:subjects]
+    said = {4: [], 2: ["partly measured: all of it needs 0 GB"], 0: ["not measured: all of it needs 0 GB"]}[subjects]
+    assert [one[:36] for one in told] == [one[:36] for one in said]
 
 
 def test_a_kernel_that_cannot_run_here_is_a_row_with_the_reason(monkeypatch):
