@@ -123,7 +123,8 @@ def test_every_case_of_one_process_runs(says, tmp_path):
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("gigabytes", "subjects"), [(1.0, 4), (8e-6, 2), (1e-6, 0)])
 def test_models_too_large_for_all_are_measured_with_fewer_and_that_is_told(gigabytes, subjects, monkeypatch):
-    monkeypatch.setattr("polyak.bench.cases.scaling.available", lambda device: int(gigabytes * 1e9))
+    module = sys.modules[scaling.__module__]
+    monkeypatch.setattr(module, "available", lambda device: int(gigabytes * 1e9))
     monkeypatch.setitem(SERIES, "100 tensors", SERIES["100 tensors"]._replace(counts=(400,)))
     settings = Settings(kernels=("auto", "loop"), against=(), seconds=1.0)
 
