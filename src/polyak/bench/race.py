@@ -123,9 +123,9 @@ def _one_round(
     if before is not None:
         before()
     for name in order:
+        already = _waited()  # which reads files: what was warm would be cold again
         for _ in range(warm):
             calls[name]()
-        already = _waited()
         took = seconds(calls[name], device)
         samples.add(name, took, _waited() - already)
 
