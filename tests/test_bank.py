@@ -123,12 +123,24 @@ def test_a_state_resumes_all_averages_exactly_and_is_loaded_whole_or_not():
     [
         ({}, "expected what bank.state_dict"),
         ([], "expected what bank.state_dict"),
+        ({"format": 1, "slots": {}}, "this is one averager's: bank"),
         ({"bank": {"other": {}}}, r"that of a bank of \['other'\], and this one has \['a'\]"),
     ],
 )
 def test_what_is_no_state_of_this_bank_is_refused(state, says):
     with pytest.raises(polyak.StateError, match=says):
         polyak.bank(mlp(), {"a": "ema"}).load_state_dict(state)
+
+
+def test_the_state_of_a_bank_is_refused_by_an_averager_which_can_load_one_of_its_averages():
+    bank, averager = polyak.bank(mlp(), {"a": "ema", "b": "swa"}), polyak.average(mlp(), "ema")
+    bank.update()
+    state = bank.state_dict()
+    with pytest.raises(polyak.StateError, match=r"that of a bank of \['a', 'b'\].*state\['bank'\]\[name\]"):
+        averager.load_state_dict(state)
+    assert averager.n == 0
+    averager.load_state_dict(state["bank"]["a"])
+    assert averager.n == 1
 
 
 @pytest.mark.parametrize(

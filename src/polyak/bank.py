@@ -144,6 +144,8 @@ class Bank(Mapping[str, "Averager"]):
         states = state.get("bank") if isinstance(state, Mapping) else None
         if not isinstance(states, Mapping):
             message = "expected what bank.state_dict() returned, a mapping with the key 'bank'"
+            if isinstance(state, Mapping) and "slots" in state:
+                message += "; this is one averager's: bank[name].load_state_dict(state)"
             raise StateError(message)
         if {*states} != {*self}:
             message = f"the state is that of a bank of {sorted(states)}, and this one has {sorted(self)}"

@@ -161,6 +161,12 @@ def check_format(raw: Mapping[str, Any]) -> None:
         StateError: It is.
     """
     version = raw.get("format") if isinstance(raw, Mapping) else None
+    if isinstance(version, int) and isinstance(raw.get("bank"), Mapping):
+        message = (
+            f"the state is that of a bank of {sorted(raw['bank'])}; load it into such a bank, "
+            "or one of them: averager.load_state_dict(state['bank'][name])"
+        )
+        raise StateError(message)
     if not isinstance(version, int):
         message = f"expected what averager.state_dict() returned (a mapping with 'format': {FORMAT}); got {_kind(raw)}"
         raise StateError(message)
@@ -226,8 +232,11 @@ def _spread_otherwise(tensor: Tensor, own: Stored) -> str:
     if spread is None or own.spread is None:
         return "" if spread is own.spread else f"{layout(spread)}, expected {layout(own.spread)}"
     # Strides say only how a whole one would lie.
-    same = (spread.mesh, spread.placements) == (own.spread.mesh, own.spread.placements)
-    return "" if same else f"{layout(spread)}, expected {layout(own.spread)}"
+    if (spread.mesh, spread.placements) != (own.spread.mesh, own.spread.placements):
+        return f"{layout(spread)}, expected {layout(own.spread)}"
+    # A file of one rank, read by another: the mesh in it remembers whose it is.
+    part, wanted = spread.replicas, own.spread.replicas
+    return "" if part == wanted else f"the part at {part} of the mesh, expected that at {wanted}"
 
 
 def _received(tensor: Tensor, own: Stored) -> Tensor:

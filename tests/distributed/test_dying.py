@@ -16,5 +16,10 @@ def test_a_rank_that_is_killed_is_named_by_all_others_and_nothing_is_changed(act
     run(5, [dying.killed], tmp_path, getattr(dying, acts), [free_port() for _ in range(3)], dying=[0, 2, 4])
 
 
+@pytest.mark.parametrize("check", ["unwritten", "unmeasured"])
+def test_a_rank_that_is_killed_leaves_no_part_of_a_snapshot_or_of_statistics(check, tmp_path):
+    run(2, [getattr(dying, check)], tmp_path, dying=[1])
+
+
 def test_a_rank_that_is_only_late_is_not_called_dead(tmp_path):
     run(2, [dying.late], tmp_path)

@@ -111,5 +111,45 @@ def late(rank, folder):
     assert averager.n == 0
 
 
+def unwritten(rank, folder):
+    """A rank dies before the last snapshot: none of it is written, and those before are whole."""
+    averager = polyak.average(fsdp(built()), "ema", decay=0.5, buffers="skip")
+    recorder = polyak.posthoc.Recorder(averager, folder, every=2, blocks=False)
+    for _ in range(3):
+        averager.update()
+    dist.barrier()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    _impatient()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(polyak.DistributedError, match=r"gather a snapshot: rank 1 (is gone|does not).*All ranks build"):
+        recorder.close()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert len(before) == 2  # the weights at the start, and the average at step 2
+
+
+def unmeasured(rank, folder):
+    """A rank dies before the statistics of batch norm are joined: the model has its own weights and statistics."""
+    model = fsdp(built())
+    averager = polyak.average(model, "ema", decay=0.5)
+    averager.update()
+    held = {name: getattr(t, "_local_tensor", t).clone() for name, t in averager.averages.items()}
+    live = {name: getattr(t, "_local_tensor", t).clone() for name, t in model.state_dict().items()}
+
+    def batches():
+        yield torch.arange(6)
+        _impatient()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(
+        polyak.DistributedError, match=r"statistics of batch norm: rank 1 (is gone|does not).*All ranks"
+    ):
+        polyak.recalibrate(averager, batches())
+    assert not averager.is_applied
+    same({name: getattr(t, "_local_tensor", t) for name, t in averager.averages.items()}, held)
+    same({name: getattr(t, "_local_tensor", t) for name, t in model.state_dict().items()}, live)
+
+
 UPDATE, SAVE, APPLIED, OTHERS = [_update] * 3, [_save] * 3, [_applied] * 3, [_gather, _compare, _load]
 EACH = [_update, _save, _applied]

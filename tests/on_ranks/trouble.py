@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import polyak
@@ -135,6 +136,31 @@ def a_folder_that_one_rank_cannot_see_is_refused_by_all(rank, folder):
     assert averager.n == 1
 
 
+def a_file_of_one_rank_is_refused_by_another_which_holds_other_parts(rank, folder):
+    # Even shards: by their shapes nobody could tell.
+    layer = nn.Linear(4, 2 * dist.get_world_size(), bias=False)
+    averager = polyak.average(fully_shard(layer), "swa")
+    for _ in range(2):
+        averager.update()
+    torch.save(averager.state_dict(), Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    other = torch.load(Path(folder) / f"{1 - rank}.pt", weights_only=False)
+    before = averager.averages["weight"].to_local().clone()
+    with pytest.raises(
+        polyak.StateError, match=rf"the part at \({1 - rank},\) of the mesh, expected that at \({rank},\)"
+    ):
+        averager.load_state_dict(other)
+    assert torch.equal(averager.averages["weight"].to_local(), before)
+    averager.load_state_dict(torch.load(Path(folder) / f"{rank}.pt", weights_only=False))
+    dist.barrier()
+    # Replicas hold the same.
+    pair = models.init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("copy", "shard"))
+    averager = polyak.average(fully_shard(nn.Linear(4, 2, bias=False), mesh=pair), "swa")
+    torch.save(averager.state_dict(), Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    averager.load_state_dict(torch.load(Path(folder) / f"{1 - rank}.pt", weights_only=False))
+
+
 ALL = [
     ddp_averages_are_alike_and_told_apart,
     shards_are_compared_with_their_replicas_only,
@@ -145,4 +171,5 @@ ALL = [
     one_rank_may_average_for_all,
     fsdp1_is_refused_with_the_way_out,
     a_folder_that_one_rank_cannot_see_is_refused_by_all,
+    a_file_of_one_rank_is_refused_by_another_which_holds_other_parts,
 ]

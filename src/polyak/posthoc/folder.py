@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Folder"]
 
-_REST = "All ranks record; this snapshot was not written, and those before are whole."
+_REST = "All ranks build the recorder, update and close it; this snapshot was not written, and those before are whole."
 
 
 class Folder:
@@ -135,7 +135,7 @@ class Folder:
                 problem = type(error).__name__, str(error)
             except Exception as error:  # noqa: BLE001 - the others wait to be told
                 problem = "SnapshotError", f"{type(error).__name__}: {error}"
-        told = from_first(self._meshes, problem, f"let rank {self._first} write to {str(self.path)!r}")
+        told = from_first(self._meshes, problem, f"let rank {self._first} write to {str(self.path)!r}", _REST)
         if told is not None:
             msg = f"rank {self._first}: {told[1]}"
             raise getattr(errors, told[0], errors.SnapshotError)(msg)

@@ -42,14 +42,20 @@ def agreement(meshes: Sequence[DeviceMesh]) -> Callable[[bool], bool] | None:
     return all_said_yes
 
 
-def from_first(meshes: Sequence[DeviceMesh], message: Any, purpose: str) -> Any:  # noqa: ANN401 - whatever the first one says
+def from_first(meshes: Sequence[DeviceMesh], message: Any, purpose: str, rest: str) -> Any:  # noqa: ANN401 - whatever the first one says
     """Return what the first of the ranks that share a model says.
+
+    Args:
+        meshes: The ranks.
+        message: What this one says, if it is the first.
+        purpose: What cannot be done where a rank does not answer.
+        rest: What that means, and what to do.
 
     Raises:
         DistributedError: A rank does not answer.
     """
     box = [message]
-    with answered(purpose, ranks=ranks_of(meshes)):
+    with answered(purpose, rest, ranks=ranks_of(meshes)):
         # Along one dimension after the other, as from a corner.
         for group, source in _groups(meshes):
             dist.broadcast_object_list(box, src=source, group=group)
