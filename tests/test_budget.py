@@ -115,6 +115,19 @@ def test_the_command_prints_the_figures_and_the_cadence():
     assert "every=2 keeps it under 0.1%." in result.output
 
 
+@pytest.mark.parametrize(("short", "long"), [("70B", "70e9"), ("124m", "124e6"), ("1.5T", "1.5e12"), ("8k", "8000")])
+def test_numbers_may_be_written_short(short, long):
+    said = [CliRunner().invoke(app, ["plan", "--params", params, "--tokens", "1M"]).output for params in (short, long)]
+    assert said[0] == said[1]
+    assert "checkpoint" in said[0]
+
+
+def test_a_number_that_is_none_is_refused_with_what_is_one():
+    result = CliRunner().invoke(app, ["plan", "--params", "7X"])
+    assert result.exit_code == 2
+    assert "got '7X'; expected a number, such as 70e9 or" in result.stderr
+
+
 def test_the_command_answers_a_wrong_number_in_one_line():
     result = CliRunner().invoke(app, ["plan", "--params", "7e9", "--ranks", "8", "--replicas", "3"])
     assert result.exit_code == 2

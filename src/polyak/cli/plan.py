@@ -13,10 +13,21 @@ from polyak.cli.told import told
 __all__ = ["plan"]
 
 _SHARES = (0.001, 0.01, 0.05)
+_TIMES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
+def _count(text: str) -> float:
+    """Return a number that is written as 70e9 or 70B."""
+    times = _TIMES.get(text[-1:].upper())
+    try:
+        return float(text) if times is None else float(text[:-1]) * times
+    except ValueError:
+        message = f"got {text!r}; expected a number, such as 70e9 or 70B (K, M, B and T are 1e3, 1e6, 1e9 and 1e12)"
+        raise typer.BadParameter(message) from None
 
 
 def plan(  # noqa: PLR0913, PLR0917 - typer makes an option of each
-    params: Annotated[float, typer.Option(help="Values in the model: 70e9 for 70 B.")],
+    params: Annotated[float, typer.Option(parser=_count, help="Values in the model: 70e9, or 70B.")],
     ranks: Annotated[int, typer.Option(help="Processes, one accelerator each.")] = 1,
     replicas: Annotated[int, typer.Option(help="Copies of the sharded model (HSDP); as many as ranks: DDP.")] = 1,
     weights: Annotated[
@@ -27,7 +38,9 @@ def plan(  # noqa: PLR0913, PLR0917 - typer makes an option of each
     averages: Annotated[int, typer.Option(help="How many there are, as in a bank.")] = 1,
     unchecked: Annotated[bool, typer.Option("--unchecked", help='As with nonfinite="propagate".')] = False,  # noqa: FBT002 - a flag
     step: Annotated[float | None, typer.Option(help="Seconds that a training step takes.")] = None,
-    tokens: Annotated[float | None, typer.Option(help="Tokens in a step of all ranks, in place of --step.")] = None,
+    tokens: Annotated[
+        float | None, typer.Option(parser=_count, help="Tokens in a step of all ranks, in place of --step: 4M.")
+    ] = None,
     memory: Annotated[float, typer.Option(help="GB/s of an accelerator's memory.")] = 3350,
     link: Annotated[float, typer.Option(help="GB/s from an accelerator to the host.")] = 25,
     host: Annotated[float, typer.Option(help="GB/s of a host's memory, for all of its ranks.")] = 300,
