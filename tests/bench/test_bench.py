@@ -33,6 +33,9 @@ def with_inputs():
 def with_a_tuple_of_inputs():
     return net(), (torch.randn(4, 4),)
 
+def with_wrong_inputs():
+    return net(), torch.randn(4, 5)
+
 def broken():
     raise ValueError("no such\\nlayer")
 
@@ -189,6 +192,7 @@ def test_a_model_comes_with_its_inputs_in_either_form(callable_):
         (["--model", "nowhere:net"], "the model 'nowhere:net' cannot be made: ModuleNotFoundError"),
         (["--model", "tiny:other"], "'tiny:other' made dict; it must return a torch.nn.Module"),
         (["step", "--model", "tiny:net", *QUICK], "does not know what to call it with"),
+        (["step", "--model", "tiny:with_wrong_inputs", *QUICK], "cannot train 'tiny:with_wrong_inputs' on its inputs"),
     ],
 )
 def test_what_cannot_be_measured_is_said_in_one_line(says, arguments, message):

@@ -31,7 +31,7 @@ def step(subject: Subject, settings: Settings) -> list[Row]:
     """Return the time of an update right after a training step, and its share of that step.
 
     Raises:
-        ConfigError: Nobody knows what the model is called with.
+        ConfigError: Nobody knows what the model is called with, or it raises when it is trained.
     """
     if not subject.inputs:
         message = (
@@ -41,7 +41,12 @@ def step(subject: Subject, settings: Settings) -> list[Row]:
         raise ConfigError(message)
     field = Field(subject.model, entrants(settings))
     train, steps = _training(subject), list[float]()
-    train()
+    try:
+        train()
+    except Exception as error:  # the model is the user's: it may raise anything
+        told = " ".join(str(error).split())
+        message = f"the case 'step' cannot train {subject.name!r} on its inputs: {type(error).__name__}: {told}"
+        raise ConfigError(message) from error
     field.warm_up()
 
     def before() -> None:
