@@ -51,7 +51,9 @@ def install(session: nox.Session, *args: str) -> None:
 
 def pytest(session: nox.Session, *args: str) -> None:
     """Run pytest on at most four cores, in an order that is shuffled and always the same."""
-    options = ["--numprocesses=auto", "--maxprocesses=4", "--randomly-seed=1", *args, *session.posargs]
+    # All tests of a module stay on one worker: many share what it makes once.
+    workers = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadscope"]
+    options = [*workers, "--randomly-seed=1", *args, *session.posargs]
     session.run("python", "-m", "pytest", *options, env={"OMP_NUM_THREADS": "1"})
 
 

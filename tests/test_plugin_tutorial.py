@@ -55,9 +55,6 @@ for command in sys.argv[1:]:
 """
 
 
-pytestmark = pytest.mark.xdist_group("plugin tutorial")  # one run for all tests here
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Return the folder of the page's files, with their distribution installed in its subfolder ``site``."""

@@ -85,7 +85,11 @@ def test_the_command_tells_time_and_bytes_on_each_number_of_ranks(tmp_path, monk
     ("model", "told"),
     [
         ("breaks_on_one", r"rank 1 of 2 failed on 'tiny:breaks_on_one' \(status 1\): ConfigError: .*no such layer"),
-        ("dies_on_one", r"rank 1 of 2 failed on 'tiny:dies_on_one' \(status -9\): no word"),
+        pytest.param(
+            "dies_on_one",
+            r"rank 1 of 2 failed on 'tiny:dies_on_one' \(status -9\): no word",
+            marks=pytest.mark.distributed,
+        ),
     ],
     ids=["breaks", "dies"],
 )

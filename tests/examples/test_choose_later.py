@@ -40,9 +40,6 @@ def figures(out, label):
     return [float(figure) for figure in line.removeprefix(label).split()]
 
 
-pytestmark = pytest.mark.xdist_group("choose later")  # one run for all tests here
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One run as from the command line: what it printed, and its folder."""

@@ -332,7 +332,6 @@ def interpreted():
     return json.loads(child.stdout)
 
 
-@pytest.mark.xdist_group("interpreter")  # one child for all
 @pytest.mark.parametrize("check", CHECKS)
 def test_in_the_interpreter(interpreted, check):
     assert interpreted[check] == "", interpreted[check]
