@@ -1,4 +1,4 @@
-"""Where averages lie: in blocks, with large tensors in storages of their own."""
+"""Where averages lie: small ones side by side in one tensor, large ones in storages of their own."""
 
 from __future__ import annotations
 
@@ -39,20 +39,10 @@ def test_a_large_copy_is_no_view_and_its_file_holds_nothing_else():
         file = io.BytesIO()
         torch.save(copies[large], file)
         assert len(file.getvalue()) < copies[large].nbytes + 4096
-    starts = [copies[i].data_ptr() for i in (0, 2, 3)]
     assert len({copies[i].untyped_storage().data_ptr() for i in (0, 2, 3)}) == 3
-    assert all(start % 64 == 0 for start in starts)
     before = [copy.clone() for copy in copies]
     copies[0].fill_(7)
     assert all(torch.equal(copy, old) for copy, old in zip(copies[1:], before[1:], strict=True))
-
-
-def test_copies_live_on_when_the_others_are_gone():
-    tensors = laid_out()
-    (last,) = clones(tensors, [(CPU, torch.float32)] * len(tensors))[2:3]
-    for _ in range(3):
-        clones(tensors, [(CPU, torch.float32)] * len(tensors))  # would take memory that was freed
-    assert torch.equal(last, tensors[2])
 
 
 @pytest.mark.parametrize("number", range(5))
@@ -63,10 +53,10 @@ def test_autograd_lets_copies_be_written_to_that_were_made_without_it(number):
     assert copies[number].grad_fn is not None
 
 
-def test_many_small_tensors_may_be_more_than_a_large_block():
-    tensors = [torch.full((1000,), float(i)) for i in range(1200)]  # 4.8 MB
-    copies = clones(tensors, [(CPU, torch.float32)] * 1200)
+def test_small_copies_are_views_of_one_tensor_each_at_the_beginning_of_a_line():
+    tensors = [torch.full((i,), float(i)) for i in range(1, 200)]
+    copies = clones(tensors, [(CPU, torch.float32)] * len(tensors))
     assert len({copy.untyped_storage().data_ptr() for copy in copies}) == 1
     assert copies[0]._base is copies[-1]._base
-    assert copies[0]._base.dtype == torch.float32
+    assert all(copy.storage_offset() % 16 == 0 for copy in copies)
     assert all(map(torch.equal, copies, tensors))
