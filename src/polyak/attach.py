@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from polyak.tensors.entries import Model
 
-__all__ = ["Attachment", "attach"]
+__all__ = ["Attachment", "Update", "attach", "attached"]
 
 
 class _Updates(Protocol):
@@ -105,13 +105,19 @@ def attach(optimizer: Optimizer, averager: _Updates) -> Attachment:
         >>> averager.n
         2
     """
-    if any(isinstance(hook, _Update) and hook.averager is averager for hook in _hooks(optimizer).values()):
+    return attached(optimizer, Update(averager))
+
+
+def attached(optimizer: Optimizer, update: Update) -> Attachment:
+    """Do what ``attach`` says with a hook that is given."""
+    averager = update.averager
+    if any(isinstance(hook, Update) and hook.averager is averager for hook in _hooks(optimizer).values()):
         message = "this averager is attached to this optimiser already, and would be updated twice per step"
         raise ConfigError(message)
     _refuse_no_averager(averager)
     if hasattr(averager, "model"):
         _refuse_stranger(optimizer, averager.model)
-    handles = [optimizer.register_step_post_hook(_Update(averager))]
+    handles = [optimizer.register_step_post_hook(update)]
     if isinstance(averager, Guarded):
         # An offloaded update may still be reading the weights that the optimiser is about to overwrite.
         handles.append(optimizer.register_step_pre_hook(lambda *_: averager.release()))
@@ -122,13 +128,18 @@ def attach(optimizer: Optimizer, averager: _Updates) -> Attachment:
     return Attachment(None, handles)
 
 
-class _Update:
-    """The hook behind a step."""
+class Update:
+    """The hook behind a step.
+
+    Attributes:
+        averager: What it updates.
+    """
 
     def __init__(self, averager: _Updates) -> None:
         self.averager = averager
 
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401, ARG002 - torch's signature
+        """Update the averager, unless the step was left out."""
         # A GradScaler calls fused optimisers for a step that is left out, too, and tells them so by this attribute.
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None and bool(overflow):

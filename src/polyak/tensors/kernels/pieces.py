@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from polyak.tensors.kernels.kernel import Lanes
 
-__all__ = ["Places"]
+__all__ = ["Cut", "Places"]
 
 _PIECE = 1 << 14  # elements: the weights of a piece stay in the cache while each lane is moved
 _CALL = 64  # elements that could be moved in the time that a piece costs beside its elements
@@ -24,8 +24,39 @@ _ALONE = 1 << 20  # elements: below, waking another thread takes longer than the
 _SLICES = 8  # for each thread: a core that others use takes fewer
 
 
+class Cut:
+    """Tensors cut into pieces that fit the cache, and runs of pieces that are equal amounts of work.
+
+    Args:
+        sizes: The elements of each tensor.
+
+    Attributes:
+        tensors: The number of each piece's tensor.
+        sizes: The elements of each piece.
+        bounds: The first piece of each slice and that after its last.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        counts = [-(-size // _PIECE) for size in sizes]
+        self.tensors = np.repeat(np.arange(len(sizes)), counts)
+        within = np.arange(sum(counts)) - np.repeat(np.cumsum([0, *counts[:-1]]), counts)
+        self._offset = (within * _PIECE).astype(np.uint64)
+        self.sizes = np.minimum(np.asarray(sizes, np.int64)[self.tensors] - within * _PIECE, _PIECE)
+        # A piece costs its elements and a call.
+        work = np.cumsum(self.sizes + _CALL)
+        slices = _SLICES * torch.get_num_threads() if sum(sizes) >= _ALONE else 1
+        cuts = np.searchsorted(work, np.linspace(0, work[-1] if len(work) else 0, slices + 1))
+        cuts[0], cuts[-1] = 0, len(work)
+        self.bounds = [(first, last) for first, last in pairwise(cuts.tolist()) if first < last]
+
+    def addresses(self, starts: NDArray[np.uint64], unit: int) -> NDArray[np.uint64]:
+        """Return where each piece begins, lanes × pieces; ``unit`` is the bytes of an element."""
+        addresses: NDArray[np.uint64] = starts[:, self.tensors] + self._offset * np.uint64(unit)
+        return addresses
+
+
 class Places:
-    """Addresses of tensors cut into pieces that fit the cache, and runs of pieces that are equal amounts of work.
+    """Addresses of pieces of tensors; see ``Cut``.
 
     Args:
         lanes: The averages of each lane.
@@ -48,7 +79,8 @@ class Places:
         self.counted = [*{id(t) if t._base is None else id(t._base): t for t in self._averages}.values()]  # noqa: SLF001 - torch has no public way to read it
         self._anchored: list[int] = []
         self.sources, self.targets = np.empty(0, np.uint64), np.empty((len(lanes), 0), np.uint64)
-        self._cut([tensor.nbytes if in_bytes else tensor.numel() for tensor in weights])
+        self._cut = Cut([tensor.nbytes if in_bytes else tensor.numel() for tensor in weights])
+        self.sizes, self.bounds = self._cut.sizes, self._cut.bounds
 
     def look(self, *, moved: bool) -> None:
         """Find the tensors anew, where the weights moved or the averages did."""
@@ -59,21 +91,7 @@ class Places:
             self.targets = self._addresses(self._averages, self._units[1])
             self._anchored = anchored
 
-    def _cut(self, sizes: Sequence[int]) -> None:
-        counts = [-(-size // _PIECE) for size in sizes]
-        self._tensor = np.repeat(np.arange(len(sizes)), counts)
-        within = np.arange(sum(counts)) - np.repeat(np.cumsum([0, *counts[:-1]]), counts)
-        self._offset = (within * _PIECE).astype(np.uint64)
-        self.sizes = np.minimum(np.asarray(sizes, np.int64)[self._tensor] - within * _PIECE, _PIECE)
-        # A piece costs its elements and a call.
-        work = np.cumsum(self.sizes + _CALL)
-        slices = _SLICES * torch.get_num_threads() if sum(sizes) >= _ALONE else 1
-        cuts = np.searchsorted(work, np.linspace(0, work[-1] if len(work) else 0, slices + 1))
-        cuts[0], cuts[-1] = 0, len(work)
-        self.bounds = [(first, last) for first, last in pairwise(cuts.tolist()) if first < last]
-
     def _addresses(self, tensors: Sequence[Tensor], unit: int) -> NDArray[np.uint64]:
         """Return where each piece begins, lanes × pieces."""
         starts = np.array([*map(Tensor.data_ptr, tensors)], np.uint64).reshape(-1, len(self._weights))
-        addresses: NDArray[np.uint64] = starts[:, self._tensor] + self._offset * np.uint64(unit)
-        return addresses
+        return self._cut.addresses(starts, unit)

@@ -1,0 +1,235 @@
+"""AdamW that moves an average on its way."""
+
+from __future__ import annotations
+
+import inspect
+from operator import is_, itemgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from typing_extensions import override
+
+from polyak.attach import Update, attached
+from polyak.engine import Engine
+from polyak.optim.one_pass import OnePass
+from polyak.tensors.kernels import reads
+from polyak.tensors.kernels.adamw import AdamWCPU, Hyper
+from polyak.tensors.modes import Untracked
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+    from torch.optim import Optimizer
+    from torch.optim.optimizer import ParamsT
+
+    from polyak.averager import Averager
+    from polyak.bank import Bank
+
+__all__ = ["AdamW"]
+
+_SLOWER = ("amsgrad", "foreach", "capturable", "differentiable")
+
+
+class AdamW(torch.optim.AdamW):
+    """``torch.optim.AdamW`` whose ``step()`` updates an averager, too: in one pass over memory where that can be.
+
+    ``m += (1 - beta1) * (g - m)``, ``v = beta2 * v + (1 - beta2) * g**2``,
+    ``w = w * (1 - lr * weight_decay) - lr * (m / (1 - beta1**t)) / (sqrt(v / (1 - beta2**t)) + eps)``, and at once
+    ``average += rate * (w - average)``.
+
+    What it does is what ``torch.optim.AdamW(..., fused=True)`` does with the averager attached (``polyak.attach``):
+    the same numbers, hooks, schedulers, closures and state dicts. One pass is made of float32 parameters on the CPU
+    with Numba (``pip install "polyak[fast]"``) for an averager built with ``nonfinite="propagate"``, whose other
+    settings look at the new weights before they move an average. Whatever does not fit makes the step slower, and no
+    other: ``describe()`` says what it was.
+
+    Args:
+        params: As in torch; so are all that are not told here.
+        averager: What ``polyak.average`` or ``polyak.bank`` returned for the model; None for torch's AdamW alone.
+            Do not attach it, nor update it in the loop. Copied optimisers have none.
+        fused: None: as True for floating parameters on the CPU, elsewhere as in torch.
+
+    Attributes:
+        one_pass: Whether the last step was made in one pass.
+
+    Raises:
+        ConfigError: It is no averager.
+        MismatchError: The optimiser changes no tensor of the averager's model.
+        UnboundError: The averager has no model (it was unpickled).
+
+    Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019 (arXiv 1711.05101); numbers and
+    state as in torch 2.15, ``fused=True`` on CPUs.
+
+    Often confused with: an optimiser that trains with the average (Lookahead, schedule-free AdamW). The weights here
+    are those of AdamW, whatever the average does.
+
+    Examples:
+        >>> import polyak, polyak.optim, torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> averager = polyak.average(model, "ema", decay=0.9, nonfinite="propagate")
+        >>> optimizer = polyak.optim.AdamW(model.parameters(), lr=3e-4, averager=averager)
+        >>> for _ in range(3):
+        ...     model(torch.ones(1, 2)).sum().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> averager.n
+        3
+    """
+
+    one_pass = False
+    _why = "no step was made yet"
+    _averager: Averager | Bank | None = None
+    _pass: OnePass | None = None
+    _kernel: AdamWCPU | None = None
+    _counts: Sequence[int] = ()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,  # noqa: FBT001, FBT002 - torch's signature
+        *,
+        averager: Averager | Bank | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        more: dict[str, Any] = {"foreach": foreach, "capturable": capturable, "differentiable": differentiable}
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, fused=fused, **more)
+        self._averager = averager
+        if averager is not None:
+            attached(self, _Otherwise(averager))
+            self._pass = OnePass(averager) if isinstance(averager, Engine) else None
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        _choose(self.param_groups[-1])
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            _choose(group)
+
+    @override
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make a step, then the update that is due: both or neither.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            The loss that the closure returned, if any.
+        """
+        self.one_pass = False
+        if torch.compiler.is_compiling():
+            return _torchs(self, closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._why = self._hindrance() or self._together()
+        self.one_pass = not self._why
+        if not self.one_pass:
+            _torchs(self)
+        return loss
+
+    def describe(self) -> str:
+        """Return in words how the last step was made."""
+        if self.one_pass:
+            return "AdamW and the average in one pass"
+        return f"torch's AdamW, then averager.update(): {self._why}"
+
+    def _hindrance(self) -> str:
+        averager = self._averager
+        if self._pass is None or not isinstance(averager, Engine):
+            return "there is no averager" if averager is None else f"got {type(averager).__name__}, no single averager"
+        options = averager.options
+        if options.nonfinite != "propagate":
+            return f"nonfinite={options.nonfinite!r} looks at the new weights first"
+        if options.capturable:
+            return "the averager is capturable"
+        if not reads(options.kernel):
+            return f"kernel={options.kernel!r}, or Numba is not installed or does not work"
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            return "a GradScaler scales the gradients"
+        asked = [f"{name}=True" for group in self.param_groups for name in _SLOWER if group[name]]
+        asked += [f"fused={group['fused']}" for group in self.param_groups if not group["fused"]]
+        return asked[0] if asked else ""
+
+    def _together(self) -> str:
+        one = self._pass
+        if one is None:
+            return ""
+        with Untracked():
+            kernel, grads = self._bound()
+        hypers = [_hyper(group, count) for group, count in zip(self.param_groups, self._counts, strict=True)]
+        return one.make(kernel, grads, hypers, float(self.param_groups[0]["lr"]))
+
+    def _bound(self) -> tuple[AdamWCPU, list[Tensor]]:
+        """Return what moves the parameters that have gradients, the same as in the last step where nothing changed."""
+        members = [[param for param in group["params"] if param.grad is not None] for group in self.param_groups]
+        params = [param for group in members for param in group]
+        self._counts = [*map(len, members)]
+        if self._kernel is None or not (self._knows(self._kernel, params) and self._kernel.current()):
+            self._kernel = AdamWCPU(*self._states())
+        return self._kernel, [param.grad for param in params]
+
+    def _knows(self, kernel: AdamWCPU, params: list[Tensor]) -> bool:
+        if len(params) != len(kernel.params) or not all(map(is_, params, kernel.params)):
+            return False
+        states = [*map(self.state.__getitem__, params)]
+        parts = {"exp_avg": kernel.firsts, "exp_avg_sq": kernel.seconds, "step": kernel.steps}
+        try:
+            return all(all(map(is_, map(itemgetter(name), states), part)) for name, part in parts.items())
+        except KeyError:  # the states were emptied
+            return False
+
+    def _states(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Return parameters, both moments and counters of all that have gradients, made where there are none yet."""
+        lists: list[list[Tensor]] = [[] for _ in range(6)]
+        try:
+            for group in self.param_groups:
+                self._init_group(group, *lists)  # type: ignore[no-untyped-call]  # torch's own, which makes the states
+        except BaseException:
+            # Ctrl-C between the parts of a state would leave it without the rest.
+            for param in [param for param, state in self.state.items() if "exp_avg_sq" not in state]:
+                del self.state[param]
+            raise
+        params, _, firsts, seconds, _, steps = lists
+        return params, firsts, seconds, steps
+
+
+class _Otherwise(Update):
+    """The hook behind a step: updates the averager where the step did not."""
+
+    @override
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not (isinstance(optimizer, AdamW) and optimizer.one_pass):
+            super().__call__(optimizer, args, kwargs)
+
+
+def _hyper(group: dict[str, Any], parameters: int) -> Hyper:
+    betas = float(group["betas"][0]), float(group["betas"][1])
+    return Hyper(parameters, float(group["lr"]), betas, group["eps"], group["weight_decay"], group["maximize"])
+
+
+def _choose(group: dict[str, Any]) -> None:
+    """Let a parameter group be fused where torch leaves it open and can."""
+    settled = group["fused"] is not None or group["foreach"] is not None
+    if not (settled or group["capturable"] or group["differentiable"]):
+        fits = all(param.is_cpu and param.is_floating_point() for param in group["params"])
+        group["fused"] = True if fits else None
+
+
+def _torchs(optimizer: AdamW, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - what the closure returns
+    """Make a step as torch does, without the hooks that torch puts around it once an optimiser of its own was made."""
+    step = inspect.unwrap(torch.optim.AdamW.step, stop=lambda function: not getattr(function, "hooked", False))
+    return step(optimizer, closure)

@@ -1,0 +1,124 @@
+"""One step and the update behind it as one: all of both or nothing, whatever interrupts it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from polyak.tensors.kernels.adamw import pairs
+from polyak.tensors.modes import Untracked
+from polyak.tensors.mover import Mover
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from polyak.engine import Engine
+    from polyak.tensors.kernels.adamw import AdamWCPU, Hyper
+    from polyak.tensors.plan import Plan
+    from polyak.turn import Turn
+
+__all__ = ["OnePass"]
+
+
+class _Pairing(NamedTuple):
+    """Which averages move with the parameters of a step, and what moves all that the plan has beside them."""
+
+    plan: Plan
+    params: list[int]
+    averages: list[Tensor | None]
+    rest: Mover | None
+
+
+class OnePass:
+    """Makes the steps of an optimiser, and the updates of an averager with them."""
+
+    def __init__(self, averager: Engine) -> None:
+        self._averager = averager
+        self._pairing: _Pairing | None = None
+
+    def make(self, kernel: AdamWCPU, grads: Sequence[Tensor], hypers: Sequence[Hyper], lr: float) -> str:
+        """Make a step and the update that is due behind it; return what keeps it from that: then nothing is made.
+
+        Args:
+            kernel: What makes the step.
+            grads: The gradients.
+            hypers: What their groups ask for, in the same order.
+            lr: The learning rate, for the averager.
+
+        Raises:
+            PolyakError: What ``Averager.update`` raises; nothing has changed then.
+        """
+        if found := kernel.unfit(grads):
+            return found
+        before = self._averager.progress
+        averages: list[Tensor | None] = [None] * len(grads)
+        rest: Callable[[], None] = _nothing
+        kernel.reset()
+        try:
+            turn = self._averager.begin(None, None, lr)
+            if turn is not None:
+                if found := _hindrance(turn):
+                    return found
+                pairing = self._paired(turn.plan, kernel.params)
+                averages, rest = pairing.averages, _rest(turn, pairing.rest)
+            kernel.prepare(averages, hypers, 0.0 if turn is None else turn.rate)
+            kernel()
+            rest()
+        except BaseException:
+            if kernel.begun():
+                kernel()
+                rest()
+            else:
+                self._averager.progress = before
+            raise
+        if turn is not None:
+            self._averager.end(turn, done=True)
+        return ""
+
+    def _paired(self, plan: Plan, params: Sequence[Tensor]) -> _Pairing:
+        numbers = [*map(id, params)]
+        if self._pairing is None or self._pairing.plan is not plan or self._pairing.params != numbers:
+            self._pairing = _pair(plan, numbers)
+        return self._pairing
+
+
+def _hindrance(turn: Turn) -> str:
+    if turn.plan.offload is not None:
+        return "the average lives on another device than the model"
+    if tuple(turn.moves) != (("average", "weights", turn.rate),):
+        return "the strategy moves more than the average"
+    return ""
+
+
+def _pair(plan: Plan, numbers: list[int]) -> _Pairing:
+    stepped, own, lane = {*numbers}, {}, plan.lane
+    rest = []
+    for stored, live in zip(plan.stored, plan.live, strict=True):
+        if stored.policy == "average" and id(live) in stepped and pairs(stored.average, live):
+            own[id(live)] = stored.average
+        else:
+            rest.append((stored, live))
+    left = lane._replace(stored=[stored for stored, _ in rest], live=[live for _, live in rest])
+    return _Pairing(plan, numbers, [own.get(number) for number in numbers], Mover([left]) if rest else None)
+
+
+def _rest(turn: Turn, mover: Mover | None) -> Callable[[], None]:
+    """Return what moves the rest of an update and counts it; twice is once."""
+    moved: list[bool] = []
+
+    def commit() -> None:
+        moved.append(True)
+        turn.commit()
+
+    def move() -> None:
+        if mover is not None and not moved:
+            with Untracked():
+                mover.update([turn.rate], [turn.generators], commit, check=False)
+        turn.commit()
+
+    return move
+
+
+def _nothing() -> None:
+    """What is left where no update is due."""
