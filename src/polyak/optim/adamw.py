@@ -14,6 +14,7 @@ from polyak.engine import Engine
 from polyak.optim.one_pass import OnePass
 from polyak.tensors.kernels import reads
 from polyak.tensors.kernels.adamw import AdamWCPU, Hyper
+from polyak.tensors.kernels.cpu import fits_copy
 from polyak.tensors.modes import Untracked
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["AdamW"]
 
 _SLOWER = ("amsgrad", "foreach", "capturable", "differentiable")
+_FUSED = (torch.float32, torch.float64)
 
 
 class AdamW(torch.optim.AdamW):
@@ -48,7 +50,8 @@ class AdamW(torch.optim.AdamW):
         params: As in torch; so are all that are not told here.
         averager: What ``polyak.average`` or ``polyak.bank`` returned for the model; None for torch's AdamW alone.
             Do not attach it, nor update it in the loop. Copied optimisers have none.
-        fused: None: as True for floating parameters on the CPU, elsewhere as in torch.
+        fused: None: as True where parameters, gradients and moments are dense float32 or float64 tensors of the CPU, in
+            the same order; elsewhere as in torch. (True where they are not in the same order mixes their elements up.)
 
     Attributes:
         one_pass: Whether the last step was made in one pass.
@@ -108,17 +111,6 @@ class AdamW(torch.optim.AdamW):
             self._pass = OnePass(averager) if isinstance(averager, Engine) else None
 
     @override
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        _choose(self.param_groups[-1])
-
-    @override
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            _choose(group)
-
-    @override
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make a step, then the update that is due: both or neither.
 
@@ -130,7 +122,7 @@ class AdamW(torch.optim.AdamW):
         """
         self.one_pass = False
         if torch.compiler.is_compiling():
-            return _torchs(self, closure)
+            return _torchs(self, closure)  # without more ado: it is for the compiler to fuse
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -138,7 +130,7 @@ class AdamW(torch.optim.AdamW):
         self._why = self._hindrance() or self._together()
         self.one_pass = not self._why
         if not self.one_pass:
-            _torchs(self)
+            self._apart()
         return loss
 
     def describe(self) -> str:
@@ -161,8 +153,30 @@ class AdamW(torch.optim.AdamW):
         if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
             return "a GradScaler scales the gradients"
         asked = [f"{name}=True" for group in self.param_groups for name in _SLOWER if group[name]]
-        asked += [f"fused={group['fused']}" for group in self.param_groups if not group["fused"]]
+        asked += [f"fused={group['fused']}" for group in self.param_groups if not (group["fused"] or _open(group))]
         return asked[0] if asked else ""
+
+    def _apart(self) -> None:
+        # Torch's fused kernel takes gradients for laid out as their parameters are, which nobody asked for here.
+        opened = [group for group in self.param_groups if _open(group) and self._alike(group["params"])]
+        try:
+            for group in opened:
+                group["fused"] = True
+            _torchs(self)
+        finally:
+            for group in opened:
+                group["fused"] = None
+
+    def _alike(self, params: Sequence[Tensor]) -> bool:
+        """Return whether all floats of a group are dense memory of the CPU, each with its gradient and its moments."""
+        for param in params:
+            others = [param.grad, *self.state.get(param, {}).values()]
+            parts = [other for other in others if other is not None and (other is param.grad or other.dim())]
+            if not fits_copy(param, param) or param.dtype not in _FUSED:
+                return False
+            if not all(fits_copy(part, param) for part in parts):
+                return False
+        return True
 
     def _together(self) -> str:
         one = self._pass
@@ -221,12 +235,9 @@ def _hyper(group: dict[str, Any], parameters: int) -> Hyper:
     return Hyper(parameters, float(group["lr"]), betas, group["eps"], group["weight_decay"], group["maximize"])
 
 
-def _choose(group: dict[str, Any]) -> None:
-    """Let a parameter group be fused where torch leaves it open and can."""
-    settled = group["fused"] is not None or group["foreach"] is not None
-    if not (settled or group["capturable"] or group["differentiable"]):
-        fits = all(param.is_cpu and param.is_floating_point() for param in group["params"])
-        group["fused"] = True if fits else None
+def _open(group: dict[str, Any]) -> bool:
+    """Return whether a parameter group leaves it open how its step is made."""
+    return group["fused"] is group["foreach"] is None and not (group["capturable"] or group["differentiable"])
 
 
 def _torchs(optimizer: AdamW, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - what the closure returns
