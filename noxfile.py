@@ -37,6 +37,7 @@ BENCH = {
     "host": ["host", *(f"--model={name}" for name in MODELS)],
     "precision": ["precision", "--model=resnet50", "--seconds=40"],
     "bank": ["bank", "--model=resnet50", "--seconds=30"],
+    "adamw": ["adamw", "--model=resnet50", "--model=gpt2", "--model=tiny-tensors", "--seconds=30"],
     "scaling": ["scaling", "--seconds=120", "--kernel=auto", "--kernel=foreach"],
     "step": ["step", "--model=resnet18", "--model=gpt2"],
     "ranks": ["ranks", "--model=resnet50", "--model=gpt2", "--ranks=1", "--ranks=2", "--ranks=4"],

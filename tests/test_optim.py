@@ -525,6 +525,16 @@ def test_attaching_the_averager_again_is_refused():
         polyak.attach(twins.one, twins.averager)
 
 
+def test_a_rate_of_one_replaces_an_average_that_is_not_finite():
+    twins = Twins(mlp, strategy={"strategy": "swa"})
+    for averager in (twins.averager, twins.other):
+        averager.averages["0.weight"].fill_(torch.nan)
+    twins.train(1)
+    assert twins.one.one_pass
+    twins.assert_equal()
+    assert not twins.averager.averages["0.weight"].isnan().any()
+
+
 def test_listeners_hear_of_each_update():
     twins = Twins(mlp, options={"every": 2})
     heard = []

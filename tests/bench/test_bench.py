@@ -12,6 +12,7 @@ from torch import nn
 import polyak
 from polyak.__main__ import main
 from polyak.bench import CASES, MODELS, Settings, measure
+from polyak.bench.cases.adamw import APART, TOGETHER
 from polyak.bench.cases.bank import SIZES
 from polyak.bench.cases.precision import PAIRS
 from polyak.bench.cases.scaling import SERIES, scaling
@@ -115,6 +116,7 @@ def test_every_case_of_one_process_runs(says, tmp_path):
     assert of["step"][0]["subject"] == "training step"
     assert all(one["share"]["median"] > 0 for one in of["step"][1:])
     assert {one["model"] for one in of["scaling"]} == {*SERIES}
+    assert [one["subject"] for one in of["adamw"]] == [APART, TOGETHER, "AdamW(fused=True) alone"]
     assert {one["setting"] for one in of["bank"]} == {
         f"{count} averages, {k}" for count in SIZES for k in ("auto", "loop")
     }

@@ -5,7 +5,7 @@ The command ``polyak bench`` is the usual way in.
 Examples:
     >>> from polyak.bench import CASES, MODELS
     >>> list(CASES)
-    ['update', 'construction', 'host', 'precision', 'bank', 'scaling', 'step', 'ranks']
+    ['update', 'construction', 'host', 'precision', 'bank', 'adamw', 'scaling', 'step', 'ranks']
     >>> "resnet50" in MODELS
     True
 """

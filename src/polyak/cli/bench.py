@@ -21,7 +21,8 @@ Names = list[str] | None
 
 def bench(
     cases: Annotated[
-        Names, typer.Argument(help="update (default), construction, host, precision, bank, scaling, step, ranks.")
+        Names,
+        typer.Argument(help="update (default), construction, host, precision, bank, adamw, scaling, step, ranks."),
     ] = None,
     model: Annotated[
         Names,

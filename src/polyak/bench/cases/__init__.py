@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from polyak.bench.cases.adamw import adamw
 from polyak.bench.cases.bank import bank
 from polyak.bench.cases.construction import construction
 from polyak.bench.cases.host import host
@@ -47,6 +48,7 @@ CASES: dict[str, Case] = {
     "host": Case(host, "The host's work in one update, kernels switched off"),
     "precision": Case(precision, "One update with other dtypes"),
     "bank": Case(bank, "One update of several averages of one model"),
+    "adamw": Case(adamw, "A step of AdamW with one update of an average"),
     "scaling": Case(scaling, "One update of models that grow", alone=True),
     "step": Case(step, "One update after each training step"),
     "ranks": Case(ranks, "One update on several ranks, each of its own shards"),
