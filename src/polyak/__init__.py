@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from polyak import distributed, posthoc  # noqa: F401 - polyak.distributed.save(), without another import
+from polyak import distributed, optim, posthoc  # noqa: F401 - polyak.distributed.save(), without another import
 from polyak.attach import attach
 from polyak.averager import Averager
 from polyak.bank import Bank

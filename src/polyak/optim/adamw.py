@@ -31,6 +31,7 @@ __all__ = ["AdamW"]
 
 _SLOWER = ("amsgrad", "foreach", "capturable", "differentiable")
 _FUSED = (torch.float32, torch.float64)
+_LISTS = ("params_with_grad", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")
 
 
 class AdamW(torch.optim.AdamW):
@@ -68,7 +69,7 @@ class AdamW(torch.optim.AdamW):
     are those of AdamW, whatever the average does.
 
     Examples:
-        >>> import polyak, polyak.optim, torch
+        >>> import polyak, torch
         >>> model = torch.nn.Linear(2, 1)
         >>> averager = polyak.average(model, "ema", decay=0.9, nonfinite="propagate")
         >>> optimizer = polyak.optim.AdamW(model.parameters(), lr=3e-4, averager=averager)
@@ -208,17 +209,18 @@ class AdamW(torch.optim.AdamW):
 
     def _states(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """Return parameters, both moments and counters of all that have gradients, made where there are none yet."""
-        lists: list[list[Tensor]] = [[] for _ in range(6)]
+        lists: dict[str, Any] = {name: [] for name in _LISTS}
+        if "amsgrad" in inspect.signature(self._init_group).parameters:  # until torch 2.6
+            lists["amsgrad"] = False
         try:
             for group in self.param_groups:
-                self._init_group(group, *lists)  # type: ignore[no-untyped-call]  # torch's own, which makes the states
+                self._init_group(group, **lists)  # type: ignore[no-untyped-call]  # torch's own, which makes the states
         except BaseException:
             # Ctrl-C between the parts of a state would leave it without the rest.
             for param in [param for param, state in self.state.items() if "exp_avg_sq" not in state]:
                 del self.state[param]
             raise
-        params, _, firsts, seconds, _, steps = lists
-        return params, firsts, seconds, steps
+        return lists["params_with_grad"], lists["exp_avgs"], lists["exp_avg_sqs"], lists["state_steps"]
 
 
 class _Otherwise(Update):

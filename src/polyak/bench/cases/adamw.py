@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import polyak
-import polyak.optim
 from polyak.bench.cases.common import rows_of
 from polyak.bench.memory import peak
 from polyak.bench.race import race
