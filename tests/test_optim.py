@@ -606,12 +606,15 @@ def test_ctrl_c_at_any_line_leaves_step_and_update_made_or_not(many_slices, step
     with at_line(modules) as lines:
         twins.one.step()
     assert twins.one.one_pass
-    new, wrong = now(), []
+    new, wrong, struck = now(), [], 0
     first_and_last = {*map(lines.index, lines), *{line: k for k, line in enumerate(lines)}.values()}
     for k in sorted(first_and_last):
         begin()
-        with pytest.raises(KeyboardInterrupt), at_line(modules, k):
-            twins.one.step()
+        try:  # how many lines this thread runs depends on how many slices the others take
+            with at_line(modules, k):
+                twins.one.step()
+        except KeyboardInterrupt:
+            struck += 1
         # A tracer raises between a block and its __exit__, too, where no signal is handled.
         torch.set_grad_enabled(True)
         found = now()
@@ -620,3 +623,4 @@ def test_ctrl_c_at_any_line_leaves_step_and_update_made_or_not(many_slices, step
         if found not in (old, new) or now() != new:
             wrong.append(lines[k])
     assert not wrong
+    assert struck > 0.9 * len(first_and_last)
