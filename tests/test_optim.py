@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -100,7 +102,7 @@ BETAS = st.tuples(st.sampled_from([0.0, 0.3, 0.5, 0.9, 0.999]), st.sampled_from(
 @pytest.mark.property
 @given(
     shapes=SHAPES,
-    lr=st.floats(0, 1, **FLOATS),
+    lr=st.floats(1e-9, 1, **FLOATS),
     betas=BETAS,
     eps=st.sampled_from([0.0, 1e-8, 1e-3]),
     weight_decay=st.sampled_from([0.0, 0.01, 0.5]),
@@ -272,6 +274,13 @@ UNFIT = {
     "fused=False": (mlp, {"fused": False, "foreach": False}),
     "moves more than the average": (mlp, {"strategy": {"strategy": "lawa", "window": 3}}),
     "capturable": (mlp, {"options": {"capturable": True}}),
+    "decoupled_weight_decay=False": (
+        mlp,
+        {
+            "groups": lambda model: [{"params": [*model.parameters()], "decoupled_weight_decay": False}],
+            "weight_decay": 0.5,
+        },
+    ),
     "plain float32": (lambda: mlp().double(), {}),
     "without holes": (Holes, {"torchs": {"fused": None}}),
     "share memory": (Overlapping, {}),
@@ -352,7 +361,7 @@ def test_without_an_averager_it_is_torchs():
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    assert "there is no averager" in optimizer.describe()
+    assert "given no averager" in optimizer.describe()
 
 
 @pytest.mark.slow
@@ -476,7 +485,7 @@ def test_copies_have_no_averager_and_go_on_as_torchs():
         for parameter in copied.param_groups[0]["params"]:
             parameter.grad = torch.ones_like(parameter)
         copied.step()
-        assert "there is no averager" in copied.describe()
+        assert "given no averager" in copied.describe()
     assert twins.averager.n == 2
 
 
@@ -624,3 +633,99 @@ def test_ctrl_c_at_any_line_leaves_step_and_update_made_or_not(many_slices, step
             wrong.append(lines[k])
     assert not wrong
     assert struck > 0.9 * len(first_and_last)
+
+
+# What it must not do
+
+
+@pytest.mark.parametrize("what", ["param", "grad", "exp_avg"])
+def test_memory_that_was_freed_is_not_touched_and_torch_says_so(what):
+    model, other = mlp(), nn.Parameter(torch.ones(5000))
+    optimizer = AdamW([*model.parameters(), other], averager=polyak.average(model, "ema", **READY), fused=True)
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.one_pass
+    freed = {"param": other.data, "grad": other.grad, "exp_avg": optimizer.state[other]["exp_avg"]}[what]
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="not allocated"):
+        optimizer.step()
+    assert "have no memory" in optimizer.describe()
+
+
+def test_steps_that_are_counted_together_are_left_to_torch():
+    twins = Twins(mlp)
+    twins.train(1)
+    for optimizer in (twins.one, twins.two):
+        shared = next(iter(optimizer.state.values()))["step"]
+        for state in optimizer.state.values():
+            state["step"] = shared
+    twins.train(2)
+    assert "share their count" in twins.one.describe()
+    twins.assert_equal()
+
+
+def test_the_step_by_which_torch_makes_a_state_to_load_into_is_no_update():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    twins = Twins(mlp)
+    twins.train(3)
+    saved = get_optimizer_state_dict(twins.ours, twins.one)
+    model, averager = mlp(), None
+    averager = polyak.average(model, "ema", decay=0.9, **READY)
+    averager.load_state_dict(twins.averager.state_dict())
+    optimizer = AdamW(model.parameters(), averager=averager)
+    set_optimizer_state_dict(model, optimizer, saved)
+    assert averager.n == 3
+    assert average_bits(averager) == average_bits(twins.averager)
+
+
+def test_old_moments_are_gone_once_others_are_loaded_and_used():
+    twins = Twins(mlp)
+    twins.train(2)
+    state = copy.deepcopy(twins.one.state_dict())
+    old = weakref.ref(next(iter(twins.one.state.values()))["exp_avg"])
+    gc.disable()
+    try:
+        twins.one.load_state_dict(state)
+        twins.give_gradients(7)
+        twins.one.step()
+        assert twins.one.one_pass
+        assert old() is None
+    finally:
+        gc.enable()
+
+
+def test_loops_that_cannot_be_compiled_leave_the_step_to_torch_and_warn_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "polyak.tensors.kernels.compiled_adamw", None)
+    monkeypatch.delattr("polyak.tensors.kernels.compiled_adamw", raising=False)
+    kernels.works.cache_clear()
+    twins = Twins(mlp)
+    try:
+        with pytest.warns(polyak.PolyakWarning, match="compiles no step of AdamW"):
+            twins.train(1)
+        twins.train(2)
+    finally:
+        kernels.works.cache_clear()
+    assert "Numba" in twins.one.describe()
+    twins.assert_equal()
+
+
+def test_an_update_beside_the_steps_is_told_once():
+    twins = Twins(mlp)
+    twins.train(2)
+    twins.averager.update()
+    twins.give_gradients(5)
+    with pytest.warns(polyak.PolyakWarning, match=r"averager\.update\(\) was called between two steps"):
+        twins.one.step()
+    assert twins.averager.n == 4
+    twins.averager.load_state_dict(twins.other.state_dict())
+    twins.train(1)
+    assert twins.averager.n == 3
+
+
+def test_it_tells_its_averager_which_cannot_be_exchanged():
+    twins = Twins(mlp)
+    assert twins.one.averager is twins.averager
+    with pytest.raises(AttributeError):
+        twins.one.averager = twins.other

@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import polyak
@@ -161,6 +163,18 @@ def a_file_of_one_rank_is_refused_by_another_which_holds_other_parts(rank, folde
     averager.load_state_dict(torch.load(Path(folder) / f"{1 - rank}.pt", weights_only=False))
 
 
+def a_rank_outside_the_mesh_of_a_tensor_loads_its_own_state(rank, folder):
+    model = nn.Module()
+    for name, mesh in (("a", models.world()), ("b", DeviceMesh("cpu", [0]))):
+        setattr(model, name, nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])))
+    averager = polyak.average(model, "swa")
+    averager.update()
+    state = averager.state_dict()
+    averager.update()
+    averager.load_state_dict(state)
+    assert averager.n == 1
+
+
 ALL = [
     ddp_averages_are_alike_and_told_apart,
     shards_are_compared_with_their_replicas_only,
@@ -172,4 +186,5 @@ ALL = [
     fsdp1_is_refused_with_the_way_out,
     a_folder_that_one_rank_cannot_see_is_refused_by_all,
     a_file_of_one_rank_is_refused_by_another_which_holds_other_parts,
+    a_rank_outside_the_mesh_of_a_tensor_loads_its_own_state,
 ]

@@ -123,11 +123,11 @@ def _one_round(
     if before is not None:
         before()
     for name in order:
-        already = _waited()  # which reads files: what was warm would be cold again
+        already, began = _waited(), perf_counter()  # before the warm calls: it reads files, which would cool them
         for _ in range(warm):
             calls[name]()
         took = seconds(calls[name], device)
-        samples.add(name, took, _waited() - already)
+        samples.add(name, took, (_waited() - already) * took / (perf_counter() - began))
 
 
 def _wait_for(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,10 @@ from typing_extensions import override
 
 from polyak.attach import Update, attached
 from polyak.engine import Engine
+from polyak.errors import PolyakWarning
+from polyak.optim.hindrance import alike, is_open, of_averager, of_optimizer
 from polyak.optim.one_pass import OnePass
-from polyak.tensors.kernels import reads
 from polyak.tensors.kernels.adamw import AdamWCPU, Hyper
-from polyak.tensors.kernels.cpu import fits_copy
 from polyak.tensors.modes import Untracked
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["AdamW"]
 
-_SLOWER = ("amsgrad", "foreach", "capturable", "differentiable")
-_FUSED = (torch.float32, torch.float64)
 _LISTS = ("params_with_grad", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")
 
 
@@ -50,7 +49,8 @@ class AdamW(torch.optim.AdamW):
     Args:
         params: As in torch; so are all that are not told here.
         averager: What ``polyak.average`` or ``polyak.bank`` returned for the model; None for torch's AdamW alone.
-            Do not attach it, nor update it in the loop. Copied optimisers have none.
+            Do not attach it, nor update it in the loop. It stays the optimiser's: to resume, load its state, or build
+            both anew. Copied optimisers have none.
         fused: None: as True where parameters, gradients and moments are dense float32 or float64 tensors of the CPU, in
             the same order; elsewhere as in torch. (True where they are not in the same order mixes their elements up.)
 
@@ -87,6 +87,8 @@ class AdamW(torch.optim.AdamW):
     _pass: OnePass | None = None
     _kernel: AdamWCPU | None = None
     _counts: Sequence[int] = ()
+    _seen: int | None = None  # how often the averager had been called after the last step
+    _idle = False
 
     def __init__(
         self,
@@ -113,7 +115,7 @@ class AdamW(torch.optim.AdamW):
 
     @override
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make a step, then the update that is due: both or neither.
+        """Make a step, then the update that is due; in one pass both or neither.
 
         Args:
             closure: Evaluates the model again and returns the loss.
@@ -123,14 +125,19 @@ class AdamW(torch.optim.AdamW):
         """
         self.one_pass = False
         if torch.compiler.is_compiling():
+            self._why = "the step is compiled"
             return _torchs(self, closure)  # without more ado: it is for the compiler to fuse
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._why = self._hindrance() or self._together()
+        self._tell_of_others()
+        self._idle = self._makes_state()
+        self._why = of_averager(self._averager) or of_optimizer(self) or self._together()
         self.one_pass = not self._why
-        if not self.one_pass:
+        if self.one_pass:
+            self._seen = _calls(self._averager)
+        else:
             self._apart()
         return loss
 
@@ -138,28 +145,31 @@ class AdamW(torch.optim.AdamW):
         """Return in words how the last step was made."""
         if self.one_pass:
             return "AdamW and the average in one pass"
-        return f"torch's AdamW, then averager.update(): {self._why}"
+        return f"torch's AdamW{', then averager.update()' if self._averager is not None else ''}: {self._why}"
 
-    def _hindrance(self) -> str:
-        averager = self._averager
-        if self._pass is None or not isinstance(averager, Engine):
-            return "there is no averager" if averager is None else f"got {type(averager).__name__}, no single averager"
-        options = averager.options
-        if options.nonfinite != "propagate":
-            return f"nonfinite={options.nonfinite!r} looks at the new weights first"
-        if options.capturable:
-            return "the averager is capturable"
-        if not reads(options.kernel):
-            return f"kernel={options.kernel!r}, or Numba is not installed or does not work"
-        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
-            return "a GradScaler scales the gradients"
-        asked = [f"{name}=True" for group in self.param_groups for name in _SLOWER if group[name]]
-        asked += [f"fused={group['fused']}" for group in self.param_groups if not (group["fused"] or _open(group))]
-        return asked[0] if asked else ""
+    @property
+    def averager(self) -> Averager | Bank | None:
+        """The averager that it updates; another one needs another optimiser."""
+        return self._averager
+
+    def _tell_of_others(self) -> None:
+        if self._seen is not None and _calls(self._averager) == self._seen + 1:
+            message = (
+                "averager.update() was called between two steps of the optimiser that updates it, so that it counts "
+                "twice as many; leave that call out, or train with torch's AdamW"
+            )
+            warnings.warn(message, PolyakWarning, stacklevel=5)
+        self._seen = None
+
+    def _makes_state(self) -> bool:
+        """Return whether this is the step that torch.distributed.checkpoint makes to have a state to load into."""
+        if self.state or any(float(group["lr"]) for group in self.param_groups):
+            return False
+        return not any(p.grad.any() for group in self.param_groups for p in group["params"] if p.grad is not None)
 
     def _apart(self) -> None:
         # Torch's fused kernel takes gradients for laid out as their parameters are, which nobody asked for here.
-        opened = [group for group in self.param_groups if _open(group) and self._alike(group["params"])]
+        opened = [group for group in self.param_groups if is_open(group) and alike(group["params"], self.state)]
         try:
             for group in opened:
                 group["fused"] = True
@@ -168,21 +178,10 @@ class AdamW(torch.optim.AdamW):
             for group in opened:
                 group["fused"] = None
 
-    def _alike(self, params: Sequence[Tensor]) -> bool:
-        """Return whether all floats of a group are dense memory of the CPU, each with its gradient and its moments."""
-        for param in params:
-            others = [param.grad, *self.state.get(param, {}).values()]
-            parts = [other for other in others if other is not None and (other is param.grad or other.dim())]
-            if not fits_copy(param, param) or param.dtype not in _FUSED:
-                return False
-            if not all(fits_copy(part, param) for part in parts):
-                return False
-        return True
-
     def _together(self) -> str:
         one = self._pass
-        if one is None:
-            return ""
+        if one is None or self._idle:
+            return "no update belongs to this step"
         with Untracked():
             kernel, grads = self._bound()
         hypers = [_hyper(group, count) for group, count in zip(self.param_groups, self._counts, strict=True)]
@@ -212,12 +211,13 @@ class AdamW(torch.optim.AdamW):
         lists: dict[str, Any] = {name: [] for name in _LISTS}
         if "amsgrad" in inspect.signature(self._init_group).parameters:  # until torch 2.6
             lists["amsgrad"] = False
+        held = {id(param) for param, state in self.state.items() if state}
         try:
             for group in self.param_groups:
                 self._init_group(group, **lists)  # type: ignore[no-untyped-call]  # torch's own, which makes the states
         except BaseException:
             # Ctrl-C between the parts of a state would leave it without the rest.
-            for param in [param for param, state in self.state.items() if "exp_avg_sq" not in state]:
+            for param in [p for p, state in self.state.items() if "exp_avg_sq" not in state and id(p) not in held]:
                 del self.state[param]
             raise
         return lists["params_with_grad"], lists["exp_avgs"], lists["exp_avg_sqs"], lists["state_steps"]
@@ -228,18 +228,21 @@ class _Otherwise(Update):
 
     @override
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not (isinstance(optimizer, AdamW) and optimizer.one_pass):
-            super().__call__(optimizer, args, kwargs)
+        if isinstance(optimizer, AdamW) and (optimizer.one_pass or optimizer._idle):  # noqa: SLF001 - its own class
+            return
+        super().__call__(optimizer, args, kwargs)
+        if isinstance(optimizer, AdamW):
+            optimizer._seen = _calls(self.averager)  # noqa: SLF001 - as above
+
+
+def _calls(averager: object) -> int | None:
+    """Return how often an averager was called."""
+    return averager.progress.calls if isinstance(averager, Engine) and not averager.offloaded else None
 
 
 def _hyper(group: dict[str, Any], parameters: int) -> Hyper:
     betas = float(group["betas"][0]), float(group["betas"][1])
     return Hyper(parameters, float(group["lr"]), betas, group["eps"], group["weight_decay"], group["maximize"])
-
-
-def _open(group: dict[str, Any]) -> bool:
-    """Return whether a parameter group leaves it open how its step is made."""
-    return group["fused"] is group["foreach"] is None and not (group["capturable"] or group["differentiable"])
 
 
 def _torchs(optimizer: AdamW, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - what the closure returns

@@ -45,8 +45,10 @@ class Spread(NamedTuple):
 
     @property
     def replicas(self) -> Hashable:
-        """What two ranks have in common that hold the same part."""
-        coordinate: Any = self.mesh.get_coordinate() or ()
+        """What two ranks have in common that hold the same part; None where this rank holds none."""
+        coordinate: Any = self.mesh.get_coordinate()
+        if coordinate is None:
+            return None
         sharded = [not placement.is_replicate() for placement in self.placements]
         return tuple(where if own else None for where, own in zip(coordinate, sharded, strict=True))
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
+from functools import cache, partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from polyak.errors import PolyakWarning
 from polyak.tensors.entries import PLAIN, STRIDED
 from polyak.tensors.kernels import cpu
+from polyak.tensors.kernels.intervals import Intervals, freed
 from polyak.tensors.kernels.pieces import Cut
 from polyak.tensors.kernels.readings import layouts_of
 from polyak.tensors.kernels.threads import Slices
@@ -22,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["AdamWCPU", "Hyper", "pairs"]
+__all__ = ["AdamWCPU", "Hyper", "pairs", "works"]
 
 _KIND = attrgetter("dtype", "layout", "is_cpu")
 _FITS = {(torch.float32, STRIDED, True)}
@@ -94,16 +99,23 @@ class AdamWCPU:
         self._starts = np.array([[*map(Tensor.data_ptr, part)] for part in (params, firsts, seconds)], np.uint64)
         self._counters = np.array([*map(Tensor.data_ptr, steps)], np.uint64)
         self._cut = Cut(self._sizes)
-        self._slices = Slices(self._run, len(self._cut.bounds))
-        self._written = _Intervals(self._starts.ravel(), np.tile(np.array(self._sizes, np.uint64), 3))
+        # In a cycle with its work it would keep old moments until garbage is collected.
+        me: Any = weakref.proxy(self)
+        self._slices = Slices(partial(AdamWCPU._run, me), len(self._cut.bounds))
+        self._written = Intervals(self._starts.ravel(), np.tile(np.array(self._sizes, np.uint64), 3))
         self.hindrance = "some of the tensors share memory" if self._written.overlap() else ""
+        if len({*self._counters.tolist()}) < len(steps):
+            self.hindrance = "some of the parameters share their count of steps"
+        if freed(self._starts, self._sizes):
+            self.hindrance = "some of the tensors have no memory"
         self._like, self._vector = np.empty(0, np.float32), _VECTORS.get(torch.backends.cpu.get_cpu_capability(), 8)
         self._compile()
 
     def current(self) -> bool:
         """Return whether all tensors lie where they did, in the same layout."""
-        known = self._readings is not None and self._readings.same()
-        return known and self._threads == torch.get_num_threads()
+        if self._readings is None:
+            return bool(self.hindrance)  # what was refused stays so, for as long as it is the same tensors
+        return self._readings.same() and self._threads == torch.get_num_threads()
 
     def unfit(self, grads: Sequence[Tensor]) -> str:
         """Return what keeps a step with these gradients from being made here; empty where nothing does."""
@@ -115,6 +127,8 @@ class AdamWCPU:
         if not alike or any(map(Tensor.is_neg, grads)):
             return "not all gradients lie in memory as their parameters do"
         self._grads = np.array([*map(Tensor.data_ptr, grads)], np.uint64)
+        if freed(self._grads, self._sizes):
+            return "some of the gradients have no memory"
         return "some of the tensors share memory" if self._written.meet(self._grads, self._sizes) else ""
 
     def reset(self) -> None:
@@ -177,25 +191,20 @@ class AdamWCPU:
         self._step(0, 0, np.zeros(1, np.bool_))
 
 
-class _Intervals:
-    """Parts of memory, to see whether others meet them."""
-
-    def __init__(self, starts: NDArray[np.uint64], sizes: NDArray[np.uint64]) -> None:
-        order = np.argsort(starts, kind="stable")
-        order = order[sizes[order] > 0]
-        self._starts, self._ends = starts[order], starts[order] + sizes[order] * np.uint64(_BYTES)
-
-    def overlap(self) -> bool:
-        """Return whether any two of them have memory in common."""
-        return bool((self._starts[1:] < self._ends[:-1]).any())
-
-    def meet(self, starts: NDArray[np.uint64], sizes: Sequence[int]) -> bool:
-        """Return whether any of some others has memory in common with these, which have none with each other."""
-        if not len(self._starts):
-            return False
-        ends = starts + np.array(sizes, np.uint64) * np.uint64(_BYTES)
-        before = np.searchsorted(self._starts, ends)  # how many begin before the other one ends: the last may reach it
-        return bool(((before > 0) & (self._ends[before - 1] > starts) & (ends > starts)).any())
+@cache
+def works() -> bool:
+    """Return whether the loops can be compiled here; where Numba works and they do not, warn once."""
+    one = [torch.zeros(1)]
+    try:
+        AdamWCPU(one, [torch.zeros(1)], [torch.zeros(1)], [torch.zeros(())])
+    except Exception as error:  # noqa: BLE001 - whatever a compiler can raise, training goes on without it
+        message = (
+            f"Numba compiles no step of AdamW here ({type(error).__name__}: {str(error).partition(chr(10))[0]}); torch "
+            "makes the steps, and the average follows behind"
+        )
+        warnings.warn(message, PolyakWarning, stacklevel=4)
+        return False
+    return True
 
 
 def pairs(average: Tensor, param: Tensor) -> bool:
