@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import polyak
 from models import bits
 from polyak.tensors.finite import FiniteCheck
 from polyak.tensors.kernels import KERNELS, piecewise, scratch
@@ -279,3 +280,15 @@ def test_expanded_and_strided_tensors_are_read():
     holes = torch.full((6, 6), torch.nan)
     holes[::2, ::3] = 1.0
     assert FiniteCheck([holes[::2, ::3]])()
+
+
+@pytest.mark.parametrize("kernel", ["auto", "foreach", "loop"])
+def test_a_weight_that_lies_otherwise_than_before_is_moved_beside_those_that_do_not(kernel):
+    torch.manual_seed(0)
+    model = torch.nn.ParameterList([torch.randn(6, 4) for _ in range(3)])
+    averager = polyak.average(model, "ema", decay=0.5, kernel=kernel)
+    exact = [parameter.detach().clone() for parameter in model]
+    model[1].data = torch.randn(4, 6).t()
+    averager.update()
+    for before, parameter, average in zip(exact, model, averager.averages.values(), strict=True):
+        torch.testing.assert_close(average, (before + parameter.detach()) / 2, rtol=1e-6, atol=1e-7)

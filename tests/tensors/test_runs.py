@@ -103,3 +103,12 @@ def test_a_model_of_norms_is_averaged_as_by_the_loop_and_after_new_memory_of_its
     group = next(g for g in ours.plan.moves.mover.groups if g.kernel.name == "foreach")
     assert group.kernel._runs.runs
     assert average_bits(ours) == average_bits(averaged("loop"))
+
+
+def test_neighbours_in_memory_that_are_no_views_of_one_tensor_are_left_alone():
+    storage = torch.zeros(20 * 8).untyped_storage()
+    averages = [torch.empty(0).set_(storage, 8 * i, (8,), (1,)) for i in range(20)]
+    weights = [torch.full((8,), float(i)) for i in range(20)]
+    joined = runs_of([averages], weights, 1 << 20)
+    assert not joined.runs
+    assert len(joined.weights) == 20
