@@ -460,3 +460,20 @@ def test_a_mapping_of_tensors_is_a_model_too():
     weight.sum().backward()
     optimizer.step()
     assert averager.averages["weight"].tolist() == [0.75, 0.75]
+
+
+def test_the_step_by_which_torch_makes_a_state_to_load_into_is_no_update():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    averager = polyak.average(model, "ema")
+    with polyak.attach(optimizer, averager):
+        get_optimizer_state_dict(model, optimizer)
+        assert optimizer.state
+        assert averager.n == 0
+        optimizer.param_groups[0]["lr"] = 0.0  # as the first step of a warm-up
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert averager.n == 1

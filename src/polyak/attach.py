@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from polyak.tensors.entries import Model
 
-__all__ = ["Attachment", "Update", "attach", "attached"]
+__all__ = ["Attachment", "Update", "attach", "attached", "makes_state"]
 
 
 class _Updates(Protocol):
@@ -69,9 +69,10 @@ class Attachment:
 def attach(optimizer: Optimizer, averager: _Updates) -> Attachment:
     """Update an averager after each real step of an optimiser: ``averager.update(lr=...)`` as a step hook.
 
-    Batches whose gradients are only accumulated, the inner evaluations of a closure (LBFGS) and the steps that a
-    ``GradScaler`` leaves out are no steps. The learning rate is that of the first parameter group, as a float; where
-    it is a tensor on an accelerator, reading it waits for the device, and so does asking a fused optimiser under a
+    Batches whose gradients are only accumulated, the inner evaluations of a closure (LBFGS), the steps that a
+    ``GradScaler`` leaves out, and those by which ``torch.distributed.checkpoint`` makes a state to load into (all
+    learning rates and gradients are zero) are no steps. The learning rate is that of the first parameter group, as a
+    float; where it is a tensor on an accelerator, reading it waits for the device, and so does asking a fused optimiser under a
     ``GradScaler`` whether it left a step out.
 
     Where several optimisers train one model, attach to the one that steps last; an offloaded average
@@ -142,10 +143,19 @@ class Update:
         """Update the averager, unless the step was left out."""
         # A GradScaler calls fused optimisers for a step that is left out, too, and tells them so by this attribute.
         overflow = getattr(optimizer, "found_inf", None)
-        if overflow is not None and bool(overflow):
+        if (overflow is not None and bool(overflow)) or makes_state(optimizer):
             return
         lr = optimizer.param_groups[0].get("lr")
         self.averager.update(lr=None if lr is None else float(lr))
+
+
+def makes_state(optimizer: Optimizer) -> bool:
+    """Return whether a step is one that torch makes to have a state to load a checkpoint into: it moves nothing."""
+    groups = optimizer.param_groups
+    if any(group.get("lr") is None or float(group["lr"]) for group in groups):
+        return False
+    grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
+    return not any(grad.is_sparse or bool(grad.any()) for grad in grads)
 
 
 def _hooks(optimizer: Optimizer) -> Mapping[int, object]:

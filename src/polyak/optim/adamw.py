@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from typing_extensions import override
 
-from polyak.attach import Update, attached
+from polyak.attach import Update, attached, makes_state
 from polyak.engine import Engine
 from polyak.errors import PolyakWarning
 from polyak.optim.hindrance import alike, is_open, of_averager, of_optimizer
@@ -88,7 +88,6 @@ class AdamW(torch.optim.AdamW):
     _kernel: AdamWCPU | None = None
     _counts: Sequence[int] = ()
     _seen: int | None = None  # how often the averager had been called after the last step
-    _idle = False
 
     def __init__(
         self,
@@ -132,7 +131,6 @@ class AdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         self._tell_of_others()
-        self._idle = self._makes_state()
         self._why = of_averager(self._averager) or of_optimizer(self) or self._together()
         self.one_pass = not self._why
         if self.one_pass:
@@ -161,12 +159,6 @@ class AdamW(torch.optim.AdamW):
             warnings.warn(message, PolyakWarning, stacklevel=5)
         self._seen = None
 
-    def _makes_state(self) -> bool:
-        """Return whether this is the step that torch.distributed.checkpoint makes to have a state to load into."""
-        if self.state or any(float(group["lr"]) for group in self.param_groups):
-            return False
-        return not any(p.grad.any() for group in self.param_groups for p in group["params"] if p.grad is not None)
-
     def _apart(self) -> None:
         # Torch's fused kernel takes gradients for laid out as their parameters are, which nobody asked for here.
         opened = [group for group in self.param_groups if is_open(group) and alike(group["params"], self.state)]
@@ -180,8 +172,8 @@ class AdamW(torch.optim.AdamW):
 
     def _together(self) -> str:
         one = self._pass
-        if one is None or self._idle:
-            return "no update belongs to this step"
+        if one is None or makes_state(self):
+            return "it only makes the state"
         with Untracked():
             kernel, grads = self._bound()
         hypers = [_hyper(group, count) for group, count in zip(self.param_groups, self._counts, strict=True)]
@@ -228,11 +220,11 @@ class _Otherwise(Update):
 
     @override
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if isinstance(optimizer, AdamW) and (optimizer.one_pass or optimizer._idle):  # noqa: SLF001 - its own class
+        if isinstance(optimizer, AdamW) and optimizer.one_pass:
             return
         super().__call__(optimizer, args, kwargs)
         if isinstance(optimizer, AdamW):
-            optimizer._seen = _calls(self.averager)  # noqa: SLF001 - as above
+            optimizer._seen = _calls(self.averager)  # noqa: SLF001 - its own class
 
 
 def _calls(averager: object) -> int | None:
