@@ -72,8 +72,8 @@ def attach(optimizer: Optimizer, averager: _Updates) -> Attachment:
     Batches whose gradients are only accumulated, the inner evaluations of a closure (LBFGS), the steps that a
     ``GradScaler`` leaves out, and those by which ``torch.distributed.checkpoint`` makes a state to load into (all
     learning rates and gradients are zero) are no steps. The learning rate is that of the first parameter group, as a
-    float; where it is a tensor on an accelerator, reading it waits for the device, and so does asking a fused optimiser under a
-    ``GradScaler`` whether it left a step out.
+    float; where it is a tensor on an accelerator, reading it waits for the device, and so does asking a fused
+    optimiser under a ``GradScaler`` whether it left a step out.
 
     Where several optimisers train one model, attach to the one that steps last; an offloaded average
     (``device="cpu"``) would not be safe from the others, so call ``update()`` yourself there.
