@@ -188,6 +188,7 @@ def test_a_model_comes_with_its_inputs_in_either_form(callable_):
         (["--strategy", "emma"], "no strategy is called 'emma'. Did you mean 'ema'?"),
         (["--device", "nowhere"], "the device 'nowhere' cannot be used here"),
         (["--ranks", "2", "--ranks", "0"], "ranks: got 0; expected 1 or more"),
+        (["--plot", "a.xyz", "--model", "tiny:net"], "has the type '.xyz'; expected .pdf, .png, .svg"),
         (["--threads", "0"], "give seconds from 0 and threads from 1 on"),
         (["--model", "tiny:broken"], "the model 'tiny:broken' cannot be made: ValueError: no such layer"),
         (["--model", "tiny:absent"], "the model 'tiny:absent' cannot be made: AttributeError"),
@@ -214,7 +215,7 @@ def test_a_file_in_a_folder_that_is_not_there_is_refused_before_anything_is_meas
 
 
 def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(says, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     status, _, err = says("--plot", "a.png", "--model", "tiny:broken")
 
     assert status == 2

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from polyak.bench.report import Report, Row
 
-__all__ = ["check_drawable", "draw"]
+__all__ = ["draw"]
 
 _LOOKS = palette(["polyak", "library", "limit"])
 _NAMES = {"polyak": "polyak", "library": "other libraries"}
@@ -47,28 +47,21 @@ def draw(report: Report, file: Path) -> list[Path]:
     for case, rows in by_case.items():
         if any(row.milliseconds for row in rows):
             figure = (_grown if CASES[case].alone else _bars)(rows, report.machine)
-            figure.suptitle(CASES[case].title + _beside(rows), fontsize=11, fontweight="bold", x=0.01, ha="left")
+            figure.suptitle(
+                CASES[case].title + _beside(rows), fontsize=11, fontweight="bold", x=0.01, ha="left", wrap=True
+            )
             target = file if len(by_case) == 1 else file.with_stem(f"{file.stem}-{case}")
-            write_whole(target, partial(figure.savefig, dpi=130, format="png"))
+            write_whole(target, partial(figure.savefig, dpi=130, format=target.suffix[1:].lower()))
             drawn.append(target)
     return drawn
 
 
-def check_drawable() -> None:
-    """Refuse to draw where nothing can be drawn.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+def _figure(panels: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
     try:
         import_module("matplotlib")
     except ImportError as error:
         message = f'the picture needs matplotlib, which cannot be imported ({error}): pip install "polyak[plot]"'
         raise MissingExtraError(message) from error
-
-
-def _figure(panels: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    check_drawable()
     from matplotlib.figure import Figure
 
     across = min(columns, panels)

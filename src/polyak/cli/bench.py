@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polyak.cli.files import check_folder
+from polyak.cli.files import check_folder, check_picture
 from polyak.cli.tables import Listing, show
 from polyak.cli.told import told
 
@@ -89,8 +89,5 @@ def _show(report: Report) -> None:
 
 def _check(json: Path | None, plot: Path | None) -> None:
     # What would fail after minutes of measuring fails before them.
-    check_folder(json, plot)
-    if plot is not None:
-        from polyak.bench.picture import check_drawable
-
-        check_drawable()
+    check_folder(json)
+    check_picture(plot)

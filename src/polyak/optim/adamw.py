@@ -156,7 +156,7 @@ class AdamW(torch.optim.AdamW):
                 "averager.update() was called between two steps of the optimiser that updates it, so that it counts "
                 "twice as many; leave that call out, or train with torch's AdamW"
             )
-            warnings.warn(message, PolyakWarning, stacklevel=5)
+            warnings.warn(message, PolyakWarning, stacklevel=4)
         self._seen = None
 
     def _apart(self) -> None:
