@@ -729,3 +729,9 @@ def test_it_tells_its_averager_which_cannot_be_exchanged():
     assert twins.one.averager is twins.averager
     with pytest.raises(AttributeError):
         twins.one.averager = twins.other
+
+
+def test_an_averager_in_the_place_of_the_learning_rate_is_refused():
+    model = mlp()
+    with pytest.raises(polyak.ConfigError, match="by its name: averager="):
+        AdamW(model.parameters(), polyak.average(model, "ema"))

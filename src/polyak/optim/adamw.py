@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from polyak.attach import Update, attached, makes_state
 from polyak.engine import Engine
-from polyak.errors import PolyakWarning
+from polyak.errors import ConfigError, PolyakWarning
 from polyak.optim.hindrance import alike, is_open, of_averager, of_optimizer
 from polyak.optim.one_pass import OnePass
 from polyak.tensors.kernels.adamw import AdamWCPU, Hyper
@@ -58,7 +58,7 @@ class AdamW(torch.optim.AdamW):
         one_pass: Whether the last step was made in one pass.
 
     Raises:
-        ConfigError: It is no averager.
+        ConfigError: It is no averager, or it is given in the place of another argument.
         MismatchError: The optimiser changes no tensor of the averager's model.
         UnboundError: The averager has no model (it was unpickled).
 
@@ -105,6 +105,9 @@ class AdamW(torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
+        if hasattr(lr, "applied"):
+            message = f"lr: got {lr!r}; expected a number. Give an averager by its name: averager=..."
+            raise ConfigError(message)
         more: dict[str, Any] = {"foreach": foreach, "capturable": capturable, "differentiable": differentiable}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, fused=fused, **more)
         self._averager = averager
