@@ -68,6 +68,12 @@ def several(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     with polyak.attach(optimizer, averager) as attached:
         optimizer.step()
     attached.remove()
+    both: torch.optim.AdamW = polyak.optim.AdamW(model.parameters(), lr=1e-3, averager=averager)
+    both.step()
+    one = polyak.optim.AdamW(model.parameters(), averager=averager)
+    assert_type(one.one_pass, bool)
+    assert_type(one.describe(), str)
+    assert_type(one.averager, polyak.Averager | polyak.Bank | None)
 
 
 def look(averager: polyak.Averager) -> None:
