@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from polyak.tensors.kernels import pieces
+
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.load_profile("fixed")
 
@@ -16,3 +18,11 @@ def _same_for_everyone():
     torch.set_num_threads(1)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def many_slices(monkeypatch):
+    """Small tensors are cut and shared among threads as large ones are; by whole vectors, as large ones are."""
+    monkeypatch.setattr(pieces, "_PIECE", 16)
+    monkeypatch.setattr(pieces, "_ALONE", 0)
+    torch.set_num_threads(3)  # one again for the next test

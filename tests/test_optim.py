@@ -22,22 +22,11 @@ from models import ZOO, Tied, average_bits, bits, mlp, model_bits
 from polyak.optim import AdamW, adamw, one_pass
 from polyak.tensors import mover
 from polyak.tensors.kernels import adamw as kernels
-from polyak.tensors.kernels import pieces, threads
+from polyak.tensors.kernels import threads
 
 READY = {"nonfinite": "propagate"}
 # Where torch's kernel was seen to round each product and sum as ours does; elsewhere they are only near.
 EXACT = torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
-@pytest.fixture
-def many_slices(monkeypatch):
-    """Small tensors are cut and shared among threads as large ones are."""
-    monkeypatch.setattr(pieces, "_PIECE", 16)
-    monkeypatch.setattr(pieces, "_ALONE", 0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
 
 
 class Twins:

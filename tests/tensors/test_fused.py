@@ -16,23 +16,12 @@ import polyak
 from interrupts import at_line
 from models import average_bits, bits, drifting, mlp
 from polyak.tensors import mover
-from polyak.tensors.kernels import KERNELS, cpu, eager, kernel_for, pieces, threads
+from polyak.tensors.kernels import KERNELS, cpu, eager, kernel_for, threads
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHORT = [torch.bfloat16, torch.float16]
 SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=6)
 RATES = st.floats(0, 1) | st.sampled_from([0.0, 1e-9, 0.5, 0.49999999, 1.0])
-
-
-@pytest.fixture
-def many_slices(monkeypatch):
-    """Small tensors are cut and shared among threads as large ones are."""
-    monkeypatch.setattr(pieces, "_PIECE", 7)
-    monkeypatch.setattr(pieces, "_ALONE", 0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
 
 
 def _generator(device):

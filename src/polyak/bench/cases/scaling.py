@@ -89,7 +89,7 @@ def _affordable(values: int, settings: Settings) -> tuple[list[Entrant], str]:
     if free is None or one * (len(chosen) + 4) <= 0.8 * free:
         return chosen, ""
     lacks = f"all of it needs {one * (len(chosen) + 4) / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free"
-    fewer = [*chosen[:1], *(one for one in chosen[1:] if one.name == REFERENCE)]
+    fewer = [*chosen[:1], *(entrant for entrant in chosen[1:] if entrant.name == REFERENCE)]
     return fewer if one * (len(fewer) + 1) <= 0.8 * free else [], lacks
 
 
