@@ -7,6 +7,7 @@ import re
 from contextlib import contextmanager
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -420,11 +421,86 @@ def test_an_averager_without_a_model_says_so():
     assert averager.averaged_state_dict().keys() == model.state_dict().keys()
 
 
-@pytest.mark.parametrize("step", [1.5, "3", torch.tensor(1.5)], ids=repr)
-def test_a_step_that_is_no_integer_is_refused(step):
+STEPS = [
+    1.5,
+    3.0,
+    "3",
+    -1,
+    True,
+    np.bool_(1),
+    torch.tensor(True),
+    torch.tensor(1.5),
+    torch.tensor([1, 2]),
+    2**63,
+    2**64,
+]
+
+
+@pytest.mark.parametrize("step", STEPS, ids=repr)
+def test_a_step_that_is_no_count_is_refused_before_anything_moves(step):
+    model = mlp()
+    averager = _used(model)
+    bank = polyak.bank(model, {"one": "swa", "other": {"name": "ema", "decay": 0.5}})
+    bank.update()
+    for _ in drifting(model, 1):
+        with refused(averager, polyak.ConfigError, "step: got", "expected the count of optimiser steps so far"):
+            averager.update(step=step)
+        for member in bank.values():
+            with refused(member, polyak.ConfigError, "step: got"):
+                bank.update(step=step)
+
+
+@pytest.mark.parametrize(
+    "step", [7, np.int32(7), np.uint64(7), np.array(7), torch.tensor(7), torch.tensor([7])], ids=repr
+)
+def test_a_step_of_numpy_or_torch_is_an_integer_and_is_saved_as_one(step):
     averager = _used(mlp())
-    with refused(averager, TypeError):
-        averager.update(step=step)
+    averager.update(step=step)
+    assert averager.state_dict()["step"] == 7
+    assert type(averager.state_dict()["step"]) is int
+
+
+def test_steps_that_add_up_to_more_than_the_history_holds_are_refused():
+    averager = polyak.average(mlp(), "ema", decay=0.5)
+    averager.update(step=1)
+    averager.update(step=2**62)
+    assert averager.profile().steps.tolist() == [1, 2**62]
+    with pytest.warns(polyak.PolyakWarning, match="went back"):
+        averager.update(step=5)
+    with refused(averager, polyak.ConfigError, "averaged steps in all"):
+        averager.update(step=2**63 - 1)
+    rare = polyak.average(mlp(), "ema", every=2**64)
+    with refused(rare, polyak.ConfigError, "averaged steps in all"):
+        rare.update(step=0)
+
+
+def test_a_step_that_is_counted_past_the_largest_is_refused():
+    averager = polyak.average(mlp(), "ema", decay=0.5)
+    averager.update(step=2**63 - 1)
+    with refused(averager, polyak.ConfigError, "step: got 9223372036854775808"):
+        averager.update()
+
+
+@pytest.mark.parametrize("lr", [float("nan"), float("inf"), "0.1", True, torch.tensor([0.1, 0.2]), [0.1], 1j], ids=repr)
+def test_a_learning_rate_that_is_no_finite_number_is_refused_before_anything_moves(lr):
+    averager = _used(mlp())
+    with refused(averager, polyak.ConfigError, "lr: got", "expected the learning rate of this step, a finite number"):
+        averager.update(lr=lr)
+
+
+@pytest.mark.parametrize("lr", [0.25, np.float32(0.25), np.array(0.25), torch.tensor(0.25), torch.tensor([0.25]), 1, 0])
+def test_a_learning_rate_of_numpy_or_torch_is_a_float(lr):
+    seen = []
+
+    class Looking(polyak.SWA):
+        def weight(self, clock):
+            seen.append(clock.lr)
+            return 1.0
+
+    averager = polyak.average(mlp(), Looking())
+    averager.update(lr=lr)
+    assert seen == [float(lr)]
+    assert type(seen[0]) is float
 
 
 # States

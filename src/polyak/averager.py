@@ -83,10 +83,11 @@ class Averager(Protocol):
 
         Args:
             model: The model; the one the averager was made for where it is None. Wrappers make no difference.
-            step: The optimiser step; calls are counted where it is None.
-            lr: The learning rate, for strategies that use it.
+            step: The optimiser step, an integer (numpy's and torch's too). Defaults to a count of the calls.
+            lr: The learning rate, a finite number, for strategies that use it.
 
         Raises:
+            ConfigError: If ``step`` is no integer from 0 to 2**63 - 1, or ``lr`` no finite number.
             AppliedError: The model holds the average now (inside ``applied()``).
             MismatchError: The model lost, gained, renamed, reordered or reshaped tensors.
             RateError: The strategy returned no finite number in [0, 1].

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
+from numbers import Real
 from operator import index
 from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from polyak.clock import Clock
 from polyak.errors import ConfigError
 
-__all__ = ["Progress", "Tick", "tick"]
+__all__ = ["LARGEST", "Progress", "Tick", "given_lr", "given_step", "tick"]
+
+LARGEST = 2**63 - 1
+"""The largest count of steps that the history can hold."""
 
 
 class Progress(NamedTuple):
@@ -42,10 +52,16 @@ class Progress(NamedTuple):
         return Progress(clock.n, self.calls + 1, step, step, clock.elapsed, self.mass + weight, rate)
 
     def clock(self, now: Tick, lr: float | None) -> Clock:
-        """Return the moment of an averaged update, as a strategy sees it."""
+        """Return the moment of an averaged update, as a strategy sees it.
+
+        Raises:
+            ConfigError: If the steps averaged so far are more than the history can hold.
+        """
         elapsed = self.elapsed + now.stride
-        rate = None if lr is None else float(lr)
-        return Clock(self.n + 1, now.step, now.stride, rate, self.mass, elapsed, now.counted)
+        if elapsed > LARGEST:
+            message = f"step: {now.step} makes {elapsed} averaged steps in all; expected at most {LARGEST}"
+            raise ConfigError(message)
+        return Clock(self.n + 1, now.step, now.stride, lr, self.mass, elapsed, now.counted)
 
 
 class Tick(NamedTuple):
@@ -69,6 +85,38 @@ class Tick(NamedTuple):
         return ""
 
 
+def given_step(step: object) -> int:
+    """Return a given step as a plain integer; one of numpy or torch would not load with ``weights_only=True``.
+
+    Raises:
+        ConfigError: If ``step`` is no integer, negative, or larger than the history can hold.
+    """
+    number = None
+    if not (isinstance(step, bool) or getattr(step, "dtype", None) is torch.bool):
+        with suppress(TypeError):
+            number = index(step)  # type: ignore[arg-type]  # suppressed where it has none
+    if number is None or not 0 <= number <= LARGEST:
+        message = f"step: got {step!r}; expected the count of optimiser steps so far, an integer from 0 to {LARGEST}"
+        raise ConfigError(message)
+    return number
+
+
+def given_lr(lr: object) -> float:
+    """Return a given learning rate as a plain float.
+
+    Raises:
+        ConfigError: If ``lr`` is no finite number.
+    """
+    number = math.nan
+    if isinstance(lr, (Real, Tensor, np.ndarray)) and not isinstance(lr, bool):
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):
+            number = float(lr)
+    if not math.isfinite(number):
+        message = f"lr: got {lr!r}; expected the learning rate of this step, a finite number"
+        raise ConfigError(message)
+    return number
+
+
 def tick(last: Progress, step: int | None, *, start: int, every: int) -> Tick:
     """Return what a call is, from the progress before it.
 
@@ -77,19 +125,15 @@ def tick(last: Progress, step: int | None, *, start: int, every: int) -> Tick:
 
     Args:
         last: The progress before this call.
-        step: The step given by the caller; counted where it is None.
+        step: The step given by the caller. Defaults to the one after the last.
         start: The first step that may be averaged.
         every: Average one step in so many.
 
     Raises:
-        ConfigError: The step is negative.
+        ConfigError: If ``step`` is no step, or the counted one is larger than the history can hold.
     """
     first, counted = last.calls == 0, step is None
-    # A step of numpy or torch would not load with weights_only=True.
-    step = index(step) if step is not None else 1 if first else last.step + 1
-    if step < 0:
-        message = f"step: got {step}; expected the count of optimiser steps so far, 0 or more"
-        raise ConfigError(message)
+    step = given_step(step if step is not None else 1 if first else last.step + 1)
     previous = min(0, step - 1) if first else last.step
     if step == previous:
         return Tick(step, 0, due=False, counted=counted, order="repeated")

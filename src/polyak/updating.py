@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from polyak.averager import Averager
 from polyak.binding import Binding
-from polyak.cadence import Progress, tick
+from polyak.cadence import Progress, given_lr, tick
 from polyak.captured import Captured, recording, refuse_recording
 from polyak.errors import AppliedError, ConfigError, MismatchError, NonFiniteError, PolyakWarning, StateError
 from polyak.history import History
@@ -188,6 +188,7 @@ class Updating(Averager):
         if self._binding.holds_average(root):
             message = "update() while the model holds the average would average the average; leave applied() first"
             raise AppliedError(message)
+        lr = None if lr is None else given_lr(lr)
         state = self._state
         now = tick(state.progress, step, start=self.options.start, every=self.options.every)
         if complaint := now.complaint(state.progress):
