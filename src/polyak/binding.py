@@ -11,6 +11,7 @@ from torch import nn
 from polyak.errors import AppliedError, ConfigError, UnboundError
 from polyak.tensors.agreement import ranks_of
 from polyak.tensors.collector import collector_paused
+from polyak.tensors.entries import vacant
 from polyak.tensors.kernels import check_available
 from polyak.tensors.matching import pair
 from polyak.tensors.plan import Plan
@@ -22,7 +23,7 @@ from polyak.tensors.swap import Swap, swapped
 from polyak.tensors.wrappers import refuse_sharded, root_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Container, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -60,7 +61,7 @@ class Binding:
         with collector_paused():
             adapter = self.adapter(self.model)
             entries = adapter.entries(cast("Model", self.model))  # which says what is no model, None included
-            chosen = self._policies(entries)
+            chosen = self._policies(entries, absent=vacant(self.own()))
             check_storable(entries, chosen)
             if self.holds_average(self.own()):
                 message = (
@@ -91,7 +92,7 @@ class Binding:
     def left_alone(self) -> list[Entry]:
         """Return the entries of the averager's own model that are skipped."""
         entries = self.adapter(self.own()).entries(self.own())
-        chosen = self._policies(entries, strict=False)
+        chosen = self._policies(entries, settled=[entry.name for entry in entries])
         return [entry for entry, policy in zip(entries, chosen, strict=True) if policy == "skip"]
 
     def own(self) -> Model:
@@ -122,7 +123,7 @@ class Binding:
         entries = adapter.entries(root)
         if plan is not None and plan.is_current(root):  # it only showed its tensors otherwise
             return plan
-        chosen = self._policies(entries, strict=False)
+        chosen = self._policies(entries, settled={name for s in state.stored for name in s.aliases})
         kept = [entry for entry, policy in zip(entries, chosen, strict=True) if policy != "skip"]
         bound = plan.bound() if plan is not None and plan.model is root else {}
         # Under the caller's inference mode new storage could never be updated outside of it.
@@ -188,10 +189,12 @@ class Binding:
         plan.adapter.after_swap(plan.model)
         self._swap, self.depth = None, 0
 
-    def _policies(self, entries: Sequence[Entry], *, strict: bool = True) -> list[Policy]:
+    def _policies(
+        self, entries: Sequence[Entry], *, absent: Collection[str] = (), settled: Container[str] | None = None
+    ) -> list[Policy]:
         options = self._options
-        globs: dict[str, Any] = {"buffers": options.buffers, "include": options.include, "exclude": options.exclude}
-        return policies(entries, **globs, strict=strict)
+        given: dict[str, Any] = {"buffers": options.buffers, "include": options.include, "exclude": options.exclude}
+        return policies(entries, **given, absent=absent, settled=settled or (), strict=settled is None)
 
 
 def _together(plan: Plan) -> AbstractContextManager[None]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from polyak.tensors.agreement import first_rank, ranks_of
-from polyak.tensors.entries import walk
+from polyak.tensors.entries import identity, walk
 from polyak.tensors.roll_call import answered
 from polyak.tensors.swap import overwrite, writable
 from polyak.tensors.wrappers import dtensor, unwrap
@@ -46,38 +48,75 @@ def averaged_state_dict(
 ) -> dict[str, Any]:
     """Return the model's state dict with the averages in the place of its tensors, all copies.
 
+    All names of one tensor get one copy, as in the model's own state dict: a file holds it once.
+
     Args:
         plan: The plan of the averager's own model.
         holding: The tensors that hold the average now, one per entry of the plan.
-        applied: Puts the average into the model, for state dict hooks that compute new tensors from its weights.
+        applied: Puts the average into the model, for state dicts that compute new tensors from its weights.
     """
     averages = {
         id(slot.tensor): (stored, average)
         for entry, stored, average in zip(plan.entries, plan.stored, holding, strict=True)
         for slot in entry.slots
     }
+    copies: dict[object, Tensor] = {}
 
     def copied(live: Tensor) -> Tensor:
-        if id(live) not in averages:
-            return live.detach().clone()
-        stored, average = averages[id(live)]
-        return stored.whole(average.detach().to(device=live.device, dtype=live.dtype, copy=True))
+        memory = identity(live)
+        if memory not in copies:
+            stored, average = averages.get(id(live), (None, live))
+            kept = average.detach().to(device=live.device, dtype=live.dtype, copy=True)
+            copies[memory] = stored.whole(kept) if stored else kept
+        return copies[memory]
 
     model = plan.model
     if not isinstance(model, nn.Module):
         return {name: copied(live) for name, live in model.items()}
-    # What is left alone is the model's own; only what is no tensor of the model was computed by a hook.
     own = {id(slot.tensor) for entry in walk(model) for slot in entry.slots}
-    # Filled in place: it carries the versions of its modules, which load_state_dict reads.
     model = unwrap(model)
-    result: dict[str, Any] = model.state_dict(keep_vars=True)
-    computed = [key for key, v in result.items() if isinstance(v, Tensor) and id(v) not in own]
-    result.update({key: copied(v) for key, v in result.items() if id(v) in own})
-    if computed:
+    # Filled in place: it carries the versions of its modules, which load_state_dict reads.
+    result: dict[str, Any] = model.state_dict(keep_vars=True) if _keeps_variables(model) else {}
+    result.update({key: copied(value) for key, value in result.items() if id(value) in own})
+    # Of what is no tensor of the model, a hook or the model's own state_dict() made it, perhaps of its weights.
+    computed = [key for key, value in result.items() if id(value) not in own and _has_tensors(value)]
+    if computed or not result:
+        made: dict[object, Tensor] = {}
         with applied(), torch.no_grad():
             now = model.state_dict()
-            result.update({key: now[key].detach().clone() for key in computed})
+            result = result or now
+            result.update({key: _cloned(now[key], made) for key in computed or [*now]})
     return result
+
+
+def _keeps_variables(model: nn.Module) -> bool:
+    """Return whether the model's ``state_dict()``, which may be its own, can be asked for the tensors themselves."""
+    try:
+        inspect.signature(model.state_dict).bind(keep_vars=True)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _has_tensors(value: object) -> bool:
+    if isinstance(value, (dict, list, tuple)):
+        return any(map(_has_tensors, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tensor)
+
+
+def _cloned(value: Any, copies: dict[object, Tensor]) -> Any:  # noqa: ANN401 - whatever a state dict holds
+    if isinstance(value, Tensor):
+        memory = identity(value)
+        if memory not in copies:
+            copies[memory] = value.detach().clone()
+        return copies[memory]
+    if isinstance(value, dict):
+        new = copy.copy(value)  # with its attributes
+        new.update({key: _cloned(one, copies) for key, one in value.items()})
+        return new
+    if type(value) in {list, tuple}:
+        return type(value)([_cloned(one, copies) for one in value])
+    return value
 
 
 def gathered(state: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import polyak
 from models import ZOO, Buffers, Conv, Tied, drifting
@@ -105,3 +106,72 @@ def test_what_is_excluded_is_never_touched():
         assert torch.equal(model.head.weight, own)
     assert torch.equal(averager.averaged_state_dict()["head.weight"], own)
     assert averager.module.head.weight is model.head.weight
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))])
+def test_names_of_a_wrapped_model_are_understood(wrap):
+    model = nn.Sequential(nn.Linear(2, 2).requires_grad_(requires_grad=False), nn.Linear(2, 2))
+    names = [name for name, parameter in wrap(model).named_parameters() if parameter.requires_grad]
+    for root in (model, wrap(model)):
+        assert [*polyak.average(root, "ema", include=names).averages] == ["1.weight", "1.bias"]
+    assert [*polyak.average(model, "ema", exclude=names).averages] == ["0.weight", "0.bias"]
+
+
+def test_a_glob_may_have_the_prefixes_of_wrappers():
+    chosen = _by_name(Conv(), include="_orig_mod.module.conv.*", buffers={"module.norm.running_*": "copy"})
+    assert {name for name, policy in chosen.items() if policy != "skip"} == {"conv.weight", "conv.bias"}
+
+
+def test_wrappers_inside_a_model_change_no_name_in_a_pattern():
+    model = nn.Sequential(torch.compile(nn.Linear(2, 2)), nn.Linear(2, 2))
+    assert [*polyak.average(model, "ema", include=["0._orig_mod.weight"]).averages] == ["0.weight"]
+
+
+def test_a_submodule_that_is_called_module_keeps_its_name():
+    model = nn.ModuleDict({"module": nn.Linear(2, 2), "weight": nn.Linear(2, 2)})
+    assert [*polyak.average(model, "ema", include="module.weight").averages] == ["module.weight"]
+    assert [*polyak.average(model, "ema", include="module.module.bias").averages] == ["module.bias"]
+
+
+def test_a_name_with_brackets_is_a_name_before_it_is_a_glob():
+    model = nn.ModuleDict({"block[0]": nn.Linear(2, 2), "block0": nn.Linear(2, 2), "block[1]": nn.Linear(2, 2)})
+
+    def included(pattern):
+        return [*polyak.average(model, "ema", include=pattern).averages]
+
+    assert included("block[0].weight") == ["block[0].weight"]
+    assert included("block[0].*") == ["block0.weight", "block0.bias"]
+    assert included("block[1].*") == ["block[1].weight", "block[1].bias"]
+
+
+def test_pruning_masks_are_copied_and_the_average_is_sparse():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 2))
+    prune.l1_unstructured(model[0], "weight", amount=0.2)
+    prune.random_unstructured(model[2], "bias", amount=1)
+    averager = polyak.average(model, "ema", decay=0.9)
+    prune.l1_unstructured(model[0], "weight", amount=0.5)  # again: torch registers another mask
+    averager.update()
+    for model_mask, name in ((model[0].weight_mask, "0.weight_mask"), (model[2].bias_mask, "2.bias_mask")):
+        assert torch.equal(averager.averages[name], model_mask)
+    averager(torch.randn(3, 20))
+    assert not averager.module[0].weight[model[0].weight_mask == 0].any()
+
+
+def test_masks_of_torch_ao_pruning_are_copied():
+    from torch.ao.pruning import WeightNormSparsifier
+
+    model = nn.Sequential(nn.Linear(8, 8))
+    sparsifier = WeightNormSparsifier(sparsity_level=0.5)
+    sparsifier.prepare(model, [{"tensor_fqn": "0.weight"}])
+    averager = polyak.average(model, "ema", decay=0.9)
+    sparsifier.step()
+    averager.update()
+    mask = averager.averages["0.parametrizations.weight.0.mask"]
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+
+
+def test_zeros_and_ones_that_no_pruning_registered_are_averaged():
+    model = nn.Linear(2, 2)
+    model.register_buffer("weight_mask", torch.tensor([0.0, 1.0]))
+    assert _by_name(model)["weight_mask"] == "average"

@@ -143,4 +143,4 @@ def test_power_iterations_are_known_for_what_they_are():
         "old_weight_norm": set(),
     }.items():
         entries = walk(ZOO[kind].build())
-        assert {entry.name.rpartition(".")[2] for entry in entries if entry.iterated} == wanted
+        assert {entry.name.rpartition(".")[2] for entry in entries if entry.verbatim} == wanted

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from polyak.errors import ModelError
-from polyak.tensors.wrappers import unwrap
+from polyak.tensors.wrappers import is_sparsity, unwrap
 
 if TYPE_CHECKING:
     from polyak.tensors.spread import Spread
@@ -27,6 +28,7 @@ __all__ = [
     "addressed",
     "identity",
     "modules_of",
+    "vacant",
     "walk",
 ]
 
@@ -37,6 +39,7 @@ PLAIN = frozenset({Tensor, nn.Parameter})
 STRIDED = torch.strided
 _NONE: frozenset[str] = frozenset()
 _VECTORS = frozenset({"_u", "_v"})
+_MASK = frozenset({"mask"})
 
 
 class Slot(NamedTuple):
@@ -58,7 +61,8 @@ class Entry(NamedTuple):
         slots: All places that hold it, in the order of the walk; more than one where it is tied.
         aliases: All canonical names of the tensor, ``name`` first.
         persistent: Whether it is part of ``model.state_dict()``.
-        iterated: Whether it is a vector of a power iteration (spectral norm), which must keep unit norm.
+        verbatim: Whether only its exact values mean anything: spectral norm's vectors have unit norm, pruning masks
+            are 0 or 1.
         spread: How the whole is spread over ranks, where ``tensor`` is this rank's part of it; else None.
     """
 
@@ -68,7 +72,7 @@ class Entry(NamedTuple):
     slots: tuple[Slot, ...]
     aliases: tuple[str, ...]
     persistent: bool = True
-    iterated: bool = False
+    verbatim: bool = False
     spread: Spread | None = None
 
     def __eq__(self, other: object) -> bool:
@@ -146,6 +150,12 @@ def modules_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
             yield from modules_of(child, f"{prefix}{key}.")
 
 
+def vacant(model: Model) -> set[str]:
+    """Return the names of the buffers that a model has registered and not filled yet."""
+    modules = modules_of(model) if isinstance(model, nn.Module) else ()
+    return {prefix + key for prefix, module in modules for key, buffer in module._buffers.items() if buffer is None}  # noqa: SLF001 - as below
+
+
 def _own_tensors(prefix: str, module: nn.Module) -> Iterator[Entry]:
     # named_parameters() hides a tensor's other names; the dictionaries are what it reads.
     for key, parameter in module._parameters.items():  # noqa: SLF001
@@ -155,21 +165,24 @@ def _own_tensors(prefix: str, module: nn.Module) -> Iterator[Entry]:
     buffers = module._buffers  # noqa: SLF001 - as above
     if not buffers:
         return
-    iterated, transient = _power_iteration_keys(module), module._non_persistent_buffers_set  # noqa: SLF001 - torch has no public way to ask
+    verbatim, transient = _verbatim_keys(module), module._non_persistent_buffers_set  # noqa: SLF001 - torch has no public way to ask
     for key, buffer in buffers.items():
         if buffer is not None:
             name, slot = prefix + key, Slot(module, key, prefix + key, buffer)
-            yield Entry(name, "buffer", buffer, (slot,), (name,), key not in transient, key in iterated)
+            yield Entry(name, "buffer", buffer, (slot,), (name,), key not in transient, key in verbatim)
 
 
-def _power_iteration_keys(module: nn.Module) -> frozenset[str]:
+def _verbatim_keys(module: nn.Module) -> frozenset[str]:
     if isinstance(module, nn.utils.parametrizations._SpectralNorm):  # noqa: SLF001 - torch exports no name for it
         return _VECTORS
-    hooks = module._forward_pre_hooks  # noqa: SLF001 - the old spectral_norm is known by its hook only
+    if is_sparsity(module):
+        return _MASK
+    hooks = module._forward_pre_hooks  # noqa: SLF001 - the old spectral_norm and pruning are known by their hooks only
     if not hooks:
         return _NONE
-    norms = [hook for hook in hooks.values() if isinstance(hook, SpectralNorm)]
-    return frozenset(f"{norm.name}_{vector}" for norm in norms for vector in "uv")
+    norms = [hook.name for hook in hooks.values() if isinstance(hook, SpectralNorm)]
+    pruned = [hook._tensor_name for hook in hooks.values() if isinstance(hook, BasePruningMethod)]  # noqa: SLF001 - torch keeps it there only
+    return frozenset([f"{name}_{vector}" for name in norms for vector in "uv"] + [f"{name}_mask" for name in pruned])
 
 
 def address(tensor: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, cast
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from polyak.errors import ConfigError
 from polyak.tensors.finite import FiniteCheck
 from polyak.tensors.storage import unfit
+from polyak.tensors.wrappers import spellings
 
 if TYPE_CHECKING:
     from polyak.tensors.entries import Entry
@@ -20,6 +21,9 @@ Policy = Literal["average", "copy", "skip"]
 Globs = str | Sequence[str] | None
 Buffers = Literal["auto", "average", "copy", "skip"] | Mapping[str, Policy]
 
+_MAGIC = frozenset("*?[")
+_ABSENT = -1
+
 
 def policies(
     entries: Sequence[Entry],
@@ -28,22 +32,29 @@ def policies(
     include: Globs = None,
     exclude: Globs = None,
     strict: bool = True,
+    settled: Container[str] = (),
+    absent: Collection[str] = (),
 ) -> list[Policy]:
     """Return the policy of each entry.
 
     Floating and complex parameters are averaged, others copied. With ``buffers="auto"`` floating buffers are
-    averaged, except the vectors of power iterations (their average has not unit norm) and those that hold
-    infinities by design, such as attention masks; these, integers and booleans are copied.
+    averaged, except the vectors of power iterations (their average has not unit norm), pruning masks, and those that
+    hold infinities by design, such as attention masks; these, integers and booleans are copied.
+
+    A pattern is a name or a glob. It names one tensor where it is that tensor's name, whatever characters are in it.
+    The prefixes of wrappers in it may be missing or not.
 
     Args:
         entries: What ``polyak.tensors.walk`` returned.
-        buffers: One policy for all buffers, or a mapping of glob to policy (the first that matches; else "auto").
-        include: Globs of canonical names; all entries that match none are left alone.
-        exclude: Globs of canonical names that are left alone.
-        strict: Whether a glob that matches nothing is refused and values are looked at; else only "skip" is sure.
+        buffers: One policy for all buffers, or a mapping of pattern to policy (the first that matches; else "auto").
+        include: Patterns; all entries that match none are skipped.
+        exclude: Patterns of entries to skip.
+        strict: Whether a pattern that matches nothing is refused.
+        settled: Names of buffers whose values are not looked at: "average" stands for those of which they decide.
+        absent: Names of buffers that are not filled yet, which patterns may match too.
 
     Raises:
-        ConfigError: A glob matches no tensor.
+        ConfigError: If a pattern matches no tensor.
 
     Examples:
         >>> from torch import nn
@@ -51,29 +62,31 @@ def policies(
         >>> policies(walk(nn.BatchNorm1d(3)))
         ['average', 'average', 'average', 'average', 'copy']
     """
-    included, excluded = _globs(include), _globs(exclude)
-    by_glob = buffers if isinstance(buffers, Mapping) else {}
-    if strict:
-        _refuse_idle("include", included, entries)
-        _refuse_idle("exclude", excluded, entries)
-        _refuse_idle("buffers", tuple(by_glob), [entry for entry in entries if entry.kind == "buffer"])
+    everything = _Names(dict(enumerate(entries)), absent)
+    only_buffers = _Names({i: entry for i, entry in enumerate(entries) if entry.kind == "buffer"}, absent)
+    included = everything.matched("include", _patterns(include), strict=strict)
+    excluded = everything.matched("exclude", _patterns(exclude), strict=strict)
+    wanted: dict[int, str] = {}
+    for pattern, policy in buffers.items() if isinstance(buffers, Mapping) else ():
+        matched = only_buffers.matched("buffers", (pattern,), strict=strict)
+        wanted = {**dict.fromkeys(matched, policy), **wanted}
+    rest = buffers if isinstance(buffers, str) else "auto"
 
-    def choose(entry: Entry) -> Policy | None:
-        if (include is not None and not _matches(entry, included)) or (excluded and _matches(entry, excluded)):
+    def choose(number: int, entry: Entry) -> Policy | None:
+        if (include is not None and number not in included) or number in excluded:
             return "skip"
         if entry.kind == "parameter":
             return "average" if _is_float(entry) else "copy"
-        wanted = buffers if isinstance(buffers, str) else "auto"
-        wanted = next((policy for glob, policy in by_glob.items() if _matches(entry, (glob,))), wanted)
-        return _buffer_policy(entry, wanted)
+        return _buffer_policy(entry, wanted.get(number, rest))
 
-    chosen = [choose(entry) for entry in entries]
+    chosen = [choose(*numbered) for numbered in enumerate(entries)]
     # One look at all of them, since each waits for the device.
-    undecided = [entry.tensor for entry, policy in zip(entries, chosen, strict=True) if policy is None]
-    finite = not strict or FiniteCheck(undecided)()
+    pairs = [*zip(entries, chosen, strict=True)]
+    undecided = [entry.tensor for entry, policy in pairs if policy is None and entry.name not in settled]
+    finite = not undecided or FiniteCheck(undecided)()
     return [
-        policy or ("average" if finite or FiniteCheck([entry.tensor])() else "copy")
-        for entry, policy in zip(entries, chosen, strict=True)
+        policy or ("average" if finite or entry.name in settled or FiniteCheck([entry.tensor])() else "copy")
+        for entry, policy in pairs
     ]
 
 
@@ -85,28 +98,47 @@ def _buffer_policy(entry: Entry, wanted: str) -> Policy | None:
         return "copy"
     if wanted != "auto" or unfit(entry.tensor):
         return "average"  # what is unfit is refused where it is to be stored: there are no values to read here
-    return "copy" if entry.iterated else None
+    return "copy" if entry.verbatim else None
 
 
 def _is_float(entry: Entry) -> bool:
     return entry.tensor.is_floating_point() or entry.tensor.is_complex()
 
 
-def _globs(globs: Globs) -> tuple[str, ...]:
-    return () if globs is None else (globs,) if isinstance(globs, str) else tuple(globs)
+def _patterns(patterns: Globs) -> Sequence[str]:
+    return () if patterns is None else (patterns,) if isinstance(patterns, str) else patterns
 
 
-def _matches(entry: Entry, globs: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs for name in entry.aliases)
+class _Names:
+    """The names of some entries, tied ones under each of theirs, and the number of the entry that has each."""
 
+    def __init__(self, entries: Mapping[int, Entry], absent: Collection[str]) -> None:
+        self._numbers = {**dict.fromkeys(absent, _ABSENT), **{n: i for i, e in entries.items() for n in e.aliases}}
 
-def _refuse_idle(option: str, globs: Sequence[str], entries: Sequence[Entry]) -> None:
-    for glob in globs:
-        if not any(_matches(entry, (glob,)) for entry in entries):
-            names = [name for entry in entries for name in entry.aliases]
-            near = get_close_matches(glob.replace("*", ""), names, n=3, cutoff=0.3) or names[:3]
-            message = (
-                f"{option}: the glob {glob!r} matches none of the {len(names)} tensor names; "
-                f"such names are {', '.join(map(repr, near)) or '(none)'}"
-            )
-            raise ConfigError(message)
+    def matched(self, option: str, patterns: Sequence[str], *, strict: bool) -> set[int]:
+        """Return the numbers of the entries that any of the patterns names."""
+        found: set[int] = set()
+        for pattern in patterns:
+            matched = self._match(pattern)
+            if strict and not matched:
+                raise ConfigError(self._complaint(option, pattern))
+            found |= matched
+        return found
+
+    def _match(self, pattern: str) -> set[int]:
+        names = [*spellings(pattern)]
+        exact = [self._numbers[name] for name in names if name in self._numbers][:1]
+        if exact or _MAGIC.isdisjoint(pattern):
+            return {*exact}
+        # A bracket that opens no set of characters is one of the name.
+        globs = [glob for name in names for glob in (name, name.replace("[", "[[]"))]
+        found = ({n for name, n in self._numbers.items() if fnmatchcase(name, glob)} for glob in globs)
+        return next(filter(None, found), set())
+
+    def _complaint(self, option: str, pattern: str) -> str:
+        names = [*self._numbers]
+        near = get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.3) or names[:3]
+        return (
+            f"{option}: the glob {pattern!r} matches none of the {len(names)} tensor names; "
+            f"such names are {', '.join(map(repr, near)) or '(none)'}"
+        )

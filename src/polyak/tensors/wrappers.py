@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["dtensor", "each_module", "refuse_sharded", "root_of", "shards", "unwrap"]
+__all__ = ["dtensor", "each_module", "is_sparsity", "refuse_sharded", "root_of", "shards", "spellings", "unwrap"]
 
 _FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
 _FSDP2 = ("torch.distributed.fsdp._fully_shard._fully_shard", "FSDPModule")
@@ -33,6 +33,9 @@ _WRAPPERS = (
     ),
     (*_FSDP1, "_fsdp_wrapped_module"),
 )
+_PREFIXES = frozenset(attribute for *_, attribute in _WRAPPERS)
+_OWN_PREFIX = "module"  # the one that users give modules of their own, too
+_SPARSITY = ("torch.ao.pruning.sparsifier.utils", "FakeSparsity")
 
 
 def _loaded(defined_in: str, class_name: str) -> Any:  # noqa: ANN401 - a class or None
@@ -72,6 +75,24 @@ def root_of(module: nn.Module) -> nn.Module:
     return module
 
 
+def spellings(name: str) -> Iterator[str]:
+    """Yield the names that a name from a wrapped model may stand for: itself first, then without wrappers' prefixes.
+
+    Examples:
+        >>> [*spellings("module._orig_mod.head.weight")]
+        ['module._orig_mod.head.weight', 'module.head.weight', 'head.weight', 'head.weight']
+    """
+    parts = name.split(".")
+    yield name
+    if _PREFIXES.isdisjoint(parts):
+        return
+    # No user calls a submodule `_orig_mod`, and some call theirs `module`.
+    yield ".".join(parts := [part for part in parts if part == _OWN_PREFIX or part not in _PREFIXES])
+    while parts and parts[0] == _OWN_PREFIX:
+        yield ".".join(parts := parts[1:])
+    yield ".".join(part for part in parts if part != _OWN_PREFIX)
+
+
 def dtensor() -> Any:  # noqa: ANN401 - a class or None
     """Return the class of tensors that are spread over ranks; None where nobody has imported it yet."""
     return _loaded("torch.distributed.tensor", "DTensor")
@@ -86,6 +107,12 @@ def shards(module: nn.Module) -> bool:
 def _shards(kind: type) -> bool:
     found = _loaded(*_FSDP2)
     return found is not None and issubclass(kind, found)
+
+
+def is_sparsity(module: nn.Module) -> bool:
+    """Return whether a module is the parametrization by which ``torch.ao.pruning`` multiplies a mask into a weight."""
+    kind = _loaded(*_SPARSITY)
+    return kind is not None and isinstance(module, kind)
 
 
 def refuse_sharded(model: nn.Module) -> None:
