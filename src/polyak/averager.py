@@ -121,6 +121,27 @@ class Averager(Protocol):
             MismatchError: The model's tensors were replaced, and a graph would go on with the old ones.
         """
 
+    def configure(self, **settings: Any) -> None:
+        """Change settings in the middle of a run: those of the strategy, and ``start``, ``every`` and ``nonfinite``.
+
+        They count from the next update on. The change is recorded: the profile and every resume stay exact, also into
+        an averager that is built as this one was.
+
+        Args:
+            **settings: The new values, validated as in ``polyak.average``.
+
+        Raises:
+            ConfigError: If there is no such setting, its value is wrong, or it is fixed when an averager is built
+                (where an average lives; how many tensors a strategy keeps). Nothing has changed then.
+
+        Examples:
+            >>> import polyak, torch
+            >>> averager = polyak.average(torch.nn.Linear(3, 1), "ema", decay=0.9)
+            >>> averager.configure(decay=0.99)
+            >>> averager.strategy.decay
+            0.99
+        """
+
     def applied(self) -> AbstractContextManager[None]:
         """Return a context in which the model computes with the average; after it, with its own weights, bit for bit.
 

@@ -53,6 +53,14 @@ class Bank(Mapping[str, "Averager"]):
         self._movers: dict[tuple[int, ...], tuple[list[Plan], Mover]] = {}
 
     @override
+    def __setattr__(self, name: str, value: object) -> None:
+        if not name.startswith("_"):
+            first = next(iter(self))
+            message = f"the bank's {name!r} cannot be set; its averages have settings: bank[{first!r}].configure(...)"
+            raise AttributeError(message)
+        super().__setattr__(name, value)
+
+    @override
     def __getitem__(self, name: str) -> Averager:
         if name not in self._averagers:
             message = f"the bank has no average {name!r}; it has {', '.join(map(repr, self))}"

@@ -73,17 +73,23 @@ class Binding:
             kept = [(entry, policy) for entry, policy in zip(entries, chosen, strict=True) if policy != "skip"]
             stored = allocate(kept, slots, device=as_device(options.device), dtype=as_dtype(options.dtype))
             self.plan = Plan(self.own(), stored, [entry for entry, _ in kept], options.kernel, adapter)
-            self._check_asking(self.plan)
+            self.follow(options)
             return stored
 
-    def _check_asking(self, plan: Plan) -> None:
-        asks = plan.lane.agree is not None and self._options.nonfinite != "propagate"
-        if asks and plan.offload is not None:
+    def follow(self, options: Options) -> None:
+        """Go on with other options.
+
+        Raises:
+            ConfigError: If the ranks of a sharded model would ask each other beside the training.
+        """
+        plan, checks = self.plan, options.nonfinite != "propagate"
+        if checks and plan is not None and plan.offload is not None and plan.lane.agree is not None:
             message = (
-                f"with nonfinite={self._options.nonfinite!r} the ranks of a sharded model ask each other, which cannot "
-                f"be done where device={self._options.device!r} averages; set nonfinite='propagate'"
+                f"with nonfinite={options.nonfinite!r} the ranks of a sharded model ask each other, which cannot "
+                f"be done where device={options.device!r} averages; set nonfinite='propagate'"
             )
             raise ConfigError(message)
+        self._options = options
 
     def adapter(self, root: Model | None) -> Adapter:
         """Return how to reach the tensors of a model."""

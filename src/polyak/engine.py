@@ -14,16 +14,17 @@ from typing_extensions import override
 
 from polyak.binding import Binding
 from polyak.cadence import Progress
+from polyak.configurable import Configurable
 from polyak.describe import describe
 from polyak.errors import AppliedError, StateError
 from polyak.export import averaged_state_dict, gathered, overwrite_model
 from polyak.history import History
 from polyak.replica import Replica
-from polyak.state import State, changed_options, check_format, dump, parse, received_strategy
+from polyak.settings import Settings, resumed
+from polyak.state import State, check_format, dump, parse
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.storage import Stored
 from polyak.tensors.swap import in_force
-from polyak.updating import Updating
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polyak.profile import Profile
-    from polyak.strategy import Strategy
     from polyak.tensors.entries import Entry, Model
 
 __all__ = ["Engine"]
@@ -40,11 +40,11 @@ __all__ = ["Engine"]
 class Received(NamedTuple):
     """A state that fits."""
 
-    strategy: Strategy
+    settings: Settings
     state: State
 
 
-class Engine(Updating):
+class Engine(Configurable):
     """The averager that ``polyak.average`` makes; see ``polyak.Averager`` for its methods."""
 
     restored = False
@@ -52,11 +52,6 @@ class Engine(Updating):
     _replica: Replica | None = None
 
     # What it is
-
-    @property
-    @override
-    def strategy(self) -> Strategy:
-        return self._strategy
 
     @property
     @override
@@ -186,18 +181,18 @@ class Engine(Updating):
             message = "load_state_dict() inside applied(), where the model holds the average; leave applied() first"
             raise AppliedError(message)
         check_format(state)
-        strategy, changed = received_strategy(state, self._strategy, self._knows)
-        loaded = parse(state, self._state, strategy.slots())
-        changed += changed_options(state, self.options)
+        settings, changed = resumed(state, self._settings, self._knows)
+        loaded = parse(state, self._state, settings.strategy.slots())
         if changed:
             self._warn(
                 "settings", f"the state was saved with other settings; from here on its own count: {', '.join(changed)}"
             )
-        return Received(strategy, loaded)
+        return Received(settings, loaded)
 
     def adopt(self, received: Received) -> None:
         """Go on from a state."""
-        self._strategy, self._state, self._binding.plan = *received, None
+        self._state, self._binding.plan = received.state, None
+        self._settings = received.settings
         self.restored = True
         self._capture()
         self._repoint()

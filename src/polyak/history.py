@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,23 @@ if TYPE_CHECKING:
 
     from polyak.strategy import Strategy
 
-__all__ = ["History"]
+__all__ = ["Change", "History"]
+
+
+class Change(NamedTuple):
+    """A setting that was changed in the middle of a run.
+
+    Attributes:
+        n: How many updates were averaged before.
+        name: The setting.
+        before: Its value until then, as plain types.
+        after: Its value from then on.
+    """
+
+    n: int
+    name: str
+    before: Any
+    after: Any
 
 
 class History:
@@ -26,9 +42,17 @@ class History:
         rates: The rate of each run.
         strides: The steps between its updates.
         last: The number of its last update.
+        changes: The settings that were changed on the way. Their rates are in the runs.
     """
 
-    def __init__(self, rates: Iterable[float] = (), strides: Iterable[int] = (), last: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        rates: Iterable[float] = (),
+        strides: Iterable[int] = (),
+        last: Iterable[int] = (),
+        changes: Iterable[Change] = (),
+    ) -> None:
+        self.changes = tuple(changes)
         self.rates = array("d", rates)
         self.strides = array("q", strides)
         self.last = array("q", last)

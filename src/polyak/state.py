@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,7 @@ from torch import Tensor
 
 from polyak.cadence import Progress
 from polyak.errors import StateError
-from polyak.history import History
-from polyak.missing import MissingStrategy
+from polyak.history import Change, History
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.spread import Spread, layout
 from polyak.tensors.wrappers import dtensor
@@ -24,10 +23,11 @@ if TYPE_CHECKING:
     from polyak.strategy import Strategy
     from polyak.tensors.storage import Stored
 
-__all__ = ["FORMAT", "State", "changed_options", "check_format", "dump", "parse", "received_strategy"]
+__all__ = ["FORMAT", "State", "check_format", "dump", "parse", "saved_changes"]
 
 FORMAT = 1
 _SHOWN = 6
+_RUNS = ("rates", "strides", "last")
 
 
 @dataclass
@@ -74,6 +74,7 @@ def dump(state: State, holding: Sequence[Tensor], strategy: Strategy, options: O
             torch.tensor(history.rates, dtype=torch.float64),
             torch.tensor(history.strides, dtype=torch.int64),
             torch.tensor(history.last, dtype=torch.int64),
+            *([[*map(list, history.changes)]] if history.changes else []),
         ),
         "skipped": state.skipped,
         "generators": tuple(state.generators.states().items()),
@@ -94,11 +95,11 @@ def parse(raw: Mapping[str, Any], current: State, slots: Sequence[str]) -> State
     try:
         progress = Progress(**raw["progress"])
         history = raw["history"]  # by name in the first files of this format
-        rates, strides, last = history.values() if isinstance(history, Mapping) else history
+        rates, strides, last = [*(history.values() if isinstance(history, Mapping) else history)][: len(_RUNS)]
         loaded = State(
             stored=_stored(raw["slots"], current.stored, slots),
             progress=progress,
-            history=History(rates.tolist(), strides.tolist(), last.tolist()),
+            history=History(rates.tolist(), strides.tolist(), last.tolist(), saved_changes(raw)),
             skipped=int(raw["skipped"]),
             generators=OwnGenerators(dict(raw["generators"])),
         )
@@ -115,43 +116,19 @@ def parse(raw: Mapping[str, Any], current: State, slots: Sequence[str]) -> State
     return loaded
 
 
-def received_strategy(
-    raw: Mapping[str, Any], own: Strategy, knows: Callable[[str], bool]
-) -> tuple[Strategy, list[str]]:
-    """Return the strategy that goes on from a state, and in words which of its settings are not the saved ones.
-
-    The averager's own settings count from here on. A strategy that is not installed here is replaced by one
-    that only refuses to update.
+def saved_changes(raw: Mapping[str, Any]) -> tuple[Change, ...]:
+    """Return the settings that were changed in the middle of the run that a state was saved in.
 
     Raises:
-        StateError: The state was made by another strategy, or names none.
+        StateError: If they are damaged.
     """
-    saved = raw.get("strategy")
-    if not isinstance(saved, Mapping) or "name" not in saved:
-        message = "the state names no strategy; expected what averager.state_dict() returned"
-        raise StateError(message)
-    name = saved["name"]
-    mine = own.model_dump(mode="json")
-    if name != own.name and not knows(name):
-        slots = raw.get("slots")
-        return MissingStrategy.of(saved, slots if isinstance(slots, Mapping) else ()), []
-    if name != own.name:
-        message = (
-            f"the state was made by the strategy {name!r}, and this averager uses {own.name!r}; "
-            f"build it with strategy={name!r} to go on, or start a new average"
-        )
-        raise StateError(message)
-    changed = [
-        f"{key}={mine[key]!r} (saved: {saved[key]!r})" for key in mine if key in saved and saved[key] != mine[key]
-    ]
-    return own, changed
-
-
-def changed_options(raw: Mapping[str, Any], own: Options) -> list[str]:
-    """Return in words which options that change the average's meaning are not the saved ones."""
-    saved, mine = raw.get("config") or {}, own.model_dump(mode="json")
-    counted = ("start", "every", "origin", "buffers")
-    return [f"{key}={mine[key]!r} (saved: {saved[key]!r})" for key in counted if saved.get(key, mine[key]) != mine[key]]
+    history = raw.get("history")
+    saved = history[len(_RUNS) :] if isinstance(history, (tuple, list)) else ()
+    try:
+        return tuple(Change(*change) for changes in saved for change in changes)
+    except (TypeError, ValueError) as error:
+        message = f"the state is damaged: its changes of settings are {saved!r}. Load the one before it."
+        raise StateError(message) from error
 
 
 def check_format(raw: Mapping[str, Any]) -> None:

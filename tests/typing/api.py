@@ -36,6 +36,7 @@ def train(averager: polyak.Averager, model: nn.Module, batch: Tensor) -> None:
     averager.update(model, step=3, lr=0.1)
     with averager.applied():
         model(batch)
+    averager.configure(decay=0.9, every=2)
     averager(batch, scale=2.0)
     assert_type(averager.module, nn.Module)
     averager.copy_to()
@@ -59,6 +60,7 @@ def several(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     assert_type(averages, polyak.Bank)
     assert_type(averages["short"], polyak.Averager)
     averages.update(step=3, lr=0.1)
+    averages["short"].configure(decay=0.99)
     with averages.applied("long"):
         pass
     averages.load_state_dict(averages.state_dict())
