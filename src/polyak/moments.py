@@ -25,8 +25,8 @@ class Moments:
 
     def __init__(self) -> None:
         self.count, self.batches = 0, 0
-        self.mean = torch.zeros((), dtype=torch.float64)
-        self.squares = torch.zeros((), dtype=torch.float64)
+        self.mean = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.squares = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def add(self, x: Tensor) -> None:
         """Count the rows of what a layer was given."""
@@ -66,7 +66,7 @@ def joined(measured: Mapping[_BatchNorm, Moments], peers: Peers) -> None:
         return [*joint.cpu().split_with_sizes([len(part) for part in parts])]
 
     with answered("measure the statistics of batch norm", "All ranks call recalibrate().", ranks=peers.ranks):
-        rows = total([torch.tensor([m.count, m.batches], dtype=torch.float64) for m in measured.values()])
+        rows = total([torch.tensor([m.count, m.batches], dtype=torch.float64, device="cpu") for m in measured.values()])
         means = total([m.mean.expand(layer.num_features) * m.count for layer, m in measured.items()])
         means = [mean / max(1.0, float(count)) for mean, (count, _) in zip(means, rows, strict=True)]
         apart = zip(measured.values(), means, strict=True)

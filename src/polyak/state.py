@@ -71,9 +71,9 @@ def dump(state: State, holding: Sequence[Tensor], strategy: Strategy, options: O
         "aliases": [list(s.aliases) for s in state.stored if len(s.aliases) > 1],
         "progress": state.progress._asdict(),
         "history": (
-            torch.tensor(history.rates, dtype=torch.float64),
-            torch.tensor(history.strides, dtype=torch.int64),
-            torch.tensor(history.last, dtype=torch.int64),
+            torch.tensor(history.rates, dtype=torch.float64, device="cpu"),
+            torch.tensor(history.strides, dtype=torch.int64, device="cpu"),
+            torch.tensor(history.last, dtype=torch.int64, device="cpu"),
             *([[*map(list, history.changes)]] if history.changes else []),
         ),
         "skipped": state.skipped,

@@ -44,13 +44,13 @@ class Scratch:
     """Memory for one tensor after the other: what is freed and allocated anew each time gets scattered, and grows."""
 
     def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a tensor with any values, valid until the next one is asked for."""
         size = math.prod(shape) * dtype.itemsize
         if size > len(self._bytes):
-            self._bytes = torch.empty(size, dtype=torch.uint8)
+            self._bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self._bytes[:size].view(dtype).reshape(shape)
 
 

@@ -118,7 +118,7 @@ def _staging(live: Sequence[Tensor]) -> list[Tensor]:
     for dtype in {tensor.dtype for tensor in live}:
         # One piece of memory: locking pages takes long, whatever their number.
         own = [tensor for tensor in live if tensor.dtype == dtype]
-        whole = torch.empty(sum(tensor.numel() for tensor in own), dtype=dtype, pin_memory=locked)
+        whole = torch.empty(sum(tensor.numel() for tensor in own), dtype=dtype, device="cpu", pin_memory=locked)
         parts = torch.split(whole, [tensor.numel() for tensor in own])
         made.update({id(t): _like(part, t) for part, t in zip(parts, own, strict=True)})
     return [made[id(tensor)] for tensor in live]

@@ -36,7 +36,7 @@ _HALF = UPDATES // 2
 def _one_hot_is_the_profile(case: Case) -> None:
     profile = expected(case, _ALL)
     shares = [profile.start, *profile.shares.tolist()]
-    model = {"weight": torch.eye(UPDATES + 1, dtype=torch.float64)[0].clone()}
+    model = {"weight": torch.eye(UPDATES + 1, dtype=torch.float64, device="cpu")[0].clone()}
     averager = average(model, case.strategy, dtype="float64")
     for n in _ALL:
         model["weight"].zero_()[n] = 1.0
@@ -51,7 +51,7 @@ def _one_hot_is_the_profile(case: Case) -> None:
 
 def _average_is_the_sum(case: Case) -> None:
     profile = expected(case, _ALL)
-    shares = torch.tensor([profile.start, *profile.shares], dtype=torch.float64)
+    shares = torch.tensor([profile.start, *profile.shares], dtype=torch.float64, device="cpu")
     model = _model(torch.float64)
     seen: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
     for step in (0, *_ALL):
@@ -149,7 +149,7 @@ LAWS: dict[str, Callable[[Case], None]] = {
 
 def _model(dtype: torch.dtype) -> nn.Module:
     """Return what averages get wrong most often: a tied tensor and a batch norm."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         embedding, norm, head = nn.Embedding(5, 3), nn.BatchNorm1d(3), nn.Linear(3, 5, bias=False)
     head.weight = embedding.weight
     return nn.ModuleDict({"embedding": embedding, "norm": norm, "head": head}).to(dtype)
@@ -159,7 +159,7 @@ def _train(model: nn.Module, step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
             tensor.copy_(noise if tensor.is_floating_point() else torch.full_like(tensor, step))
 
 

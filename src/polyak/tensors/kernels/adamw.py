@@ -194,9 +194,11 @@ class AdamWCPU:
 @cache
 def works() -> bool:
     """Return whether the loops can be compiled here; where Numba works and they do not, warn once."""
-    one = [torch.zeros(1)]
+    param, gradient, moment, step = (
+        [torch.zeros(shape, dtype=torch.float32, device="cpu")] for shape in ((1,), (1,), (1,), ())
+    )
     try:
-        AdamWCPU(one, [torch.zeros(1)], [torch.zeros(1)], [torch.zeros(())])
+        AdamWCPU(param, gradient, moment, step)
     except Exception as error:  # noqa: BLE001 - whatever a compiler can raise, training goes on without it
         message = (
             f"Numba compiles no step of AdamW here ({type(error).__name__}: {str(error).partition(chr(10))[0]}); torch "

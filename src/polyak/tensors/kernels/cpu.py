@@ -186,9 +186,11 @@ class CopyCPU(Kernel):
 
 
 def _seed(generators: Generators) -> int:
-    return int(torch.randint(1 << 32, (), generator=generators(torch.device("cpu"))))
+    cpu = torch.device("cpu")
+    return int(torch.randint(1 << 32, (), generator=generators(cpu), device=cpu))
 
 
 def try_out() -> None:
     """Import the compiler and compile for float32, whatever that raises."""
-    FusedCPU([[torch.zeros(1)]], [torch.zeros(1)])
+    one = torch.zeros(1, dtype=torch.float32, device="cpu")
+    FusedCPU([[one]], [torch.zeros_like(one)])

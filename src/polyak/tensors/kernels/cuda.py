@@ -142,7 +142,7 @@ class FusedCUDA:
             self._rates.copy_(rates)
         else:
             self._check_uncaptured()
-            self._send(torch.tensor(rates, dtype=self._rates.dtype), self._rates)
+            self._send(torch.tensor(rates, dtype=self._rates.dtype, device="cpu"), self._rates)
         if self._seeds is not None:
             for seed, own in zip(self._seeds, generators, strict=True):
                 seed.random_(generator=own(self._device))
@@ -186,7 +186,8 @@ class FusedCUDA:
 
 def try_out() -> None:
     """Import the compiler and compile for float32, whatever that raises; needs a GPU."""
-    FusedCUDA([[torch.zeros(1, device="cuda")]], [torch.zeros(1, device="cuda")])
+    one = torch.zeros(1, dtype=torch.float32, device="cuda")
+    FusedCUDA([[one]], [torch.zeros_like(one)])
 
 
 def _blocks(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
