@@ -180,6 +180,78 @@ def a_folder_is_replaced_whole(rank, folder, *_):
     same(everything(other), wanted)
 
 
+def _statistics(seed=0):
+    """Return a model whose ranks have statistics of their own, and what averages it."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+    return model, polyak.bank(model, {"ema": {"name": "ema", "decay": 0.5}, "lawa": {"name": "lawa", "window": 2}})
+
+
+def what_every_rank_holds_is_one_ranks(rank, folder, *_):
+    model, bank = _statistics()
+    generator = torch.Generator().manual_seed(rank)
+    with torch.no_grad():
+        for step in range(3):
+            model(torch.randn(16, 4, generator=generator))
+            model[0].weight.add_(step)
+            bank.update()
+    for name, saved in {"bank": bank, "ema": bank["ema"]}.items():
+        own = everything(saved)
+        wanted = [own]
+        dist.broadcast_object_list(wanted)
+        differing = {key.rpartition("/")[2] for key in own if not torch.equal(own[key], wanted[0][key])}
+        assert {"1.running_mean", "1.running_var"} <= differing or rank == 0
+        polyak.distributed.save(saved, Path(folder) / f"statistics {name}")
+        other = _statistics()[1]
+        loaded = other if name == "bank" else other["ema"]
+        polyak.distributed.load(loaded, Path(folder) / f"statistics {name}")
+        same(everything(loaded), wanted[0])
+    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)  # as the docs advise
+    dcp.save({"averager": bank["ema"]}, checkpoint_id=Path(folder) / "statistics dcp", planner=planner)
+    other = _statistics()[1]["ema"]
+    dcp.load({"averager": other}, checkpoint_id=Path(folder) / "statistics dcp")
+    same(everything(other), wanted[0])
+
+
+def ranks_that_average_other_weights_write_nothing(rank, folder, *_):
+    stages = torch.nn.Linear(4, 4 + rank), torch.nn.Sequential(torch.nn.Linear(4, 4 + rank))
+    _, alike = _statistics()
+    _, apart = _statistics(seed=rank)
+    for bank in (alike, apart):
+        bank.update()
+    place = Path(folder) / "apart"
+    polyak.distributed.save(alike, place)
+    refused = {
+        "0.weight: rank 1 other than rank 0": apart["ema"],
+        "lawa.0.bias: rank 1 other than rank 0": apart,
+        "weight: rank 1 other than rank 0": polyak.average(stages[0], "swa"),
+        "tensors: .*'0.weight'": polyak.average(stages[1 if rank else 0], "swa"),
+    }
+    for words, averager in refused.items():
+        with pytest.raises(polyak.DistributedError, match=words) as raised:
+            polyak.distributed.save(averager, place)
+        assert "group=" in str(raised.value)
+    own = [dist.new_group([one]) for one in range(dist.get_world_size())][rank]
+    polyak.distributed.save(apart, Path(folder) / f"stage {rank}", group=own)
+    other = _statistics(seed=5)[1]
+    polyak.distributed.load(other, Path(folder) / f"stage {rank}", group=own)
+    same(everything(other), everything(apart))
+    dist.barrier()
+    polyak.distributed.load(other, place)
+    same(everything(other), everything(alike))
+
+
+def a_bank_is_broadcast(rank, *_):
+    _model, bank = _statistics(seed=rank)
+    for _ in range(rank + 1):
+        bank.update()
+    polyak.distributed.broadcast(bank, source=1)
+    polyak.distributed.verify_in_sync(bank)
+    assert {name: averager.n for name, averager in bank.items()} == {"ema": 2, "lawa": 2}
+    torch.manual_seed(1)
+    assert torch.equal(bank["lawa"].averages["0.weight"], torch.nn.Linear(4, 8).weight.detach())
+
+
 def read_and_written(rank, folder, read, written):
     """Read pairs of a layout written and a layout read into; then write layouts."""
     for written_by, layout in read:
@@ -194,4 +266,7 @@ TWO = [
     a_folder_that_does_not_fit_is_refused_whole,
     a_float32_average_is_not_cut_down,
     a_folder_is_replaced_whole,
+    what_every_rank_holds_is_one_ranks,
+    ranks_that_average_other_weights_write_nothing,
+    a_bank_is_broadcast,
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polyak.distributed.place import KEY, Place
-from polyak.distributed.sync import asked, check_counters, members, rank
+from polyak.distributed.sync import asked, check_counters, check_one_average, members, rank
 from polyak.distributed.translated import metadata, translated
 from polyak.errors import DistributedError, StateError
 
@@ -32,7 +32,10 @@ def save(averager: Averager | Bank, folder: str | os.PathLike[str], *, group: Pr
     """Write an averager or a bank into a folder, whole or not at all; all ranks that share it call this.
 
     Each rank writes its own shards beside the folder, which then gets its name. Until then a folder of that name that
-    was there before stays what it is, wherever the run is cut off.
+    was there before stays what it is, wherever the run is cut off. The first rank of ``group`` writes every tensor that
+    all ranks hold. The statistics of batch norm, which DDP leaves to each rank, are therefore those of one rank.
+
+    Before anything is written, the ranks compare digests of their averaged parameters, which reads each once.
 
     Args:
         averager: This rank's averager or bank, sharded or not.
@@ -40,11 +43,12 @@ def save(averager: Averager | Bank, folder: str | os.PathLike[str], *, group: Pr
         group: The ranks that share it, where not all do (a stage of a pipeline); None: all.
 
     Raises:
-        DistributedError: A rank is gone or could not write, or ranks disagree about strategy, steps or updates; the
-            folder is what it was.
+        DistributedError: If a rank is gone or cannot write, or if ranks disagree about the strategy, steps, updates
+            or averaged parameters. It names the ranks and tensors; the folder is what it was.
 
     Often confused with: ``polyak.save``, by which one process writes one file. ``torch.distributed.checkpoint.save``
-    of ``{"averager": averager, "model": …}`` writes the same, beside the model's parts, but into the folder itself.
+    of ``{"averager": averager, "model": …}`` writes the same next to the model's parts, but into the folder itself, and
+    spreads replicated tensors over ranks unless it gets ``planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True)``.
 
     Examples:
         >>> import polyak, tempfile, torch
@@ -56,13 +60,17 @@ def save(averager: Averager | Bank, folder: str | os.PathLike[str], *, group: Pr
         >>> other.n
         1
     """
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
     check_counters(averager, f"save to {str(folder)!r}", group)
+    check_one_average(averager, f"save to {str(folder)!r}", group)
     place, ranks = Place(Path(folder).absolute()), members(group)
     _on_first(place.prepare, f"prepare {str(folder)!r}", group)
     with translated(f"write {str(folder)!r}", DistributedError, "It is what it was before.", ranks):
-        dcp_save({KEY: averager.state_dict()}, checkpoint_id=place.scratch, process_group=group)
+        # By default replicated tensors are spread over ranks by size: one layer's statistics would be of two ranks.
+        planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+        dcp_save({KEY: averager.state_dict()}, checkpoint_id=place.scratch, planner=planner, process_group=group)
     _on_first(place.publish, f"name {str(folder)!r}", group)
 
 

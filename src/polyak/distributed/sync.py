@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     from polyak.bank import Bank
     from polyak.engine import Engine
 
-__all__ = ["alone", "asked", "broadcast", "check_counters", "members", "rank", "verify_in_sync"]
+__all__ = ["alone", "asked", "broadcast", "check_counters", "check_one_average", "members", "rank", "verify_in_sync"]
 
 _SHOWN = 6
+_STAGES = (
+    " Ranks that hold different parts of a model (pipeline stages, experts) each need a folder and group= of their own."
+)
 _REST = "All ranks call this. Nothing was changed here; start all ranks again from the last checkpoint."
 
 
@@ -55,7 +58,7 @@ def verify_in_sync(averager: Averager | Bank, *, group: ProcessGroup | None = No
         return
     _refuse(_disagreements({**_about(averager), "tensors": tuple(averager.averages)}, group, "compare averages"))
     # Only then have all ranks the same tensors to tell of.
-    digests = asked(_digests(averager), group, "compare averages")
+    digests = asked(_digests(averager.averages), group, "compare averages")
     _refuse(_differences(members(group) or range(len(digests)), digests))
 
 
@@ -70,27 +73,47 @@ def check_counters(averager: Averager | Bank, purpose: str, group: ProcessGroup 
     _refuse(_disagreements(about, group, purpose))
 
 
-def _refuse(problems: Sequence[str]) -> None:
+def check_one_average(averager: Averager | Bank, purpose: str, group: ProcessGroup | None) -> None:
+    """Refuse ranks that average different parameters, by digests; all ranks call it.
+
+    Buffers may differ: DDP leaves each rank the statistics of its own batches.
+
+    Raises:
+        DistributedError: On every rank, if ranks have other tensors or other values, or if one does not answer.
+    """
+    banked = averager.items() if isinstance(averager, Mapping) else [("", averager)]
+    names = {f"{name} tensors".strip(): tuple(one.averages) for name, one in banked}
+    _refuse(_disagreements(names, group, purpose), _STAGES)
+    digests: dict[Hashable, str] = {}
+    for name, one in banked:
+        parameters = {s.name for s in cast("Engine", one).stored if s.kind == "parameter"}
+        own = _digests({key: tensor for key, tensor in one.averages.items() if key in parameters})
+        digests |= {(f"{name}.{key[0]}" if name else key[0], *key[1:]): digest for key, digest in own.items()}
+    told = asked(digests, group, purpose)
+    _refuse(_differences(members(group) or range(len(told)), told), _STAGES)
+
+
+def _refuse(problems: Sequence[str], more: str = "") -> None:
     if not problems:
         return
     shown = "\n  ".join(problems[:_SHOWN])
-    more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    rest = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     message = (
-        f"the ranks disagree about the average:\n  {shown}{more}\n"
+        f"the ranks disagree about the average:\n  {shown}{rest}\n"
         "Build averagers after wrapping, from weights that are alike, and call update() on all ranks at the same "
-        "steps; polyak.distributed.broadcast() gives all the average of one."
+        f"steps; polyak.distributed.broadcast() gives all the average of one.{more}"
     )
     raise DistributedError(message)
 
 
-def broadcast(averager: Averager, *, source: int = 0, group: ProcessGroup | None = None) -> None:
-    """Give all ranks the average of one: its tensors, counters and history. All ranks call it.
+def broadcast(averager: Averager | Bank, *, source: int = 0, group: ProcessGroup | None = None) -> None:
+    """Give all ranks the average or the bank of one: its tensors, counters and history. All ranks call it.
 
     For ranks that went apart, and for averages that one rank makes alone to save the others' time: their averagers get
     it before an evaluation.
 
     Args:
-        averager: This rank's averager; the same model and strategy everywhere, and not sharded.
+        averager: This rank's averager or bank; the same model and strategies everywhere, and not sharded.
         source: The rank that has the average.
         group: The ranks; None: all.
 
@@ -99,7 +122,8 @@ def broadcast(averager: Averager, *, source: int = 0, group: ProcessGroup | None
         DistributedError: A rank is gone.
     """
     kind = dtensor()
-    if kind is not None and any(isinstance(tensor, kind) for tensor in averager.averages.values()):
+    every = averager.values() if isinstance(averager, Mapping) else [averager]
+    if kind is not None and any(isinstance(tensor, kind) for one in every for tensor in one.averages.values()):
         message = "the averager is sharded: each rank has its own parts, and there is nothing to broadcast"
         raise ModelError(message)
     if alone():
@@ -163,10 +187,10 @@ def _about(averager: Averager) -> dict[str, object]:
     }
 
 
-def _digests(averager: Averager) -> dict[Hashable, str]:
+def _digests(averages: Mapping[str, Tensor]) -> dict[tuple[Hashable, ...], str]:
     kind = dtensor()
-    digests: dict[Hashable, str] = {}
-    for name, tensor in averager.averages.items():
+    digests: dict[tuple[Hashable, ...], str] = {}
+    for name, tensor in averages.items():
         whole: Any = tensor
         if kind is not None and isinstance(whole, kind):
             spread = Spread.of(whole)
