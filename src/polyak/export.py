@@ -13,7 +13,7 @@ from polyak.tensors.agreement import first_rank, ranks_of
 from polyak.tensors.entries import identity, walk
 from polyak.tensors.roll_call import answered
 from polyak.tensors.swap import overwrite, writable
-from polyak.tensors.wrappers import dtensor, unwrap
+from polyak.tensors.wrappers import dtensor, plain_name, unwrap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -86,7 +86,18 @@ def averaged_state_dict(
             now = model.state_dict()
             result = result or now
             result.update({key: _cloned(now[key], made) for key in computed or [*now]})
-    return result
+    return _without_wrappers(model, result)
+
+
+def _without_wrappers(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Rename what compiled or checkpointed blocks hold, in place, so that the plain model can load it."""
+    for named in (state, getattr(state, "_metadata", {})):
+        names = [plain_name(model, name) for name in named]
+        if names != [*named]:
+            renamed = dict(zip(names, named.values(), strict=True))  # of a wrapper and its module the module stays
+            named.clear()
+            named.update(renamed)
+    return state
 
 
 def _keeps_variables(model: nn.Module) -> bool:

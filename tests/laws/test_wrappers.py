@@ -93,6 +93,40 @@ def test_a_wrapper_around_a_part_of_the_model_changes_no_name(wrap):
         assert torch.equal(model(x), expected)
 
 
+BLOCKS = {
+    "compile": compiled,
+    "checkpoint": checkpoint_wrapper,
+    "compile of checkpoint": lambda block: compiled(checkpoint_wrapper(block)),
+    "checkpoint of compile": lambda block: checkpoint_wrapper(compiled(block)),
+    "dp of compile": lambda block: nn.DataParallel(compiled(block)),
+}
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["block", "blocks within"])
+@pytest.mark.parametrize("wrap", BLOCKS.values(), ids=BLOCKS)
+def test_what_is_saved_from_wrapped_blocks_loads_into_the_plain_model(wrap, within, tmp_path):
+    def built():
+        return nn.Sequential(
+            nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.ModuleDict({"module": nn.Linear(4, 2)})
+        )
+
+    plain, model = built(), built()
+    averager = polyak.average(model, "ema", decay=0.5)
+    if within:
+        model[0][1] = wrap(model[0][1])
+    model[0], model[1]["module"] = wrap(model[0]), wrap(model[1]["module"])
+    with polyak.posthoc.Recorder(averager, tmp_path, every=1):
+        for _ in drifting(model, 2):
+            averager.update()
+    saved = averager.averaged_state_dict()
+    assert list(saved) == list(plain.state_dict())
+    assert saved._metadata == plain.state_dict()._metadata  # the versions of its modules
+    plain.load_state_dict(saved)
+    assert average_bits(polyak.average(plain)) == average_bits(averager)
+    made = polyak.posthoc.synthesize(tmp_path, "ema", decay=0.5).state_dict
+    assert list(made) == list(saved)
+
+
 @pytest.mark.parametrize("key", ["module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"])
 def test_a_users_submodule_with_a_wrappers_name_is_left_alone(key):
     class Mine(nn.Module):

@@ -13,7 +13,7 @@ from polyak.errors import ConfigError, PolyakWarning, UnboundError
 from polyak.options import Options
 from polyak.posthoc.snapshot import Layout
 from polyak.strategies import SWA
-from polyak.tensors.wrappers import unwrap
+from polyak.tensors.wrappers import plain_name, unwrap
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,7 +67,7 @@ def layout_of(engine: Engine) -> Layout:
     model = model_of(engine)
     entries = engine.entries()
     names = {id(slot.tensor): entry.name for entry in entries for slot in entry.slots}
-    tensors = unwrap(model).state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
+    tensors: Mapping[str, Tensor] = model if not isinstance(model, nn.Module) else _plain_state_dict(unwrap(model))
     keys = {key: names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
     if left := [key for key in tensors if key not in keys]:
         warnings.warn(
@@ -79,6 +79,10 @@ def layout_of(engine: Engine) -> Layout:
     kept = {*keys.values()}
     dtypes = {entry.name: str(entry.tensor.dtype).removeprefix("torch.") for entry in entries if entry.name in kept}
     return Layout(keys, dtypes, [name for name in _averaged(engine) if name in kept])
+
+
+def _plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    return {plain_name(model, key): value for key, value in model.state_dict(keep_vars=True).items()}
 
 
 def weights_of(engine: Engine, layout: Layout) -> dict[str, Tensor]:

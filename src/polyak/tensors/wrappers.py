@@ -16,7 +16,17 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["dtensor", "each_module", "is_sparsity", "refuse_sharded", "root_of", "shards", "spellings", "unwrap"]
+__all__ = [
+    "dtensor",
+    "each_module",
+    "is_sparsity",
+    "plain_name",
+    "refuse_sharded",
+    "root_of",
+    "shards",
+    "spellings",
+    "unwrap",
+]
 
 _FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
 _FSDP2 = ("torch.distributed.fsdp._fully_shard._fully_shard", "FSDPModule")
@@ -73,6 +83,24 @@ def root_of(module: nn.Module) -> nn.Module:
     while not shards(module) and (attribute := _wraps_in(cast("Any", type(module)))):
         module = getattr(module, attribute)
     return module
+
+
+def plain_name(model: nn.Module, name: str) -> str:
+    """Return the name of something in a model without the prefixes of its wrappers, at whatever depth they are.
+
+    Some wrappers take their prefix out of state dicts themselves.
+    """
+    kept: list[str] = []
+    place: nn.Module | None = model
+    for part in name.split("."):
+        while place is not None and (attribute := _wraps_in(cast("Any", type(place)))):
+            place = getattr(place, attribute)
+            if part == attribute:
+                break
+        else:
+            kept.append(part)
+            place = None if place is None else place._modules.get(part)  # noqa: SLF001 - get_submodule() raises
+    return ".".join(kept)
 
 
 def spellings(name: str) -> Iterator[str]:
