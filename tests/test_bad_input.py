@@ -10,11 +10,13 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import nn
 
 import polyak
 from models import ZOO, Conv, average_bits, drifting, mlp, model_bits
 from polyak.hookspecs import hookimpl
+from polyak.shown import shown
 
 
 def everything(averager):
@@ -116,14 +118,14 @@ def test_an_option_out_of_its_range_names_it_what_was_got_and_what_is_allowed(op
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("strategy", [polyak.EMA, None, 5, ["ema"]], ids=repr)
+@pytest.mark.parametrize("strategy", [nn.Linear, None, 5, ["ema"]], ids=repr)
 def test_what_is_no_strategy_is_refused_in_words(strategy):
     with pytest.raises(polyak.ConfigError, match="strategy"):
         polyak.average(mlp(), strategy)
 
 
 def test_settings_beside_a_strategy_object_are_refused():
-    with pytest.raises(polyak.ConfigError, match=r"\['decay'\].*set them on it"):
+    with pytest.raises(polyak.ConfigError, match=r"'decay' .*set them on it"):
         polyak.average(mlp(), polyak.EMA(), decay=0.5)
 
 
@@ -692,3 +694,149 @@ def test_a_plugin_with_a_wrong_offer_is_refused():
 
     with pytest.raises(polyak.PluginError, match=r"<class 'int'>.*polyak\.Strategy"):
         Registry([], strict=False, disabled=frozenset()).register(Offers(), "mine")
+
+
+# Every error of polyak's is a PolyakError, and the builtin that it is
+
+
+class Nameless(polyak.Strategy):
+    def rate(self, clock):
+        return 0.5
+
+
+def _assign(target, name):
+    setattr(target, name, 1)
+
+
+DIRECT = [
+    (lambda: polyak.EMA(decay=2), ValueError, ["EMA() cannot be used", "decay", "less than 1", "2"]),
+    (lambda: polyak.EMA(decay="0.999"), ValueError, ["decay", "valid number", "'0.999'"]),
+    (lambda: polyak.EMA(0.999), TypeError, ["by name only", "0.999", "decay=..."]),
+    (lambda: polyak.AveragerConfig({"every": 3}), TypeError, ["by name only", "{'every': 3}"]),
+    (lambda: polyak.AveragerConfig(every=0), ValueError, ["every", "greater than 0", "0"]),
+    (lambda: polyak.AveragerConfig(strategy="emma"), KeyError, ["'emma'", "Did you mean 'ema'"]),
+    (lambda: polyak.BlockMean(), ValueError, ["length", "must be given"]),
+    (Nameless, ValueError, ["Nameless()", "name: Literal['my_name'] = 'my_name'"]),
+    (lambda: polyak.average(mlp(), Nameless), ValueError, ["Nameless()", "Literal"]),
+    (polyak.Strategy, TypeError, ["abstract", "rate()"]),
+    (lambda: _assign(polyak.EMA(), "decay"), AttributeError, ["EMA.decay is frozen", "EMA(decay=...)"]),
+    (lambda: _assign(polyak.AveragerConfig(), "every"), AttributeError, ["AveragerConfig.every is frozen"]),
+    (lambda: _assign(polyak.SWA(), "decay"), AttributeError, ["SWA has no setting 'decay'"]),
+    (lambda: delattr(polyak.EMA(), "decay"), AttributeError, ["EMA.decay is frozen"]),
+]
+
+
+@pytest.mark.parametrize(("call", "builtin", "words"), DIRECT, ids=[", ".join(words[:2]) for *_, words in DIRECT])
+def test_what_a_strategy_or_a_config_refuses_is_an_error_of_polyak(call, builtin, words):
+    with pytest.raises(polyak.PolyakError) as caught:
+        call()
+    assert isinstance(caught.value, builtin)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_inside_a_model_of_the_users_own_pydantic_collects_all_errors_with_their_locations():
+    class Train(BaseModel):
+        lr: float = 0.1
+        ema: polyak.AveragerConfig = polyak.AveragerConfig()
+        short: polyak.EMA = polyak.EMA(decay=0.9)
+
+    wrong = {"lr": "x", "ema": {"every": 0, "strategy": {"name": "ema", "decay": 3}}, "short": {"decay": True}}
+    with pytest.raises(ValidationError) as caught:
+        Train(**wrong)
+    places = [error["loc"] for error in caught.value.errors()]
+    assert places == [("lr",), ("ema", "every"), ("ema", "strategy", "decay"), ("short", "decay")]
+    assert Train(ema={"strategy": "swa"}).ema.strategy == polyak.SWA()
+
+
+# Names and habits from other libraries
+
+HABITS = [
+    ("ema", {"momentum": 0.1}, "Did you mean 'decay', the part that is kept (1 minus"),
+    ("ema", {"alpha": 0.1}, "Did you mean 'decay'"),
+    ("ema", {"beta": 0.9}, "Did you mean 'decay'?"),
+    ("ema", {"ema_decay": 0.9}, "Did you mean 'decay'?"),
+    ("ema", {"decay_rate": 0.9}, "Did you mean 'decay'?"),
+    ("ema", {"tau": 0.9}, "Did you mean 'decay'"),
+    ("ema", {"gamma": 0.9}, "Did you mean 'decay'?"),
+    ("ema", {"half_life": 100}, "'ema_halflife'"),
+    ("ema", {"power": 0.75}, "'power' (gamma=)"),
+    ("ema", {"sigma_rel": 0.1}, "a setting of 'power'"),
+    ("ema", {"warmup": True}, "'ema_debiased'"),
+    ("ema", {"debias": True}, "'ema_debiased'"),
+    ("ema_v3", {"warmup": True}, "Did you mean 'use_warmup'?"),
+    ("ema_v3", {"inv_gamma": 1.0}, "Did you mean 'warmup_gamma'?"),
+    ("ema_v3", {"power": 0.75}, "Did you mean 'warmup_power'?"),
+    ("ema_halflife", {"halflife": 5, "half_life": 100}, "Did you mean 'halflife'?"),
+    ("swa", {"decay": 0.9}, "It has no decay"),
+    ("swa", {"swa_start": 10}, "Did you mean 'start'?"),
+    ("swa", {"k": 10}, "'lawa' (window=)"),
+    ("lawa", {"window_size": 10}, "Did you mean 'window'?"),
+    ("ema", {"update_every": 10}, "Did you mean 'every'?"),
+    ("ema", {"use_buffers": True}, 'Did you mean \'buffers\', "average", "copy" or "skip"?'),
+    ("ema", {"avg_fn": None}, "derive from polyak.Strategy"),
+    ("ema", {"multi_avg_fn": None}, "derive from polyak.Strategy"),
+]
+
+
+@pytest.mark.parametrize(("strategy", "settings", "hint"), HABITS, ids=[f"{s}-{[*w][-1]}" for s, w, _ in HABITS])
+def test_a_setting_of_another_library_is_answered_with_its_name_here(strategy, settings, hint):
+    with pytest.raises(polyak.ConfigError) as caught:
+        polyak.average(mlp(), strategy, **settings)
+    assert hint in str(caught.value)
+    assert max(map(len, str(caught.value).splitlines())) < 300
+
+
+def test_a_strategy_made_directly_knows_the_same_habits_and_sends_options_to_average():
+    for settings, hint in (
+        ({"momentum": 0.1}, "Did you mean 'decay'"),
+        ({"update_every": 10}, "Did you mean 'every'? It is an option of the averager"),
+        ({"every": 10}, "'every' is an option of the averager"),
+        ({"decya": 0.5}, "Did you mean 'decay'?"),
+    ):
+        with pytest.raises(polyak.ConfigError) as caught:
+            polyak.EMA(**settings)
+        assert hint in str(caught.value)
+
+
+# Arguments that changed places
+
+SWAPPED = [
+    lambda model: polyak.average("ema", model),
+    lambda model: polyak.average(polyak.EMA(), model),
+    lambda model: polyak.average({"name": "ema"}, dict(model.state_dict())),
+    lambda model: polyak.bank({"a": "ema"}, model),
+]
+
+
+@pytest.mark.parametrize("call", SWAPPED)
+def test_swapped_arguments_are_asked_about_without_printing_a_model(call):
+    with pytest.raises(polyak.ArgumentError) as caught:
+        call(nn.Sequential(*[nn.Linear(3, 3) for _ in range(100)]))
+    assert "are the arguments swapped?" in str(caught.value)
+    assert isinstance(caught.value, TypeError)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("wrong", [nn.Linear(2, 2), [nn.Linear(2, 2)], torch.ones(10_000), {"a": mlp()}], ids=shown)
+def test_what_is_no_strategy_is_named_in_short(wrong):
+    with pytest.raises(polyak.ConfigError) as caught:
+        polyak.average(mlp(), wrong)
+    assert len(str(caught.value)) < 300
+
+
+def test_average_and_check_strategy_take_the_same_things():
+    from polyak.testing import check_strategy
+
+    for strategy, settings in (
+        ("ema", {"decay": 0.5}),
+        (polyak.EMA, {"decay": 0.5}),
+        ({"name": "ema"}, {"decay": 0.5}),
+        (polyak.EMA(decay=0.5), {}),
+    ):
+        assert polyak.average(mlp(), strategy, **settings).strategy == polyak.EMA(decay=0.5)
+        check_strategy(strategy, **settings)
+    for wrong in (None, 3, ["ema"], nn.Linear):
+        for call in (check_strategy, lambda value: polyak.average(mlp(), value)):
+            with pytest.raises(polyak.ArgumentError, match="a strategy is a name"):
+                call(wrong)

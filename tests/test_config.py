@@ -128,15 +128,15 @@ def test_the_short_forms_mean_the_long_ones():
 
 def test_a_config_cannot_be_changed():
     config = AveragerConfig(strategy="ema")
-    with pytest.raises(ValidationError, match="frozen"):
+    with pytest.raises(polyak.FrozenError, match="frozen"):
         config.every = 3
-    with pytest.raises(ValidationError, match="frozen"):
+    with pytest.raises(polyak.FrozenError, match="frozen"):
         config.strategy.decay = 0.5
 
 
 def test_pydantics_own_error_has_the_location_of_a_strategys_setting():
     with pytest.raises(ValidationError) as caught:
-        AveragerConfig(strategy={"name": "ema", "decay": 1.5}, every=0, evry=3)
+        AveragerConfig.model_validate({"strategy": {"name": "ema", "decay": 1.5}, "every": 0, "evry": 3})
     assert [error["loc"] for error in caught.value.errors()] == [("every",), ("strategy", "decay"), ("evry",)]
 
 
@@ -162,7 +162,7 @@ REFUSED = [
     ),
     ({"strategy": {"decay": 0.5}}, r"strategy: a strategy is a name, a mapping .* got \{'decay': 0\.5\}"),
     ({"strategy": {"name": 3}}, r"strategy: a strategy is a name, .* got \{'name': 3\}"),
-    ({"strategy": 3}, r"strategy: Input should be .*Strategy \(got 3\)"),
+    ({"strategy": 3}, r"strategy: a strategy is a name, .* got 3"),
     ({"every": 0}, r"every: Input should be greater than 0 \(got 0\)"),
     ({"start": -1}, r"start: .* greater than or equal to 0 \(got -1\)"),
     ({"origin": "inital"}, r"origin: Input should be 'initial' or 'first' \(got 'inital'\)\. Did you mean 'initial'\?"),

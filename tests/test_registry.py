@@ -55,7 +55,7 @@ BROKEN = {
     "breaks-name": (offering("half:er"), "Half has the name 'half:er'; declare it as  name: Literal['my_name'] ="),
     "breaks-twice": (offering("half").replace("[Half]", "[Half] * 2"), "breaks-twice offers 'half' more than once"),
     "breaks-call": (HALF_DONE, "KeyError: 'gone'"),
-    "breaks-field": (offering("half").replace("power:", "every:"), "TypeError: the strategy class Half defines"),
+    "breaks-field": (offering("half").replace("power:", "every:"), "the strategy class Half defines"),
 }
 
 

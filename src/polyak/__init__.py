@@ -12,8 +12,11 @@ from polyak.config import AveragerConfig
 from polyak.convert import Conversion, convert
 from polyak.errors import (
     AppliedError,
+    ArgumentError,
+    AttributeAccessError,
     ConfigError,
     DistributedError,
+    FrozenError,
     MismatchError,
     MissingExtraError,
     ModelError,
@@ -60,6 +63,8 @@ __all__ = [
     "SWA",
     "TFEMA",
     "AppliedError",
+    "ArgumentError",
+    "AttributeAccessError",
     "Averager",
     "AveragerConfig",
     "Bank",
@@ -70,6 +75,7 @@ __all__ = [
     "DebiasedEMA",
     "DistributedError",
     "DoubleEMA",
+    "FrozenError",
     "HalfLifeEMA",
     "MismatchError",
     "MissingExtraError",

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 __all__ = [
     "AppliedError",
+    "ArgumentError",
+    "AttributeAccessError",
     "ConfigError",
     "DistributedError",
+    "FrozenError",
     "MismatchError",
     "MissingExtraError",
     "ModelError",
@@ -35,6 +38,18 @@ class PolyakError(Exception):
 
 class ConfigError(PolyakError, ValueError):
     """A setting, an option or a config file that cannot be used."""
+
+
+class ArgumentError(ConfigError, TypeError):
+    """An argument of another kind than the call takes: swapped, by position, or no strategy."""
+
+
+class AttributeAccessError(PolyakError, AttributeError):
+    """An attribute that an averager or a config does not have; the message names what it has for the purpose."""
+
+
+class FrozenError(ConfigError, AttributeAccessError):
+    """An assignment to a setting; settings are frozen, and another object has other settings."""
 
 
 class UnknownStrategyError(ConfigError, KeyError):

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from polyak.bank import Bank
 from polyak.config import AveragerConfig
-from polyak.errors import ConfigError
-from polyak.strategy import Strategy
+from polyak.config.chosen import AnyStrategy, refuse_swapped, written
+from polyak.errors import ArgumentError, ConfigError
+from polyak.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +28,7 @@ __all__ = ["average", "bank"]
 
 def average(  # noqa: PLR0913 - each is one axis of an average, and users complete from this signature
     model: Model,
-    strategy: str | Strategy | Mapping[str, Any] = "ema",
+    strategy: AnyStrategy = "ema",
     *,
     start: int = 0,
     every: int = 1,
@@ -47,7 +48,7 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
 
     Args:
         model: The module that is trained, wrapped (DDP, torch.compile …) or not, or a mapping of names to tensors.
-        strategy: A name with its ``settings``, a strategy object, or a mapping of a name and settings.
+        strategy: A name or a class with its ``settings``, a strategy object, or a mapping of a name and settings.
         start: The first optimiser step that may be averaged.
         every: Average one optimiser step in so many; decays keep their meaning per step.
         origin: Whether the weights at construction count ("initial") or the first update replaces them
@@ -83,24 +84,8 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
         >>> averager.n
         1
     """
-    if isinstance(strategy, Strategy):
-        if settings:
-            message = (
-                f"the settings {sorted(settings)} were given beside the object {strategy!r}; set them on it instead"
-            )
-            raise ConfigError(message)
-        chosen: Any = strategy
-    elif isinstance(strategy, (str, Mapping)):
-        if "name" in settings:
-            message = f"name={settings['name']!r} was given beside the strategy {strategy!r}; give one of them"
-            raise ConfigError(message)
-        chosen = {**({"name": strategy} if isinstance(strategy, str) else strategy), **settings}
-    else:
-        message = (
-            f"a strategy is a name such as 'ema', a mapping with a 'name', or an object such as polyak.EMA(); "
-            f"got {strategy!r}"
-        )
-        raise ConfigError(message)
+    refuse_swapped("average", model, strategy)
+    chosen = written(strategy, settings)
     options = {
         "start": start, "every": every, "origin": origin, "buffers": buffers, "include": include, "exclude": exclude,
         "match": match, "device": device, "dtype": dtype, "nonfinite": nonfinite, "kernel": kernel,
@@ -109,13 +94,13 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
     return AveragerConfig.of({"strategy": chosen, **options}, "average(): the settings").build(model)
 
 
-def bank(model: Model, averages: Mapping[str, str | Strategy | Mapping[str, Any]], **common: Any) -> Bank:
+def bank(model: Model, averages: Mapping[str, AnyStrategy], **common: Any) -> Bank:
     """Return several averages of one model that are updated together: the weights are read once for all of them.
 
     Args:
         model: The module that is trained, wrapped or not, or a mapping of names to tensors.
         averages: For each average its name in the bank, and what ``polyak.average`` takes: the name of a strategy, a
-            strategy object, or a mapping of its name, settings and engine options (``{"name": "ema", "every": 10}``).
+            class or an object, or a mapping of its name, settings and options (``{"name": "ema", "every": 10}``).
         **common: Engine options of all, such as ``every=`` or ``dtype=``; one that an average names itself wins.
 
     Raises:
@@ -134,26 +119,27 @@ def bank(model: Model, averages: Mapping[str, str | Strategy | Mapping[str, Any]
         >>> with averages.applied("mean"):
         ...     y = model(torch.zeros(2, 3))
     """
+    refuse_swapped("bank", model, averages)
     if not isinstance(averages, Mapping):
-        message = f"a bank maps names to averages, such as {{'short': 'ema', 'mean': 'swa'}}; got {averages!r}"
-        raise ConfigError(message)
+        message = f"a bank maps names to averages, such as {{'short': 'ema', 'mean': 'swa'}}; got {shown(averages)}"
+        raise ArgumentError(message)
     if not averages:
         message = 'a bank holds at least one average; got none. Give e.g. {"short": "ema", "mean": "swa"}'
         raise ConfigError(message)
     made: dict[str, Engine] = {}
     for name, wanted in averages.items():
         if not isinstance(name, str) or not name:
-            message = f"an average's name in a bank is a text; got {name!r}"
+            message = f"an average's name in a bank is a text; got {shown(name)}"
             raise ConfigError(message)
         try:
             made[name] = cast("Engine", _average(model, wanted, common))
         except ConfigError as error:
-            message = f"the average {name!r} of the bank: {error}"
+            message = f"the average {shown(name)} of the bank: {error}"
             raise type(error)(message) from error
     return Bank(made)
 
 
-def _average(model: Model, wanted: str | Strategy | Mapping[str, Any], common: Mapping[str, Any]) -> Averager:
+def _average(model: Model, wanted: AnyStrategy, common: Mapping[str, Any]) -> Averager:
     if not isinstance(wanted, Mapping):
         return average(model, wanted, **common)
     own = dict(wanted)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field
 
 from polyak.errors import ConfigError
+from polyak.frozen import Frozen
 from polyak.tensors.kernels import KernelName
 from polyak.tensors.matching import Match
 from polyak.tensors.policies import Buffers
@@ -34,12 +35,14 @@ def _globs(value: Any) -> Any:  # noqa: ANN401 - as above
 
 Globs = Annotated[tuple[str, ...] | None, BeforeValidator(_globs, json_schema_input_type=str | list[str] | None)]
 
+_END = 2**63
+"""Steps are kept as integers of 64 bits."""
 
 _OPEN = frozenset({"match", "origin", "kernel", "buffers", "device", "dtype", "include", "exclude"})
 """The options whose default leaves the choice open."""
 
 
-class Options(BaseModel):
+class Options(Frozen):
     """All that ``polyak.average`` takes beside the model and the strategy; frozen and validated.
 
     Examples:
@@ -47,11 +50,9 @@ class Options(BaseModel):
         ('*.weight',)
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    start: NonNegativeInt = 0
+    start: Annotated[int, Field(ge=0, lt=_END)] = 0
     """The first optimiser step that may be averaged."""
-    every: PositiveInt = 1
+    every: Annotated[int, Field(gt=0, lt=_END)] = 1
     """Average one optimiser step in so many; decays are raised to this power."""
     origin: Literal["initial", "first"] | None = None
     """Whether the weights at construction count ("initial") or the first update replaces them ("first").

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict
+from typing_extensions import override
 
-from polyak.errors import RateError
+from polyak.errors import ArgumentError, RateError
+from polyak.habits import habit
 from polyak.recursion import Shares, recursion_shares
+from polyak.frozen import Frozen, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,7 +54,7 @@ class Move(NamedTuple):
     rate: float
 
 
-class Strategy(BaseModel, ABC):
+class Strategy(Frozen):
     """A probability distribution over past weights: ``average += rate(clock) * (weights - average)``.
 
     A subclass is frozen settings (pydantic fields, validated), a ``name`` for configs and ``rate``.
@@ -72,8 +74,6 @@ class Strategy(BaseModel, ABC):
     Often confused with: an optimiser or a schedule of the learning rate. A strategy never touches
     the weights that are trained.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str
     """The name in configs; a subclass declares it as ``name: Literal["..."] = "..."``."""
@@ -140,6 +140,15 @@ class Strategy(BaseModel, ABC):
         return {}
 
     @classmethod
+    @override
+    def _hint(cls, key: str) -> str:
+        # An option may be meant: the name itself, or what other libraries call it.
+        if key in RESERVED or (habit(key, RESERVED) and not habit(key, cls.model_fields)):
+            option = f"{key!r} is an option" if key in RESERVED else f"{nearest(key, RESERVED).strip()} It is an option"
+            return f" {option} of the averager: give it to polyak.average() beside the strategy."
+        return super()._hint(key)
+
+    @classmethod
     def _origin_of(cls, method: str) -> type:
         return next(base for base in cls.__mro__ if method in vars(base))
 
@@ -151,14 +160,14 @@ class Strategy(BaseModel, ABC):
                 f"the strategy class {cls.__name__} has slots and lacks moves() or shares(): say what an update does "
                 "to them, and what each update counts in the average"
             )
-            raise TypeError(message)
+            raise ArgumentError(message)
         if taken := sorted(RESERVED & cls.model_fields.keys()):
             message = (
                 f"the strategy class {cls.__name__} defines {', '.join(map(repr, taken))}, which "
                 f"{'is an option' if len(taken) == 1 else 'are options'} of the engine; choose another name. "
                 f"Reserved: {', '.join(sorted(RESERVED))}."
             )
-            raise TypeError(message)
+            raise ArgumentError(message)
 
 
 def _is_number(value: object) -> bool:

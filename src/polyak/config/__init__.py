@@ -17,8 +17,9 @@ from polyak.errors import ConfigError, UnknownStrategyError
 from polyak.options import Options
 from polyak.profile import Profile
 from polyak.registry import registry
+from polyak.shown import brief, shown
 from polyak.strategies import EMA
-from polyak.strategy import Strategy  # noqa: TC001 - pydantic reads the annotation
+from polyak.strategy import Strategy
 
 if TYPE_CHECKING:
     from polyak.averager import Averager
@@ -26,16 +27,23 @@ if TYPE_CHECKING:
 
 __all__ = ["AveragerConfig"]
 
+_EXPECTED = "a strategy is a name, a mapping with a 'name', or a polyak.Strategy"
+
 
 def _resolve(value: Any) -> Any:  # noqa: ANN401 - a validator takes whatever the user wrote
+    if isinstance(value, type) and issubclass(value, Strategy):
+        return value.model_validate({})
     if isinstance(value, str):
         value = {"name": value}
-    if not isinstance(value, Mapping):
+    if isinstance(value, Strategy):
         return value
+    if not isinstance(value, Mapping):
+        message = f"{_EXPECTED}; got {shown(value)}"
+        raise ValueError(message)  # noqa: TRY004 - pydantic turns only these into a located error
     name = value.get("name")
     if not isinstance(name, str):
-        message = "a strategy is a name, a mapping with a 'name', or a polyak.Strategy; got " + repr(dict(value))
-        raise ValueError(message)  # noqa: TRY004 - pydantic turns only these into a located error
+        message = f"{_EXPECTED}; got {shown(dict(value))}"
+        raise ValueError(message)  # noqa: TRY004 - as above
     cls = registry().resolve(name)
     return cls.model_validate({**value, "name": cls.model_fields["name"].default})
 
@@ -44,7 +52,8 @@ class AveragerConfig(Options):
     """A whole averager as data: the strategy and every option, frozen, validated, in files.
 
     Raises:
-        pydantic.ValidationError: A wrong key or value, with its location (``strategy.decay``).
+        ConfigError: If a key or a value is wrong; it names the location (``strategy.decay``). Inside a pydantic model
+            of your own it is part of the ``ValidationError`` of that model.
 
     Often confused with: ``polyak.Strategy``, which is the part of it that decides the rate.
 
@@ -69,14 +78,15 @@ class AveragerConfig(Options):
         try:
             return cls.model_validate(dict(data))
         except ValidationError as error:
-            unknown = [
-                e for d in error.errors() if isinstance(e := d.get("ctx", {}).get("error"), UnknownStrategyError)
-            ]
-            if unknown:
-                message = f"{where} cannot be used:\n  strategy: {unknown[0]}"
-                raise UnknownStrategyError(message) from None
-            message = f"{where} cannot be used:\n" + "\n".join(f"  {line}" for line in explain(error, data))
-            raise ConfigError(message) from error
+            raise cls._refused(error, data, where) from error
+
+    @classmethod
+    @override
+    def _refused(cls, error: ValidationError, settings: Mapping[str, Any], where: str) -> ConfigError:
+        causes = [detail.get("ctx", {}).get("error") for detail in error.errors()]
+        if unknown := [cause for cause in causes if isinstance(cause, UnknownStrategyError)]:
+            return UnknownStrategyError(brief(f"{where} cannot be used:\n  strategy: {unknown[0]}"))
+        return ConfigError(brief("\n  ".join([f"{where} cannot be used:", *explain(error, settings)])))
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Self:

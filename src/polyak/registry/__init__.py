@@ -14,6 +14,7 @@ import pluggy
 from polyak import hookspecs
 from polyak.errors import PluginError, UnknownStrategyError
 from polyak.registry.offers import Offer, Plugin, Strategies, checked, normal
+from polyak.shown import brief, listed, shown
 from polyak.strategies import BUILT_IN
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = ["Offer", "Plugin", "Registry", "Strategies", "registry", "strategies"
 
 _log = logging.getLogger("polyak")
 _BUILT_IN = "polyak"
+_LONGEST = 60  # letters of a name for which similar ones are looked up
 
 
 class _BuiltIns:
@@ -150,9 +152,9 @@ class Registry:
         Raises:
             UnknownStrategyError: Nobody offers it, or two plugins do.
         """
-        distribution, _, short = name.rpartition(":")
+        distribution, colon, short = name.rpartition(":")
         wanted = normal(distribution)
-        rivals = [o for o in self._offering(short) if not wanted or normal(o.distribution) == wanted]
+        rivals = [o for o in self._offering(short) if not colon or normal(o.distribution) == wanted]
         if not rivals:
             raise UnknownStrategyError(self._unknown(name))
         if len(rivals) > 1 and rivals[0].distribution != _BUILT_IN:
@@ -180,13 +182,14 @@ class Registry:
 
     def _unknown(self, name: str) -> str:
         known = list(self.strategies())
-        near = [match for form in _forms(name) for match in get_close_matches(form, known, 1, 0.5)]
+        forms = _forms(name) if len(name) <= _LONGEST else ()
+        near = [match for form in forms for match in get_close_matches(form, known, 1, 0.5)]
         hint = f" Did you mean {near[0]!r}?" if near else ""
         failed = "".join(
             f"\n  plugin {p.name} ({p.distribution} {p.version}): {p.error}" for p in self.plugins if p.error
         )
         because = f"\nThese plugins are not there:{failed}" if failed else ""
-        return f"no strategy is called {name!r}.{hint} Known: {', '.join(known)}.{because}"
+        return brief(f"no strategy is called {shown(name)}.{hint} Known: {listed(known)}.{because}")
 
 
 def _forms(name: str) -> tuple[str, ...]:

@@ -5,31 +5,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from polyak.config import AveragerConfig
+from polyak.config.chosen import AnyStrategy, written
 from polyak.registry import registry
-from polyak.strategy import Strategy
 from polyak.testing.laws import LAWS
 from polyak.testing.rates import Case, learning_rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from polyak.strategy import Strategy
+
 __all__ = ["check_strategies", "check_strategy", "learning_rate"]
 
 
-def check_strategy(
-    strategy: str | Strategy | type[Strategy], *, lr: Callable[[int], float] = learning_rate, **settings: Any
-) -> None:
+def check_strategy(strategy: AnyStrategy, *, lr: Callable[[int], float] = learning_rate, **settings: Any) -> None:
     """Check that a strategy obeys the laws: rates, shares, fixed point, kernels, cadence, resume, configs, pickle.
 
     Takes a second at most and no network, and leaves the global random state alone.
 
     Args:
-        strategy: A class, an instance, or the name of a strategy that is installed.
+        strategy: What ``polyak.average`` takes: a name, a class, an object, or a mapping of a name and settings.
         lr: The learning rate at each optimiser step, given to ``update(lr=...)``.
-        **settings: The strategy's own settings, beside a class or a name.
+        **settings: The strategy's own settings, beside a name, a class or a mapping.
 
     Raises:
         AssertionError: A law is broken; the message names each one, with the numbers.
+        ConfigError: If there is no such strategy, or a setting is wrong.
 
     Examples:
         >>> import polyak
@@ -52,7 +53,7 @@ def check_strategy(
 
 
 def check_strategies(
-    strategies: Iterable[str | Strategy | type[Strategy]] | None = None,
+    strategies: Iterable[AnyStrategy] | None = None,
     *,
     lr: Callable[[int], float] = learning_rate,
 ) -> None:
@@ -61,7 +62,7 @@ def check_strategies(
     See ``check_strategy``.
 
     Args:
-        strategies: Classes, instances or names.
+        strategies: Names, classes, objects or mappings.
         lr: The learning rate at each optimiser step.
 
     Raises:
@@ -87,14 +88,5 @@ def _ready() -> list[str]:
     return [name for name, own in fields.items() if not any(field.is_required() for field in own)]
 
 
-def _instance(strategy: object, settings: dict[str, Any]) -> Strategy:
-    if isinstance(strategy, str):
-        return AveragerConfig.of({"strategy": {"name": strategy, **settings}}).strategy
-    if isinstance(strategy, type) and issubclass(strategy, Strategy):
-        return strategy(**settings)
-    if isinstance(strategy, Strategy) and not settings:
-        return strategy
-    message = (
-        f"expected a strategy class or a name (with its settings) or an instance; got {strategy!r} and {settings!r}"
-    )
-    raise TypeError(message)
+def _instance(strategy: AnyStrategy, settings: dict[str, Any]) -> Strategy:
+    return AveragerConfig.of({"strategy": written(strategy, settings)}, "check_strategy(): the strategy").strategy

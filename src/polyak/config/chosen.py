@@ -1,0 +1,71 @@
+"""The ways to name a strategy: everything that takes one takes all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from polyak.errors import ArgumentError, ConfigError
+from polyak.shown import listed, shown
+from polyak.strategy import Strategy
+
+__all__ = ["AnyStrategy", "refuse_swapped", "written"]
+
+AnyStrategy = str | Strategy | type[Strategy] | Mapping[str, Any]
+"""A name, an object, a class, or a mapping of a name and settings."""
+
+
+def written(strategy: AnyStrategy, settings: Mapping[str, Any]) -> Mapping[str, Any] | Strategy:
+    """Return what a config takes as its strategy.
+
+    Args:
+        strategy: A name, a class, a mapping or an object.
+        settings: Settings given beside a name, a class or a mapping.
+
+    Raises:
+        ArgumentError: If ``strategy`` is something else.
+        ConfigError: If settings are given beside an object, or a name is given twice.
+    """
+    if isinstance(strategy, Strategy):
+        if settings:
+            message = (
+                f"the settings {listed(map(repr, sorted(settings)))} were given beside the object {shown(strategy)}; "
+                "set them on it instead"
+            )
+            raise ConfigError(message)
+        return strategy
+    if isinstance(strategy, type) and issubclass(strategy, Strategy):
+        return strategy(**settings)
+    if not isinstance(strategy, (str, Mapping)):
+        hint = ". A config builds an averager itself: config.build(model)" if hasattr(strategy, "build") else ""
+        message = (
+            "a strategy is a name such as 'ema', a mapping with a 'name', a class or an object such as polyak.EMA(); "
+            f"got {shown(strategy)}{hint}"
+        )
+        raise ArgumentError(message)
+    if "name" in settings:
+        message = f"name={shown(settings['name'])} was given beside the strategy {shown(strategy)}; give one of them"
+        raise ConfigError(message)
+    return {**({"name": strategy} if isinstance(strategy, str) else strategy), **settings}
+
+
+def refuse_swapped(call: str, model: object, other: object) -> None:
+    """Refuse a model in the place of the strategy.
+
+    Raises:
+        ArgumentError: If it is there.
+    """
+    if _is_model(other) and not _is_model(model):
+        message = (
+            f"{call}() got {shown(model)} as the model and a {type(other).__name__} after it: are the arguments "
+            f"swapped? The model comes first: polyak.{call}(model, ...)"
+        )
+        raise ArgumentError(message)
+
+
+def _is_model(value: object) -> bool:
+    return isinstance(value, nn.Module) or (
+        isinstance(value, Mapping) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
+    )

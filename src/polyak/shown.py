@@ -1,0 +1,75 @@
+"""Values and messages cut to a length that a terminal can show, whatever they hold."""
+
+from __future__ import annotations
+
+from reprlib import Repr
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["brief", "listed", "shown"]
+
+_WIDTH = 60
+_LINES = 10
+_LINE_WIDTH = 600
+_NAMES = 40
+_DIGITS = 200  # longer integers take long to print, or cannot be printed at all
+_OPAQUE = {("torch", "Module"), ("torch", "Tensor"), ("torch", "Optimizer"), ("numpy", "ndarray")}
+
+
+class _Short(Repr):
+    """Bounds depth, breadth and length; names the types whose repr is long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 3, _WIDTH, _WIDTH, _WIDTH
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 4
+
+    @override
+    def repr_instance(self, x: Any, level: int) -> str:
+        if any((base.__module__.partition(".")[0], base.__name__) in _OPAQUE for base in type(x).__mro__):
+            return f"<{type(x).__name__}>"
+        return super().repr_instance(x, level)
+
+    def repr_int(self, x: int, level: int) -> str:  # noqa: ARG002 - reprlib's signature
+        bits = x.bit_length()
+        return repr(x) if bits < _DIGITS else f"<an integer of {bits} bits>"
+
+    def repr_bool(self, x: bool, level: int) -> str:  # noqa: ARG002, FBT001 - reprlib's signature
+        return repr(x)
+
+
+_SHORT = _Short()
+
+
+def shown(value: object) -> str:
+    """Return a short repr of any value: bounded in time and length, and a type name for models and tensors.
+
+    Examples:
+        >>> shown(0.5), len(shown("x" * 10_000_000))
+        ('0.5', 60)
+    """
+    return _SHORT.repr(value)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names separated by commas, the first of them where there are many.
+
+    Examples:
+        >>> listed(["a", "b"])
+        'a, b'
+    """
+    known = list(names)
+    more = f" and {len(known) - _NAMES} more" if len(known) > _NAMES else ""
+    return ", ".join(known[:_NAMES]) + more
+
+
+def brief(message: str) -> str:
+    """Return a message in at most ten lines, each of bounded length."""
+    lines = message.splitlines()
+    more = [f"  ... and {len(lines) - _LINES + 1} more lines"] if len(lines) > _LINES else []
+    kept = lines[: _LINES - len(more)]
+    return "\n".join([line if len(line) <= _LINE_WIDTH else f"{line[:_LINE_WIDTH]} ..." for line in kept] + more)
