@@ -471,9 +471,9 @@ def test_steps_that_add_up_to_more_than_the_history_holds_are_refused():
         averager.update(step=5)
     with refused(averager, polyak.ConfigError, "averaged steps in all"):
         averager.update(step=2**63 - 1)
-    rare = polyak.average(mlp(), "ema", every=2**64)
-    with refused(rare, polyak.ConfigError, "averaged steps in all"):
-        rare.update(step=0)
+    for option in ("every", "start"):
+        with pytest.raises(polyak.ConfigError, match=rf"{option}: Input should be less than .*\(got 1844"):
+            polyak.average(mlp(), "ema", **{option: 2**64})
 
 
 def test_a_step_that_is_counted_past_the_largest_is_refused():
@@ -723,6 +723,13 @@ DIRECT = [
     (lambda: _assign(polyak.AveragerConfig(), "every"), AttributeError, ["AveragerConfig.every is frozen"]),
     (lambda: _assign(polyak.SWA(), "decay"), AttributeError, ["SWA has no setting 'decay'"]),
     (lambda: delattr(polyak.EMA(), "decay"), AttributeError, ["EMA.decay is frozen"]),
+    (lambda: _assign(polyak.average(mlp()), "decay"), AttributeError, ["'decay' cannot be set", "configure"]),
+    (
+        lambda: _assign(polyak.bank(mlp(), {"a": "ema"}), "decay"),
+        AttributeError,
+        ["'decay' cannot be set", "configure"],
+    ),
+    (lambda: polyak.bank(mlp(), {"a": "ema"})["b"], KeyError, ["no average 'b'", "it has 'a'"]),
 ]
 
 

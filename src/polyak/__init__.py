@@ -28,6 +28,7 @@ from polyak.errors import (
     SnapshotError,
     StateError,
     UnboundError,
+    UnknownAverageError,
     UnknownStrategyError,
 )
 from polyak.factory import average, bank
@@ -95,6 +96,7 @@ __all__ = [
     "Strategy",
     "TailAveraging",
     "UnboundError",
+    "UnknownAverageError",
     "UnknownStrategyError",
     "attach",
     "average",

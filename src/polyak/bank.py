@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from polyak.captured import recording
-from polyak.errors import StateError
+from polyak.errors import AttributeAccessError, StateError, UnknownAverageError
+from polyak.shown import shown
 from polyak.tensors.modes import Untracked
 from polyak.tensors.mover import Mover
 
@@ -57,14 +58,14 @@ class Bank(Mapping[str, "Averager"]):
         if not name.startswith("_"):
             first = next(iter(self))
             message = f"the bank's {name!r} cannot be set; its averages have settings: bank[{first!r}].configure(...)"
-            raise AttributeError(message)
+            raise AttributeAccessError(message)
         super().__setattr__(name, value)
 
     @override
     def __getitem__(self, name: str) -> Averager:
         if name not in self._averagers:
-            message = f"the bank has no average {name!r}; it has {', '.join(map(repr, self))}"
-            raise KeyError(message)
+            message = f"the bank has no average {shown(name)}; it has {', '.join(map(repr, self))}"
+            raise UnknownAverageError(message)
         return self._averagers[name]
 
     @override

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
+from polyak.errors import AttributeAccessError
 from polyak.settings import Settings, advice, configured
 from polyak.updating import Updating
 
@@ -51,5 +52,5 @@ class Configurable(Updating):
         fixed = isinstance(known, property) and known.fset is None
         if fixed or not (known is not None or name.startswith("_") or name in _OWN):
             message = f"the averager's {name!r} cannot be set; {advice(self._settings, name)}"
-            raise AttributeError(message)
+            raise AttributeAccessError(message)
         super().__setattr__(name, value)

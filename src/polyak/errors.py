@@ -24,6 +24,7 @@ __all__ = [
     "SnapshotError",
     "StateError",
     "UnboundError",
+    "UnknownAverageError",
     "UnknownStrategyError",
 ]
 
@@ -45,11 +46,15 @@ class ArgumentError(ConfigError, TypeError):
 
 
 class AttributeAccessError(PolyakError, AttributeError):
-    """An attribute that an averager or a config does not have; the message names what it has for the purpose."""
+    """An attribute that an averager or a config does not have, or does not let you set."""
 
 
 class FrozenError(ConfigError, AttributeAccessError):
     """An assignment to a setting; settings are frozen, and another object has other settings."""
+
+
+class UnknownAverageError(PolyakError, KeyError):
+    """A name that a bank has no average for."""
 
 
 class UnknownStrategyError(ConfigError, KeyError):

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 from typing_extensions import override
 
 from polyak.errors import ArgumentError, RateError
+from polyak.frozen import Frozen, nearest
 from polyak.habits import habit
 from polyak.recursion import Shares, recursion_shares
-from polyak.frozen import Frozen, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from polyak.frozen import line, nearest
 from polyak.habits import habit
 from polyak.options import Options
 from polyak.registry import registry
-from polyak.frozen import line, nearest
 from polyak.shown import listed
 from polyak.strategy import Strategy
 
