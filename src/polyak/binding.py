@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import threading
-from contextlib import contextmanager, nullcontext
+import warnings
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from polyak.errors import AppliedError, ConfigError, UnboundError
+from polyak.errors import AppliedError, ConfigError, PolyakError, PolyakWarning, UnboundError
 from polyak.tensors.agreement import ranks_of
 from polyak.tensors.collector import collector_paused
 from polyak.tensors.entries import vacant
-from polyak.tensors.inside import complain, put_back
+from polyak.tensors.growth import changes, filled, settled, with_past
 from polyak.tensors.kernels import check_available
 from polyak.tensors.matching import pair
-from polyak.tensors.owner import Owner
 from polyak.tensors.plan import Plan
 from polyak.tensors.policies import Policy, policies
 from polyak.tensors.roll_call import answered
 from polyak.tensors.sharded import adapter_for
 from polyak.tensors.storage import allocate, as_device, as_dtype, check_storable
-from polyak.tensors.swap import Swap, in_force, swapped
+from polyak.tensors.swap import Swap, swapped
 from polyak.tensors.wrappers import refuse_sharded, root_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Container, Iterator, Sequence
+    from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Binding"]
 
+_SHOWN = 6
+
 
 class Binding:
     """Pairs an averager's tensors with a model's, again wherever the model changed, and swaps their values.
@@ -46,7 +47,7 @@ class Binding:
     Attributes:
         model: The averager's own model without wrappers; None after unpickling.
         plan: The last plan; that of the applied model while the average is applied.
-        lock: Held while the averages, or the model's values for them, are written or copied.
+        depth: How many ``applied()`` contexts are open.
     """
 
     def __init__(self, model: Model | None, options: Options, adapter: Adapter | None = None) -> None:
@@ -54,7 +55,10 @@ class Binding:
             refuse_sharded(model)  # with its wrappers
         self.model = None if model is None else _root(model)
         self.plan: Plan | None = None
-        self.lock = threading.RLock()
+        self.depth = 0
+        self._swap: Swap | None = None
+        self._vacant: Mapping[str, bool] = {}  # the buffers that the model of the last plan had not filled
+        self._warned = False
         self._options = options
         self._given = adapter
 
@@ -63,7 +67,8 @@ class Binding:
         with collector_paused():
             adapter = self.adapter(self.model)
             entries = adapter.entries(cast("Model", self.model))  # which says what is no model, None included
-            chosen = self._policies(entries, absent=vacant(self.own()))
+            self._vacant = vacant(self.own())
+            chosen = self._policies(entries, absent=self._vacant)
             check_storable(entries, chosen)
             if self.holds_average(self.own()):
                 message = (
@@ -110,6 +115,14 @@ class Binding:
             raise UnboundError(message)
         return self.model
 
+    def optional(self, state: State) -> set[str]:
+        """Follow the averager's own model, if it can be; return the buffers that a state may have and it lacks now."""
+        if self.model is not None:
+            with suppress(PolyakError):
+                self.planned(self.model, state)
+        copied = self._options.buffers in ("copy", "skip")
+        return {name for name, persistent in self._vacant.items() if copied or not persistent}
+
     def root(self, model: Model | None) -> Model:
         """Return a given model without wrappers, or the averager's own."""
         return self.own() if model is None else _root(model)
@@ -121,75 +134,85 @@ class Binding:
     def planned(self, root: Model, state: State, *, adopt: bool = True) -> Plan:
         """Return the plan for a model: the cached one, or a new one where the model is not as it was.
 
-        Tensors that were tied, untied or moved to another device since are followed in the state's storage,
-        unless the model is not to be adopted: one that is only written to may be tied otherwise.
+        Tensors that were tied, untied or moved to another device since are followed in the state's storage, and so are
+        buffers that came, went or changed shape. A model that is not to be adopted is only written to.
         """
         plan = self.plan
-        if plan is not None and plan.is_current(root):
-            return plan
-        adapter = self.adapter(root)
+        if plan is None or not plan.is_current(root):
+            plan = self._plan(root, state, adopt=adopt)
+        plan.refresh()
+        return plan
+
+    def _plan(self, root: Model, state: State, *, adopt: bool) -> Plan:
+        plan, adapter = self.plan, self.adapter(root)
         entries = adapter.entries(root)
         if plan is not None and plan.is_current(root):  # it only showed its tensors otherwise
             return plan
-        chosen = self._policies(entries, settled={name for s in state.stored for name in s.aliases})
-        kept = [entry for entry, policy in zip(entries, chosen, strict=True) if policy != "skip"]
+        options = self._options
+        chosen = self._policies(entries, settled=settled(entries, state.stored))
+        kept = with_past(entries, chosen, state.stored)
+        tensors = [entry for entry, _ in kept]
         bound = plan.bound() if plan is not None and plan.model is root else {}
+        empty = vacant(root)
         # Under the caller's inference mode new storage could never be updated outside of it.
         with torch.inference_mode(mode=False), torch.no_grad():
-            stored = pair(state.stored, kept, self._options.match or "name", bound)
-            check_storable(kept, [s.policy for s in stored])
-            if self._options.device is None:
-                stored = [s.beside(entry.tensor) for s, entry in zip(stored, kept, strict=True)]
-        plan = Plan(root, stored, kept, self._options.kernel, adapter)
+            may = changes(root, kept, empty, self._vacant)
+            paired = pair(state.stored, tensors, options.match or "name", bound, may)
+            device = as_device(options.device)
+            stored, restarted = filled(paired, kept, state.stored, device, as_dtype(options.dtype))
+            check_storable(tensors, [s.policy for s in stored])
+            if device is None:
+                stored = [s.beside(entry.tensor) for s, entry in zip(stored, tensors, strict=True)]
+        plan = Plan(root, stored, tensors, options.kernel, adapter)
         if adopt:
+            self._warn(restarted)
             # The state first: a plan never moves tensors that are not the state's, even where Ctrl-C strikes here.
             if {*map(id, stored)} != {*map(id, state.stored)}:
                 state.stored = stored
-            self.plan = plan
+            self.plan, self._vacant = plan, empty
         return plan
 
-    @property
-    def depth(self) -> int:
-        """How many ``applied()`` contexts are open."""
-        swap = self._swap
-        return 0 if swap is None else len(swap.users)
-
-    @property
-    def _swap(self) -> Swap | None:
-        """What put the average into the model."""
-        return next((swap for swap in [*in_force] if swap.holder is self), None)
+    def _warn(self, restarted: Sequence[str]) -> None:
+        if restarted and not self._warned:
+            self._warned = True
+            message = (
+                f"{', '.join(restarted[:_SHOWN])} changed shape: the average of such a buffer begins again with its "
+                "new value. buffers={name: 'copy'} keeps no average of it"
+            )
+            warnings.warn(message, PolyakWarning, stacklevel=6)
 
     def holding(self, stored: Sequence[Stored]) -> list[Tensor]:
         """Return the tensors that hold the average now; while it is applied, the model's where exchanged."""
-        with self.lock:
-            places = {} if (swap := self._swap) is None else swap.places()
+        places = {} if self._swap is None else self._swap.places()
         return [places.get(id(s.average), s.average).detach() for s in stored]
 
     @contextmanager
     def applied(self, planned: Callable[[], Plan]) -> Iterator[None]:
-        """Swap the values in for the first context of an owner and out after the last one, whatever happens."""
-        swap, plan, user, failed = self._swap, self.plan, object(), True
-        if swap is not None and plan is not None and swap.owner.covers(Owner.current()):
-            around: AbstractContextManager[None] = nullcontext()
-        else:
-            plan = self.ready(planned)
-            swap = Swap(self, [s.average for s in plan.stored], plan.live)
-            around = _together(plan)
-        try:
-            with around:
+        """Swap the values in for the outermost context and out after it, whatever happens."""
+        if self.depth:
+            self.depth += 1
+            try:
+                yield
+            finally:
+                self.depth -= 1
+            return
+        plan = self.ready(planned)
+        with _together(plan):
+            try:
                 try:
-                    try:
-                        self._enter(swap, plan, user)
-                        yield
-                    finally:
-                        self._leave(swap, plan, user)
+                    self._swap = Swap([s.average for s in plan.stored], plan.live)
+                    self._swap.put()
+                    plan.adapter.after_swap(plan.model)
+                    self.depth = 1
+                    yield
                 finally:
-                    # Ctrl-C may have struck before the first of these began, or inside it; twice is once.
-                    self._leave(swap, plan, user)
-            failed = False
-        finally:
-            if swap not in in_force:
-                complain(swap, plan, failed=failed)
+                    self._leave(plan)
+            finally:
+                # Ctrl-C may have struck before the first of these began, or inside it; twice is once.
+                try:
+                    self._leave(plan)
+                finally:
+                    self._swap, self.depth = None, 0
 
     def ready(self, planned: Callable[[], Plan]) -> Plan:
         """Return the plan of a model that is ready for values written into its tensors."""
@@ -197,29 +220,15 @@ class Binding:
         plan.adapter.before_swap(plan.model)
         return planned()  # to be ready may be to have other memory
 
-    def _enter(self, swap: Swap, plan: Plan, user: object) -> None:
-        if swap not in in_force:
-            swap.claim()
-            with self.lock:
-                swap.put()
-            plan.adapter.after_swap(plan.model)
-        swap.users.append(user)
-
-    def _leave(self, swap: Swap, plan: Plan, user: object) -> None:
-        if user not in swap.users and swap not in in_force:
-            return
-        others = [other for other in swap.users if other is not user]
-        if others:
-            swap.users[:] = others
+    def _leave(self, plan: Plan) -> None:
+        if self._swap is None:
             return
         try:
             plan.adapter.before_swap(plan.model)
         finally:  # a rank that is gone keeps the model from being made ready, and not its shards from being written
-            with self.lock:
-                swap.take()
-                put_back(swap, plan)
+            self._swap.take()
         plan.adapter.after_swap(plan.model)
-        swap.users.clear()
+        self._swap, self.depth = None, 0
 
     def _policies(
         self, entries: Sequence[Entry], *, absent: Collection[str] = (), settled: Container[str] | None = None

@@ -182,7 +182,8 @@ class Engine(Configurable):
             raise AppliedError(message)
         check_format(state)
         settings, changed = resumed(state, self._settings, self._knows)
-        loaded = parse(state, self._state, settings.strategy.slots())
+        optional = self._binding.optional(self._state)
+        loaded = parse(state, self._state, settings.strategy.slots(), optional)
         if changed:
             self._warn(
                 "settings", f"the state was saved with other settings; from here on its own count: {', '.join(changed)}"
@@ -215,7 +216,7 @@ class Engine(Configurable):
         # As bytes: tensors that cross into another process would share their memory, and both would average into it.
         buffer = io.BytesIO()
         torch.save(self.state_dict(), buffer)
-        about = [(s.name, s.aliases, s.kind, s.policy) for s in self._state.stored]
+        about = [(s.name, s.aliases, s.kind, s.policy, s.persistent) for s in self._state.stored]
         return {"strategy": self._strategy, "options": self.options, "about": about, "state": buffer.getvalue()}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
@@ -227,7 +228,10 @@ class Engine(Configurable):
         raw = torch.load(io.BytesIO(saved["state"]), weights_only=False)  # a pickle within a pickle
         averages = raw["slots"]["average"]
         about = saved["about"]
-        stored = [Stored(name, aliases, kind, policy, averages[name]) for name, aliases, kind, policy in about]
+        stored = [
+            Stored(name, aliases, kind, policy, averages[name], persistent=all(persistent))  # once it was not written
+            for name, aliases, kind, policy, *persistent in about
+        ]
         empty = State(stored, Progress(), History(), skipped=0, generators=OwnGenerators())
         self._state = parse(raw, empty, self._strategy.slots())
 

@@ -17,7 +17,7 @@ from polyak.tensors.spread import Spread, layout
 from polyak.tensors.wrappers import dtensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
     from polyak.options import Options
     from polyak.strategy import Strategy
@@ -81,13 +81,14 @@ def dump(state: State, holding: Sequence[Tensor], strategy: Strategy, options: O
     }
 
 
-def parse(raw: Mapping[str, Any], current: State, slots: Sequence[str]) -> State:
+def parse(raw: Mapping[str, Any], current: State, slots: Sequence[str], optional: Container[str] = ()) -> State:
     """Return the state that ``raw`` describes, on the devices of the current one; nothing is written.
 
     Args:
         raw: What ``dump`` returned.
         current: The state of an averager of the same model.
         slots: The names of the strategy's slots.
+        optional: Names of buffers that the state may have although the model has not filled them yet.
 
     Raises:
         StateError: It is incomplete, of a newer format, or of another model.
@@ -97,7 +98,7 @@ def parse(raw: Mapping[str, Any], current: State, slots: Sequence[str]) -> State
         history = raw["history"]  # by name in the first files of this format
         rates, strides, last = [*(history.values() if isinstance(history, Mapping) else history)][: len(_RUNS)]
         loaded = State(
-            stored=_stored(raw["slots"], current.stored, slots),
+            stored=_stored(raw["slots"], current.stored, slots, optional),
             progress=progress,
             history=History(rates.tolist(), strides.tolist(), last.tolist(), saved_changes(raw)),
             skipped=int(raw["skipped"]),
@@ -158,18 +159,27 @@ def _kind(raw: object) -> str:
     )
 
 
-def _stored(raw: Mapping[str, Mapping[str, Tensor]], current: Sequence[Stored], slots: Sequence[str]) -> list[Stored]:
+def _stored(
+    raw: Mapping[str, Mapping[str, Tensor]], current: Sequence[Stored], slots: Sequence[str], optional: Container[str]
+) -> list[Stored]:
     averages = raw["average"]
     if {*raw} != {"average", *slots}:
         message = f"the state has the slots {sorted(raw)}, and this averager {sorted(['average', *slots])}"
         msg = f"{message}; build it with the settings that the state was saved with. Nothing was loaded."
         raise StateError(msg)
-    averaged = [s for s in current if s.policy == "average"]
-    problems = _problems(averages, current)
-    problems += [f"{slot}: {one}" for slot in slots for one in _problems(raw[slot], averaged)]
+    known = {s.name for s in current}
+    # What follows the model needs no past, and begins anew where the state has none that fits.
+    current = [s for s in current if not (s.follows and any(_problem(raw[slot], s) for slot in _slots(s, slots)))]
+    problems = [problem for s in current for slot in _slots(s, slots) if (problem := _problem(raw[slot], s))]
+    strange = [name for name in averages if name not in known and name not in optional]
+    # Integers and booleans were copied, and a copy is made of the next buffer that the model fills.
+    problems += [f"unknown: {name}" for name in strange if _averaged(averages[name])]
+    problems += [f"unknown: {name} in {slot!r}" for slot in slots for name in raw[slot] if name not in averages]
     if problems:
         shown = "\n  ".join(sorted(problems)[:_SHOWN])
         message = f"the state belongs to another model ({len(problems)} differences):\n  {shown}\nNothing was loaded."
+        if all(problem.startswith("unknown") for problem in problems):
+            message += " Buffers that the model fills later must be there first: load the model, or run one forward."
         if any(problem.startswith("spread") for problem in problems):
             message += " dcp.load and polyak.distributed.load cut and join tensors for the averager that loads them."
         raise StateError(message)
@@ -178,27 +188,36 @@ def _stored(raw: Mapping[str, Mapping[str, Tensor]], current: Sequence[Stored], 
             replace(
                 s,
                 average=_received(averages[s.name], s),
-                slots={slot: _received(raw[slot][s.name], s) for slot in slots} if s.policy == "average" else {},
+                slots={slot: _received(raw[slot][s.name], s) for slot in _slots(s, slots)[1:]},
+                fresh=False,
             )
             for s in current
         ]
 
 
-def _problems(tensors: Mapping[str, Tensor], current: Sequence[Stored]) -> list[str]:
-    own = {s.name: s for s in current}
-    problems = [f"missing: {name}" for name in own if name not in tensors]
-    problems += [f"unknown: {name}" for name in tensors if name not in own]
-    for name in own.keys() & tensors.keys():
-        tensor, average = tensors[name], own[name].average
-        if not isinstance(tensor, Tensor):
-            problems.append(f"damaged: {name} is {type(tensor).__name__} and no tensor")
-        elif spread := _spread_otherwise(tensor, own[name]):
-            problems.append(f"spread otherwise: {name} is {spread}")
-        elif tensor.shape != own[name].shape:
-            problems.append(f"reshaped: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
-        elif tensor.is_floating_point() != average.is_floating_point() or tensor.is_complex() != average.is_complex():
-            problems.append(f"retyped: {name} is {tensor.dtype}, expected {average.dtype}")
-    return problems
+def _averaged(tensor: object) -> bool:
+    return not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.is_complex()
+
+
+def _slots(stored: Stored, slots: Sequence[str]) -> Sequence[str]:
+    return ("average", *slots) if stored.policy == "average" else ("average",)
+
+
+def _problem(tensors: Mapping[str, Tensor], own: Stored) -> str:
+    """Return why a tensor of a state does not fit, or an empty string."""
+    name, average = own.name, own.average
+    if name not in tensors:
+        return f"missing: {name}"
+    tensor = tensors[name]
+    if not isinstance(tensor, Tensor):
+        return f"damaged: {name} is {type(tensor).__name__} and no tensor"
+    if spread := _spread_otherwise(tensor, own):
+        return f"spread otherwise: {name} is {spread}"
+    if tensor.shape != own.shape:
+        return f"reshaped: {name} is {tuple(tensor.shape)}, expected {tuple(own.shape)}"
+    if tensor.is_floating_point() != average.is_floating_point() or tensor.is_complex() != average.is_complex():
+        return f"retyped: {name} is {tensor.dtype}, expected {average.dtype}"
+    return ""
 
 
 def _spread_otherwise(tensor: Tensor, own: Stored) -> str:

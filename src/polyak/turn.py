@@ -55,6 +55,7 @@ class Turn(NamedTuple):
         """Count the update; twice is once."""
         self.state.history.record(self.clock.n, self.rate, self.now.stride)
         self.state.progress = self.after
+        self.plan.settle()
 
     def skip(self) -> None:
         """Count the update as left out."""

@@ -150,10 +150,13 @@ def modules_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
             yield from modules_of(child, f"{prefix}{key}.")
 
 
-def vacant(model: Model) -> set[str]:
-    """Return the names of the buffers that a model has registered and not filled yet."""
-    modules = modules_of(model) if isinstance(model, nn.Module) else ()
-    return {prefix + key for prefix, module in modules for key, buffer in module._buffers.items() if buffer is None}  # noqa: SLF001 - as below
+def vacant(model: Model) -> dict[str, bool]:
+    """Return the buffers that a model has registered and not filled, and whether each is persistent."""
+    found = {}
+    for prefix, module in modules_of(model) if isinstance(model, nn.Module) else ():
+        transient = module._non_persistent_buffers_set  # noqa: SLF001 - as below
+        found.update({prefix + key: key not in transient for key, b in module._buffers.items() if b is None})  # noqa: SLF001 - as below
+    return found
 
 
 def _own_tensors(prefix: str, module: nn.Module) -> Iterator[Entry]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -11,19 +11,37 @@ from polyak.tensors.entries import address
 from polyak.tensors.spread import layout
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from polyak.tensors.entries import Entry
     from polyak.tensors.storage import Stored
 
-__all__ = ["Match", "pair"]
+__all__ = ["Changes", "Match", "pair"]
 
 Match = Literal["name", "order"]
 _SHOWN = 6
 
 
-def pair(stored: Sequence[Stored], entries: Sequence[Entry], match: Match, bound: Mapping[int, int]) -> list[Stored]:
-    """Return, for each entry, the stored tensor that averages it.
+class Changes(NamedTuple):
+    """Which buffers a model may fill and drop while it trains.
+
+    Attributes:
+        comes: Whether a buffer may be new under one of its names.
+        goes: Whether a buffer may be gone under one of its names.
+    """
+
+    comes: Callable[[Entry, str], bool] = lambda entry, name: False  # noqa: ARG005 - the names of what it is given
+    goes: Callable[[Stored, str], bool] = lambda stored, name: False  # noqa: ARG005 - as above
+
+
+def pair(
+    stored: Sequence[Stored],
+    entries: Sequence[Entry],
+    match: Match,
+    bound: Mapping[int, int],
+    changes: Changes = Changes(),  # noqa: B008 - it cannot be changed
+) -> list[Stored | None]:
+    """Return, for each entry, the stored tensor that averages it; None for a buffer that begins anew.
 
     ``"name"`` looks each name up. ``"order"`` takes the entries one after the other, for models whose names are
     all different; where the names are the same, their order must be too, so that two modules that changed
@@ -35,6 +53,7 @@ def pair(stored: Sequence[Stored], entries: Sequence[Entry], match: Match, bound
         entries: The model's entries that are not skipped.
         match: ``"name"`` or ``"order"``.
         bound: The address of the live tensor each stored one was paired with last, by its id: who survived a tie.
+        changes: Which buffers may come and go; those of another shape begin anew.
 
     Raises:
         MismatchError: A tensor is missing, new, renamed, reordered, reshaped, or no longer floating.
@@ -43,27 +62,34 @@ def pair(stored: Sequence[Stored], entries: Sequence[Entry], match: Match, bound
     names = {name for entry in entries for name in entry.aliases}
     if match == "order" and known.isdisjoint(names):
         problems = [f"{len(entries)} tensors where {len(stored)} were expected"] if len(entries) != len(stored) else []
-        chosen = list(stored)
+        chosen: list[Stored | None] = [*stored]
     else:
-        problems = [f"missing: {name}" for s in stored for name in s.aliases if name not in names]
-        problems += [f"new: {name}" for entry in entries for name in entry.aliases if name not in known]
+        gone = [(s, name) for s in stored for name in s.aliases if name not in names]
+        new = [(entry, name) for entry in entries for name in entry.aliases if name not in known]
+        problems = [f"missing: {name}" for s, name in gone if not changes.goes(s, name)]
+        problems += [f"new: {name}" for entry, name in new if not changes.comes(entry, name)]
         if match == "order":
             problems += _moved(stored, entries)
         chosen = [] if problems else _by_name(stored, entries, bound)
     if not problems:
-        problems = [difference for s, entry in zip(chosen, entries, strict=True) if (difference := _differs(s, entry))]
+        chosen = [s if s is None or _fits(s, e) else None for s, e in zip(chosen, entries, strict=True)]
+        pairs = [(s, entry) for s, entry in zip(chosen, entries, strict=True) if s is not None]
+        problems = [difference for s, entry in pairs if (difference := _differs(s, entry))]
     if problems:
         raise MismatchError(_message(problems, len(stored), len(entries), match))
     return chosen
 
 
-def _by_name(stored: Sequence[Stored], entries: Sequence[Entry], bound: Mapping[int, int]) -> list[Stored]:
+def _by_name(stored: Sequence[Stored], entries: Sequence[Entry], bound: Mapping[int, int]) -> list[Stored | None]:
     holders = {name: s for s in stored for name in s.aliases}
     used: set[int] = set()
-    chosen = []
+    chosen: list[Stored | None] = []
     for entry in entries:
-        candidates = {id(holders[name]): holders[name] for name in entry.aliases}.values()
-        s = next((s for s in candidates if bound.get(id(s)) == address(entry.tensor)), holders[entry.name])
+        candidates = [*{id(holders[name]): holders[name] for name in entry.aliases if name in holders}.values()]
+        if not candidates:
+            chosen.append(None)
+            continue
+        s = next((s for s in candidates if bound.get(id(s)) == address(entry.tensor)), candidates[0])
         # A tie that was broken: both go on from the average they shared.
         own = s if id(s) not in used else s.mapped(Tensor.clone)
         used.add(id(s))
@@ -72,7 +98,8 @@ def _by_name(stored: Sequence[Stored], entries: Sequence[Entry], bound: Mapping[
 
 
 def _moved(stored: Sequence[Stored], entries: Sequence[Entry]) -> list[str]:
-    position = {name: i for i, s in enumerate(stored) for name in s.aliases}
+    # A buffer that is registered again stands behind the others.
+    position = {name: i for i, s in enumerate(stored) if s.kind == "parameter" for name in s.aliases}
     problems, last = [], -1
     for entry in entries:
         place = min((position[name] for name in entry.aliases if name in position), default=last)
@@ -80,6 +107,17 @@ def _moved(stored: Sequence[Stored], entries: Sequence[Entry]) -> list[str]:
             problems.append(f"moved: {entry.name} stood before its neighbour and now stands behind it")
         last = max(last, place)
     return problems
+
+
+def _fits(stored: Stored, entry: Entry) -> bool:
+    """Return whether an entry, if it is a buffer, can go on from what is stored of it."""
+    tensor, average = entry.tensor, stored.average
+    if "parameter" in {entry.kind, stored.kind} or stored.spread != entry.spread:
+        return True  # or else it is refused
+    if stored.policy == "copy":
+        return (average.shape, average.dtype) == (tensor.shape, tensor.dtype)
+    floating = tensor.is_floating_point() or tensor.is_complex()
+    return floating and (average.shape, average.is_complex()) == (tensor.shape, tensor.is_complex())
 
 
 def _differs(stored: Stored, entry: Entry) -> str:

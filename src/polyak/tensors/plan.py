@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from polyak.tensors.entries import Entry, Model, address
 from polyak.tensors.groups import Lane
+from polyak.tensors.modes import Untracked
 from polyak.tensors.moves import Moves
 from polyak.tensors.offload import Offload, crosses
 from polyak.tensors.watch import Watch
@@ -51,6 +52,7 @@ class Plan:
         if self.offload is None:
             self.moves  # noqa: B018 - compiled now, and not in the first update
         self._memory = [address(entry.tensor) for entry in entries]
+        self._fresh = [(s, t) for s, t in zip(self.stored, self.live, strict=True) if s.fresh]
 
     @property
     def lane(self) -> Lane:
@@ -70,6 +72,19 @@ class Plan:
     def is_current(self, model: Model) -> bool:
         """Return whether the model still holds exactly the tensors this plan was built from."""
         return model is self.model and self.watch.unchanged() and self.adapter.holds(self.entries, self.live)
+
+    def refresh(self) -> None:
+        """Let each average that no update has moved yet, of a buffer that the model filled since, be the live value."""
+        with Untracked():
+            for stored, live in self._fresh:
+                for tensor in (stored.average, *stored.slots.values()):
+                    tensor.copy_(live)
+
+    def settle(self) -> None:
+        """Go on from the averages as they are; idempotent."""
+        for stored, _ in self._fresh:
+            stored.fresh = False
+        self._fresh = []
 
     def bound(self) -> dict[int, int]:
         """Return the address of each stored tensor's live one when it was bound, by the stored one's id."""

@@ -39,6 +39,8 @@ class Stored:
         average: The tensor.
         slots: What a strategy keeps of it beside the average, by the names of its slots; none where it is copied.
         spread: How the whole is spread over ranks, where these are this rank's parts of it; else None.
+        persistent: Whether the tensor is part of ``model.state_dict()``.
+        fresh: Whether the model filled it since the last update: until the next one, the average is its value.
     """
 
     name: str
@@ -48,6 +50,13 @@ class Stored:
     average: Tensor = field(repr=False)
     slots: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     spread: Spread | None = None
+    persistent: bool = True
+    fresh: bool = False
+
+    @property
+    def follows(self) -> bool:
+        """Whether it is a buffer that needs no past: it may come, go and change its shape with the model's."""
+        return self.kind == "buffer" and (self.policy == "copy" or not self.persistent)
 
     @property
     def shape(self) -> torch.Size:
@@ -191,6 +200,6 @@ def allocate(
             for i, tensor in zip(averaged, clones(values, where), strict=True):
                 kept[i][slot] = tensor
     return [
-        Stored(entry.name, entry.aliases, entry.kind, policy, average, kept[i], entry.spread)
+        Stored(entry.name, entry.aliases, entry.kind, policy, average, kept[i], entry.spread, entry.persistent)
         for i, ((entry, policy), average) in enumerate(zip(entries, averages, strict=True))
     ]
