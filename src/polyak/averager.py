@@ -148,8 +148,15 @@ class Averager(Protocol):
         Nests, and restores after exceptions. Parameters, gradients and optimiser state stay the same objects.
         Needs one tensor's worth of extra memory, and a copy of those tensors whose average is stored in another dtype.
 
-        The values are exchanged: what is written into the model's tensors inside (batch norm in training mode, a step
-        of the optimiser) goes into the average, so evaluate with ``model.eval()``. Leave it before ``backward()``.
+        The values are exchanged: statistics that batch norm writes in training mode go into the average, so evaluate
+        with ``model.eval()``. Parameters that are written inside are a ``PolyakWarning``. Torch refuses the
+        ``backward()`` of a graph that was recorded on the other side.
+
+        One thread, or one task of an event loop, computes with the average; other threads wait until it has left.
+
+        Raises:
+            AppliedError: If another task is inside, or another thread that this one cannot wait for; on leaving, if
+                tensors got another shape or dtype inside. The original weights are restored.
         """
 
     def copy_to(self, model: Model | None = None) -> None:

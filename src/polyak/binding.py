@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
@@ -14,14 +15,16 @@ from polyak.tensors.agreement import ranks_of
 from polyak.tensors.collector import collector_paused
 from polyak.tensors.entries import vacant
 from polyak.tensors.growth import changes, filled, settled, with_past
+from polyak.tensors.inside import complain, put_back
 from polyak.tensors.kernels import check_available
 from polyak.tensors.matching import pair
+from polyak.tensors.owner import Owner
 from polyak.tensors.plan import Plan
 from polyak.tensors.policies import Policy, policies
 from polyak.tensors.roll_call import answered
 from polyak.tensors.sharded import adapter_for
 from polyak.tensors.storage import allocate, as_device, as_dtype, check_storable
-from polyak.tensors.swap import Swap, swapped
+from polyak.tensors.swap import Swap, in_force, swapped
 from polyak.tensors.wrappers import refuse_sharded, root_of
 
 if TYPE_CHECKING:
@@ -47,7 +50,7 @@ class Binding:
     Attributes:
         model: The averager's own model without wrappers; None after unpickling.
         plan: The last plan; that of the applied model while the average is applied.
-        depth: How many ``applied()`` contexts are open.
+        lock: Held while the averages, or the model's values for them, are written or copied.
     """
 
     def __init__(self, model: Model | None, options: Options, adapter: Adapter | None = None) -> None:
@@ -55,10 +58,9 @@ class Binding:
             refuse_sharded(model)  # with its wrappers
         self.model = None if model is None else _root(model)
         self.plan: Plan | None = None
-        self.depth = 0
-        self._swap: Swap | None = None
         self._vacant: Mapping[str, bool] = {}  # the buffers that the model of the last plan had not filled
         self._warned = False
+        self.lock = threading.RLock()
         self._options = options
         self._given = adapter
 
@@ -181,38 +183,48 @@ class Binding:
             )
             warnings.warn(message, PolyakWarning, stacklevel=6)
 
+    @property
+    def depth(self) -> int:
+        """How many ``applied()`` contexts are open."""
+        swap = self._swap
+        return 0 if swap is None else len(swap.users)
+
+    @property
+    def _swap(self) -> Swap | None:
+        """What put the average into the model."""
+        return next((swap for swap in [*in_force] if swap.holder is self), None)
+
     def holding(self, stored: Sequence[Stored]) -> list[Tensor]:
         """Return the tensors that hold the average now; while it is applied, the model's where exchanged."""
-        places = {} if self._swap is None else self._swap.places()
+        with self.lock:
+            places = {} if (swap := self._swap) is None else swap.places()
         return [places.get(id(s.average), s.average).detach() for s in stored]
 
     @contextmanager
     def applied(self, planned: Callable[[], Plan]) -> Iterator[None]:
-        """Swap the values in for the outermost context and out after it, whatever happens."""
-        if self.depth:
-            self.depth += 1
-            try:
-                yield
-            finally:
-                self.depth -= 1
-            return
-        plan = self.ready(planned)
-        with _together(plan):
-            try:
+        """Swap the values in for the first context of an owner and out after the last one, whatever happens."""
+        swap, plan, user, failed = self._swap, self.plan, object(), True
+        if swap is not None and plan is not None and swap.owner.covers(Owner.current()):
+            around: AbstractContextManager[None] = nullcontext()
+        else:
+            plan = self.ready(planned)
+            swap = Swap(self, [s.average for s in plan.stored], plan.live)
+            around = _together(plan)
+        try:
+            with around:
                 try:
-                    self._swap = Swap([s.average for s in plan.stored], plan.live)
-                    self._swap.put()
-                    plan.adapter.after_swap(plan.model)
-                    self.depth = 1
-                    yield
+                    try:
+                        self._enter(swap, plan, user)
+                        yield
+                    finally:
+                        self._leave(swap, plan, user)
                 finally:
-                    self._leave(plan)
-            finally:
-                # Ctrl-C may have struck before the first of these began, or inside it; twice is once.
-                try:
-                    self._leave(plan)
-                finally:
-                    self._swap, self.depth = None, 0
+                    # Ctrl-C may have struck before the first of these began, or inside it; twice is once.
+                    self._leave(swap, plan, user)
+            failed = False
+        finally:
+            if swap not in in_force:
+                complain(swap, plan, failed=failed)
 
     def ready(self, planned: Callable[[], Plan]) -> Plan:
         """Return the plan of a model that is ready for values written into its tensors."""
@@ -220,15 +232,29 @@ class Binding:
         plan.adapter.before_swap(plan.model)
         return planned()  # to be ready may be to have other memory
 
-    def _leave(self, plan: Plan) -> None:
-        if self._swap is None:
+    def _enter(self, swap: Swap, plan: Plan, user: object) -> None:
+        if swap not in in_force:
+            swap.claim()
+            with self.lock:
+                swap.put()
+            plan.adapter.after_swap(plan.model)
+        swap.users.append(user)
+
+    def _leave(self, swap: Swap, plan: Plan, user: object) -> None:
+        if user not in swap.users and swap not in in_force:
+            return
+        others = [other for other in swap.users if other is not user]
+        if others:
+            swap.users[:] = others
             return
         try:
             plan.adapter.before_swap(plan.model)
         finally:  # a rank that is gone keeps the model from being made ready, and not its shards from being written
-            self._swap.take()
+            with self.lock:
+                swap.take()
+                put_back(swap, plan)
         plan.adapter.after_swap(plan.model)
-        self._swap, self.depth = None, 0
+        swap.users.clear()
 
     def _policies(
         self, entries: Sequence[Entry], *, absent: Collection[str] = (), settled: Container[str] | None = None

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from polyak.tensors.agreement import first_rank, ranks_of
 from polyak.tensors.entries import identity, walk
 from polyak.tensors.roll_call import answered
-from polyak.tensors.swap import overwrite, writable
+from polyak.tensors.swap import forget_computed
 from polyak.tensors.wrappers import dtensor, plain_name, unwrap
+from polyak.tensors.writing import overwrite, writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ def overwrite_model(plan: Plan, holding: Sequence[Tensor]) -> None:
             _write(plan, holding)
             raise
         finally:
-            torch.clear_autocast_cache()  # an enclosing autocast keeps casts of the values before
+            forget_computed()
             plan.adapter.after_swap(plan.model)
 
 

@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+import threading
 from enum import Enum, auto
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
-from polyak.tensors.entries import identity
+from polyak.tensors.entries import address, identity
+from polyak.tensors.owner import Owner
+from polyak.tensors.versions import numbers, set_version, version
+from polyak.tensors.writing import overwrite, writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["Swap", "in_force", "overwrite", "swapped", "writable"]
+__all__ = ["Swap", "forget_computed", "in_force", "swapped"]
 
 _ATTEMPTS = 3
 
@@ -28,10 +33,12 @@ class _Stage(Enum):
 
 
 class _Step(NamedTuple):
+    number: int
     average: Tensor
     live: Tensor
     own: Tensor | None
     stage: _Stage
+    writes: int | None  # what autograd counted before
 
 
 class Swap:
@@ -43,20 +50,54 @@ class Swap:
     model's own values are kept beside (one copy of those tensors).
 
     Every step is journalled before it is made, so that an exception between any two calls can be undone.
-    Several swaps of one model's memory may be in force, and may be undone in any order.
+    Several swaps of one model's memory may be in force, and may be undone in any order, but only one owner's at a time.
+
+    Autograd's counts of writes are the same afterwards, so that graphs recorded before stay valid. Inside they are
+    numbers of this swap's own, so that graphs recorded inside are refused afterwards.
+
+    Args:
+        holder: The averager's binding, which finds its swap by it.
+        averages: The stored tensors.
+        live: The model's tensor for each.
+
+    Attributes:
+        holder: The averager's binding.
+        owner: Who computes with the average.
+        users: The contexts of the owner that are open.
+        repacked: The numbers of the tensors that had another shape or dtype inside, once the swap is undone.
+        written: The numbers of the tensors that were written inside, once the swap is undone.
     """
 
-    def __init__(self, averages: Sequence[Tensor], live: Sequence[Tensor]) -> None:
+    def __init__(self, holder: object, averages: Sequence[Tensor], live: Sequence[Tensor]) -> None:
+        self.holder, self.owner = holder, Owner.current()
+        self.users: list[object] = []
+        self.repacked: set[int] = set()
+        self.written: set[int] = set()
         self._pairs = [*zip(averages, live, strict=True)]
+        self._places = [tensor.data for tensor in live]
         self._memory = {*map(identity, live)}
+        self._first = next(numbers)
+        self._writes: list[int | None] = [None if tensor.is_inference() else self._first for tensor in live]
         self._journal: list[_Step] = []
+        self._computed: dict[tuple[int, str], Tensor | None] = {}
+        self._gate = threading.Lock()
+        self._gate.acquire()
+
+    def claim(self) -> None:
+        """Wait until no other owner computes with an average in any of this memory, and keep others from it.
+
+        Raises:
+            AppliedError: If the caller cannot wait; see ``Owner.wait``.
+        """
+        while (rival := self._rival()) is not None:
+            holds = any(swap.owner.thread is self.owner.thread for swap in [*in_force])
+            self.owner.wait(rival.owner, rival._gate, holds=holds)
 
     def put(self) -> None:
         """Write the average into the model; on any exception the model and the average are as before."""
-        in_force.append(self)
         try:
             self._exchange()
-            torch.clear_autocast_cache()  # an enclosing autocast keeps casts of the values before
+            forget_computed()
         except BaseException:
             self.take()
             raise
@@ -74,6 +115,8 @@ class Swap:
             except BaseException as error:  # noqa: BLE001 - a half restored model is worse than a late Ctrl-C
                 interruption = error
         torch.clear_autocast_cache()
+        if self not in in_force and self._gate.locked():
+            self._gate.release()
         if interruption is not None:
             raise interruption
 
@@ -92,10 +135,21 @@ class Swap:
                 places[id(step.average)] = place
         return places
 
+    def _rival(self) -> Swap | None:
+        """Return a swap of another owner that must be undone before; where there is none, this one is in force."""
+        with _GUARD:
+            for swap in in_force:
+                if not swap.owner.covers(self.owner) and swap._memory & self._memory:
+                    return swap
+            if self not in in_force:
+                in_force.append(self)
+        return None
+
     def _exchange(self) -> None:
+        self._computed, parametrize._cache = parametrize._cache, {}
         with writable([live for _, live in self._pairs]):
-            for average, live in self._pairs:
-                self._put_one(average, live)
+            for number, (average, live) in enumerate(self._pairs):
+                self._put_one(number, average, live)
 
     def _undo(self) -> None:
         if self not in in_force:
@@ -122,10 +176,12 @@ class Swap:
             # The last first: tensors may overlap in memory.
             while self._journal:
                 self._take_one()
+        parametrize._cache = self._computed if parametrize._cache_enabled else {}
 
-    def _put_one(self, average: Tensor, live: Tensor) -> None:
-        step = _Step(average, live, live.detach().clone(), _Stage.SAVED)
+    def _put_one(self, number: int, average: Tensor, live: Tensor) -> None:
+        step = _Step(number, average, live, live.detach().clone(), _Stage.SAVED, version(live))
         self._journal.append(step)
+        set_version(live, self._writes[number])
         overwrite(live, average)
         if average.dtype == live.dtype:
             self._journal[-1] = step._replace(stage=_Stage.GIVEN)
@@ -133,46 +189,58 @@ class Swap:
             self._journal[-1] = step._replace(own=None, stage=_Stage.EXCHANGED)
 
     def _take_one(self) -> None:
-        average, live, own, stage = self._journal[-1]
+        step = self._journal[-1]
+        average, live, own, stage = step.average, step.live, step.own, step.stage
+        if not _alike(live, self._places[step.number]):
+            self.repacked.add(step.number)
+            live.data = self._places[step.number]
         if stage is _Stage.EXCHANGED:
             own, stage = live.detach().clone(), _Stage.RETURNING
-            self._journal[-1] = _Step(average, live, own, stage)
+            self._journal[-1] = step._replace(own=own, stage=stage)
         if stage is _Stage.RETURNING:
             overwrite(live, average)
             stage = _Stage.RETURNED
-            self._journal[-1] = _Step(average, live, own, stage)
+            self._journal[-1] = step._replace(own=own, stage=stage)
         if stage is _Stage.RETURNED:
             overwrite(average, own)
         else:
             if stage is _Stage.GIVEN:
                 overwrite(average, live)
-                self._journal[-1] = _Step(average, live, own, _Stage.SAVED)
+                self._journal[-1] = step._replace(stage=_Stage.SAVED)
             overwrite(live, own)
+        self._count(step)
         self._journal.pop()
+
+    def _count(self, step: _Step) -> None:
+        """Note what autograd counted inside, and set the count of before."""
+        now = version(step.live)
+        if now == step.writes:  # where it was done already
+            return
+        self._writes[step.number] = now
+        if now != self._first:
+            self.written.add(step.number)
+        set_version(step.live, step.writes)
 
 
 in_force: list[Swap] = []
 """The swaps that were put and not taken, in that order: nobody may take these models' values for weights."""
+_GUARD = threading.RLock()
 
 
 def swapped(tensors: Callable[[], Iterable[Tensor]]) -> bool:
     """Return whether any of these tensors holds an averager's average now; asked for only where one could."""
     memory = {*map(identity, tensors())} if in_force else set()
-    return any(swap._memory & memory for swap in in_force)
+    return any(swap._memory & memory for swap in [*in_force])
 
 
-def overwrite(target: Tensor, value: Tensor | None) -> None:
-    """Copy values into a tensor without autograd noticing: graphs that saved it stay valid once it is restored."""
-    if value is None:
-        return
-    # An expanded tensor holds each value once: write through the one element of each expanded dimension.
-    for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            target, value = target.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
-    target.data.copy_(value.detach())
+def forget_computed() -> None:
+    """Forget what was computed from the values before: autocast's copies, and the weights of parametrizations."""
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
 
 
-def writable(live: Sequence[Tensor]) -> torch.inference_mode:
-    """Return the mode in which these tensors may be written."""
-    # Inference tensors may be written under inference mode only, normal ones keep their version counters outside of it.
-    return torch.inference_mode(mode=any(tensor.is_inference() for tensor in live))
+def _alike(live: Tensor, before: Tensor) -> bool:
+    """Return whether a tensor has the form it had before; other memory of the same form may hold its values, too."""
+    if live.shape != before.shape or live.dtype != before.dtype:
+        return False
+    return live.stride() == before.stride() or address(live) != address(before)
