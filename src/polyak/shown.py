@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["brief", "listed", "shown"]
 
-_WIDTH = 60
+_WIDTH = 100
 _LINES = 10
 _LINE_WIDTH = 600
 _NAMES = 40
@@ -50,7 +50,7 @@ def shown(value: object) -> str:
 
     Examples:
         >>> shown(0.5), len(shown("x" * 10_000_000))
-        ('0.5', 60)
+        ('0.5', 100)
     """
     return _SHORT.repr(value)
 

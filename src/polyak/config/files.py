@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import stat
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,37 +16,90 @@ import tomli_w
 import yaml
 
 from polyak import atomic
+from polyak.config.yaml12 import dump_yaml, load_yaml
 from polyak.errors import ConfigError
+from polyak.shown import brief, shown
 
 __all__ = ["read", "render", "write"]
 
 _SUFFIXES = (".toml", ".yaml", ".yml", ".json")
-_SHOWN = 60
+_LONGEST_PATH = 400
+_LARGEST = 256 * 1024  # bytes: a config of thousands of names, read in a second
+_PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*"""
+_LONG_KEY = re.compile(rf"(?<![\w-]){_PART}(?:\.[ \t]*{_PART}){{32}}")  # which tomllib reads in quadratic time
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the table in a config file; ``$schema``, which only editors read, is left out.
+    """Return the table in a config file; ``$schema``, which only editors read, is dropped.
+
+    Time and memory are bounded, whatever the file holds.
 
     Raises:
-        ConfigError: The file is missing, malformed, of another type, or holds no table.
+        ConfigError: If the file is missing, malformed, too large, no regular file, of another type, or holds no table.
     """
     file = Path(path)
     suffix = _suffix(file)
+    text = _text(file)
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        message = f"the config file {str(file)!r} cannot be read: {error}"
-        raise ConfigError(message) from error
-    try:
-        data = {".toml": tomllib.loads, ".json": json.loads}.get(suffix, yaml.safe_load)(text)
+        data = {".toml": _toml, ".json": _json}.get(suffix, load_yaml)(text)
     except (ValueError, yaml.YAMLError) as error:
-        message = f"the config file {str(file)!r} is not valid {suffix[1:].upper()}: {error}"
+        message = brief(f"the config file {_named(file)} is not valid {suffix[1:].upper()}: {error}")
         raise ConfigError(message) from error
+    except RecursionError:
+        message = f"the config file {_named(file)} has too many values within one another; expected two or three levels"
+        raise ConfigError(message) from None
     if not isinstance(data, Mapping):
-        what = "nothing" if data is None else repr(data)[:_SHOWN]
-        message = f"the config file {str(file)!r} holds {what}; expected a table with 'strategy' and options"
+        what = "nothing" if data is None else shown(data)
+        message = f"the config file {_named(file)} holds {what}; expected a table with 'strategy' and options"
+        raise ConfigError(message)
+    if not isinstance(schema := data.get("$schema", ""), str):
+        message = f"the config file {_named(file)} has the $schema {shown(schema)}; expected a text"
         raise ConfigError(message)
     return {key: value for key, value in data.items() if key != "$schema"}
+
+
+def _text(file: Path) -> str:
+    try:
+        about = file.stat()
+        if not stat.S_ISREG(about.st_mode):
+            kind = "a directory" if file.is_dir() else "no regular file"
+            message = f"the config file {_named(file)} cannot be read: it is {kind}"
+            raise ConfigError(message)
+        with file.open("rb") as opened:
+            content = opened.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            message = (
+                f"the config file {_named(file)} has {about.st_size:,} bytes; expected a config of at most "
+                f"{_LARGEST // 1024} KiB"
+            )
+            raise ConfigError(message)
+        return content.decode("utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a null byte
+        if isinstance(error, ConfigError):
+            raise
+        message = brief(f"the config file {_named(file)} cannot be read: {getattr(error, 'strerror', error)}")
+        raise ConfigError(message) from error
+
+
+def _toml(text: str) -> Any:  # noqa: ANN401 - whatever the file holds
+    if found := _LONG_KEY.search(text):
+        line = text.count("\n", 0, found.start()) + 1
+        message = f"the key {shown(found.group())} has too many parts (at line {line})"
+        raise ValueError(message)
+    return tomllib.loads(text)
+
+
+def _json(text: str) -> Any:  # noqa: ANN401 - as above
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        message = f"the key {shown(twice)} is given twice"
+        raise ValueError(message)
+    return table
 
 
 def render(path: str | os.PathLike[str], data: Mapping[str, Any]) -> str:
@@ -57,7 +113,7 @@ def render(path: str | os.PathLike[str], data: Mapping[str, Any]) -> str:
     if suffix == ".json":
         return json.dumps(options, indent=2) + "\n"
     if suffix != ".toml":
-        return yaml.safe_dump(options, sort_keys=False)
+        return dump_yaml(options)
     if nulls := [key for key, value in options["strategy"].items() if value is None]:
         message = (
             f"TOML has no null, and the strategy has {', '.join(nulls)} = None; write a .yaml or .json file instead"
@@ -79,10 +135,15 @@ def write(path: str | os.PathLike[str], text: str) -> None:
         raise ConfigError(message) from error
 
 
+def _named(file: Path) -> str:
+    name = str(file)
+    return repr(name) if len(name) <= _LONGEST_PATH else shown(name)
+
+
 def _suffix(file: Path) -> str:
     suffix = file.suffix.lower()
     if suffix not in _SUFFIXES:
         expected = ", ".join(_SUFFIXES)
-        message = f"the config file {str(file)!r} has the type {suffix or '(none)'!r}; expected one of {expected}"
+        message = f"the config file {_named(file)} has the type {shown(suffix or '(none)')}; expected one of {expected}"
         raise ConfigError(message)
     return suffix

@@ -50,7 +50,7 @@ class HalfLifeEMA(Strategy):
     """Samples per optimiser step, all devices and accumulated batches together; for "samples"."""
     tokens_per_step: PositiveInt | None = None
     """Tokens per optimiser step; for "tokens"."""
-    steps_per_epoch: Annotated[float, Field(gt=0)] | None = None
+    steps_per_epoch: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Optimiser steps per epoch; for "epochs"."""
     total_steps: PositiveInt | None = None
     """Optimiser steps of the whole run; for "fraction"."""

@@ -122,9 +122,9 @@ class EMAV3(Strategy):
     """Optimiser steps during which the average follows the weights."""
     use_warmup: bool = False
     """Whether the decay rises from 0 towards ``decay``."""
-    warmup_gamma: Annotated[float, Field(gt=0)] = 1.0
+    warmup_gamma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """The warm-up's time scale in steps."""
-    warmup_power: Annotated[float, Field(gt=0)] = 2 / 3
+    warmup_power: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2 / 3
     """The warm-up's exponent; 1 with gamma 1 is a plain mean, 2/3 suits a million steps, 3/4 fewer."""
     foreach: bool = True
     """Whether one call updates all tensors (the same as ``kernel="auto"``) or one each (``"loop"``)."""

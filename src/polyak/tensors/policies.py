@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, cast
 
 from polyak.errors import ConfigError
+from polyak.shown import shown
 from polyak.tensors.finite import FiniteCheck
 from polyak.tensors.storage import unfit
 from polyak.tensors.wrappers import spellings
@@ -21,6 +22,7 @@ Policy = Literal["average", "copy", "skip"]
 Globs = str | Sequence[str] | None
 Buffers = Literal["auto", "average", "copy", "skip"] | Mapping[str, Policy]
 
+_LONGEST = 200  # letters of a glob for which similar names are looked up
 _MAGIC = frozenset("*?[")
 _ABSENT = -1
 
@@ -137,8 +139,8 @@ class _Names:
 
     def _complaint(self, option: str, pattern: str) -> str:
         names = [*self._numbers]
-        near = get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.3) or names[:3]
+        near = get_close_matches(pattern[:_LONGEST].replace("*", ""), names, n=3, cutoff=0.3) or names[:3]
         return (
-            f"{option}: the glob {pattern!r} matches none of the {len(names)} tensor names; "
+            f"{option}: the glob {shown(pattern)} matches none of the {len(names)} tensor names; "
             f"such names are {', '.join(map(repr, near)) or '(none)'}"
         )

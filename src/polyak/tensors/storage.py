@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from polyak.errors import ConfigError, ModelError
+from polyak.shown import shown
 from polyak.tensors.memory import clones
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize == 1:
         message = (
-            f"got {dtype!r}; expected 'auto' (the model's, but float32 for shorter ones), "
+            f"got {shown(dtype)}; expected 'auto' (the model's, but float32 for shorter ones), "
             "'float32', 'float64', 'bfloat16', 'float16' or such a torch.dtype"
         )
         raise ConfigError(message)
@@ -119,7 +120,7 @@ def as_device(device: str | torch.device | None) -> torch.device | None:
     try:
         return None if device is None else torch.device(device)
     except RuntimeError:
-        message = f"got {device!r}; expected None (with the model) or a device such as 'cpu' or 'cuda:0'"
+        message = f"got {shown(device)}; expected None (with the model) or a device such as 'cpu' or 'cuda:0'"
         raise ConfigError(message) from None
 
 
