@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import nn
 
-from polyak.errors import AppliedError, ConfigError, PolyakError, PolyakWarning, UnboundError
+from polyak.errors import AppliedError, ConfigError, PolyakError, UnboundError
 from polyak.tensors.agreement import ranks_of
 from polyak.tensors.collector import collector_paused
-from polyak.tensors.entries import vacant
-from polyak.tensors.growth import changes, filled, settled, with_past
+from polyak.tensors.growth import Growth, settled, with_past
 from polyak.tensors.inside import complain, put_back
 from polyak.tensors.kernels import check_available
-from polyak.tensors.matching import pair
 from polyak.tensors.owner import Owner
 from polyak.tensors.plan import Plan
 from polyak.tensors.policies import Policy, policies
@@ -28,7 +24,7 @@ from polyak.tensors.swap import Swap, in_force, swapped
 from polyak.tensors.wrappers import refuse_sharded, root_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Container, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -40,8 +36,6 @@ if TYPE_CHECKING:
     from polyak.tensors.storage import Stored
 
 __all__ = ["Binding"]
-
-_SHOWN = 6
 
 
 class Binding:
@@ -58,8 +52,7 @@ class Binding:
             refuse_sharded(model)  # with its wrappers
         self.model = None if model is None else _root(model)
         self.plan: Plan | None = None
-        self._vacant: Mapping[str, bool] = {}  # the buffers that the model of the last plan had not filled
-        self._warned = False
+        self._growth = Growth()
         self.lock = threading.RLock()
         self._options = options
         self._given = adapter
@@ -69,8 +62,7 @@ class Binding:
         with collector_paused():
             adapter = self.adapter(self.model)
             entries = adapter.entries(cast("Model", self.model))  # which says what is no model, None included
-            self._vacant = vacant(self.own())
-            chosen = self._policies(entries, absent=self._vacant)
+            chosen = self._policies(entries, absent=self._growth.look(self.own()))
             check_storable(entries, chosen)
             if self.holds_average(self.own()):
                 message = (
@@ -122,8 +114,7 @@ class Binding:
         if self.model is not None:
             with suppress(PolyakError):
                 self.planned(self.model, state)
-        copied = self._options.buffers in ("copy", "skip")
-        return {name for name, persistent in self._vacant.items() if copied or not persistent}
+        return self._growth.optional(copied=self._options.buffers in ("copy", "skip"))
 
     def root(self, model: Model | None) -> Model:
         """Return a given model without wrappers, or the averager's own."""
@@ -153,35 +144,18 @@ class Binding:
         options = self._options
         chosen = self._policies(entries, settled=settled(entries, state.stored))
         kept = with_past(entries, chosen, state.stored)
-        tensors = [entry for entry, _ in kept]
         bound = plan.bound() if plan is not None and plan.model is root else {}
-        empty = vacant(root)
-        # Under the caller's inference mode new storage could never be updated outside of it.
-        with torch.inference_mode(mode=False), torch.no_grad():
-            may = changes(root, kept, empty, self._vacant)
-            paired = pair(state.stored, tensors, options.match or "name", bound, may)
-            device = as_device(options.device)
-            stored, restarted = filled(paired, kept, state.stored, device, as_dtype(options.dtype))
-            check_storable(tensors, [s.policy for s in stored])
-            if device is None:
-                stored = [s.beside(entry.tensor) for s, entry in zip(stored, tensors, strict=True)]
-        plan = Plan(root, stored, tensors, options.kernel, adapter)
+        place = as_device(options.device), as_dtype(options.dtype)
+        stored, restarted = self._growth.paired(root, kept, state.stored, bound, options.match or "name", place)
+        plan = Plan(root, stored, [entry for entry, _ in kept], options.kernel, adapter)
         if adopt:
-            self._warn(restarted)
+            self._growth.warn(restarted)
+            self._growth.look(root)
             # The state first: a plan never moves tensors that are not the state's, even where Ctrl-C strikes here.
             if {*map(id, stored)} != {*map(id, state.stored)}:
                 state.stored = stored
-            self.plan, self._vacant = plan, empty
+            self.plan = plan
         return plan
-
-    def _warn(self, restarted: Sequence[str]) -> None:
-        if restarted and not self._warned:
-            self._warned = True
-            message = (
-                f"{', '.join(restarted[:_SHOWN])} changed shape: the average of such a buffer begins again with its "
-                "new value. buffers={name: 'copy'} keeps no average of it"
-            )
-            warnings.warn(message, PolyakWarning, stacklevel=6)
 
     @property
     def depth(self) -> int:

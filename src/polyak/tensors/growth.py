@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-from polyak.tensors.matching import Changes
-from polyak.tensors.storage import allocate
+from polyak.errors import PolyakWarning
+from polyak.tensors.entries import vacant
+from polyak.tensors.matching import Changes, pair
+from polyak.tensors.storage import allocate, check_storable, refuse_unfit
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    import torch
-
     from polyak.tensors.entries import Entry, Model
+    from polyak.tensors.matching import Match
     from polyak.tensors.policies import Policy
     from polyak.tensors.storage import Stored
 
-__all__ = ["changes", "filled", "settled", "with_past"]
+__all__ = ["Growth", "settled", "with_past"]
 
 Kept = list[tuple["Entry", "Policy"]]
+_SHOWN = 6
 
 
 def settled(entries: Sequence[Entry], stored: Sequence[Stored]) -> set[str]:
@@ -36,52 +40,90 @@ def with_past(entries: Sequence[Entry], policies: Sequence[Policy], stored: Sequ
     return [(e, "copy" if e.name in copied else policy) for e, policy in pairs if policy != "skip"]
 
 
-def changes(model: Model, kept: Kept, vacant: Collection[str], was_vacant: Collection[str]) -> Changes:
-    """Return which buffers may come and go: copies, those that are not persistent, and registered ones.
+class Growth:
+    """Follows the buffers of an averager's models, and remembers which were not filled when it last looked."""
 
-    Args:
-        model: The model.
-        kept: Its entries and their policies.
-        vacant: The names of its buffers that are registered and not filled now.
-        was_vacant: The names of those that were not filled when it was last looked at.
-    """
-    if not isinstance(model, nn.Module):
-        return Changes()
-    copied = {entry for entry, policy in kept if policy == "copy"}
+    def __init__(self) -> None:
+        self._vacant: Mapping[str, bool] = {}
+        self._warned = False
 
-    def comes(entry: Entry, name: str) -> bool:
-        return entry.kind == "buffer" and (entry in copied or not entry.persistent or name in was_vacant)
+    def look(self, model: Model) -> Collection[str]:
+        """Remember and return the names of the buffers that a model has not filled."""
+        self._vacant = vacant(model)
+        return self._vacant
 
-    def goes(stored: Stored, name: str) -> bool:
-        return stored.follows or (stored.kind == "buffer" and name in vacant)
+    def optional(self, *, copied: bool) -> set[str]:
+        """Return the buffers that a saved state may have although they are not filled now.
 
-    return Changes(comes, goes)
+        Args:
+            copied: Whether all buffers are copied, so that none has a past.
+        """
+        return {name for name, persistent in self._vacant.items() if copied or not persistent}
 
+    def paired(
+        self,
+        model: Model,
+        kept: Kept,
+        stored: Sequence[Stored],
+        bound: Mapping[int, int],
+        match: Match,
+        place: tuple[torch.device | None, torch.dtype | None],
+    ) -> tuple[list[Stored], list[str]]:
+        """Return what is stored of each entry, with new storage for what begins anew, and the averages that do so.
 
-def filled(
-    paired: Sequence[Stored | None],
-    kept: Kept,
-    stored: Sequence[Stored],
-    device: torch.device | None,
-    dtype: torch.dtype | None,
-) -> tuple[list[Stored], list[str]]:
-    """Return what is stored of each entry, with new storage for what begins anew, and the averages that do so.
+        Args:
+            model: The model.
+            kept: Its entries and their policies.
+            stored: All that was stored.
+            bound: See ``polyak.tensors.matching.pair``.
+            match: By name or by order.
+            place: Where averages live (None: with the model), and how precisely (None: as its dtypes ask for).
 
-    Args:
-        paired: What is stored of each entry, None for those that begin anew.
-        kept: The entries and their policies.
-        stored: All that was stored.
-        device: Where averages live; None: with the model.
-        dtype: How precisely; None: as the model's dtype asks for.
-    """
-    slots = next(([*s.slots] for s in stored if s.policy == "average"), [])
-    new = [one for one, s in zip(kept, paired, strict=True) if s is None]
-    made = allocate(new, slots, device=device, dtype=dtype) if new else []
-    for s in made:
-        s.fresh = True
-    known, waiting = _by_name(stored), iter(made)
-    restarted = [s.name for s in made if s.name in known and not s.follows]
-    return [next(waiting) if s is None else s for s in paired], restarted
+        Raises:
+            MismatchError: If the model's tensors are not those that were stored.
+            ModelError: If one of them cannot be stored.
+        """
+        entries = [entry for entry, _ in kept]
+        slots = next(([*s.slots] for s in stored if s.policy == "average"), [])
+        # Under the caller's inference mode new storage could never be updated outside of it.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            paired = pair(stored, entries, match, bound, self._changes(model, kept))
+            new = [one for one, s in zip(kept, paired, strict=True) if s is None]
+            refuse_unfit([entry for entry, _ in new])
+            made = allocate(new, slots, device=place[0], dtype=place[1]) if new else []
+            waiting = iter(made)
+            whole = [next(waiting) if s is None else s for s in paired]
+            check_storable(entries, [s.policy for s in whole])
+            if place[0] is None:
+                whole = [s.beside(entry.tensor) for s, entry in zip(whole, entries, strict=True)]
+        for s in made:
+            s.fresh = True
+        known = _by_name(stored)
+        return whole, [s.name for s in made if s.name in known and not s.follows]
+
+    def warn(self, restarted: Sequence[str]) -> None:
+        """Say once which averages begin again."""
+        if restarted and not self._warned:
+            self._warned = True
+            message = (
+                f"{', '.join(restarted[:_SHOWN])} changed shape: the average of such a buffer begins again with its "
+                "new value. buffers={name: 'copy'} keeps no average of it"
+            )
+            warnings.warn(message, PolyakWarning, stacklevel=6)
+
+    def _changes(self, model: Model, kept: Kept) -> Changes:
+        """Return which buffers may come and go: copies, those that are not persistent, and registered ones."""
+        if not isinstance(model, nn.Module):
+            return Changes()
+        copied, before, now = {entry for entry, policy in kept if policy == "copy"}, self._vacant, vacant(model)
+
+        def comes(entry: Entry, name: str) -> bool:
+            return entry.kind == "buffer" and (entry in copied or not entry.persistent or name in before)
+
+        def goes(stored: Stored, name: str) -> bool:
+            return stored.follows or (stored.kind == "buffer" and name in now)
+
+        return Changes(comes, goes)
 
 
 def _by_name(stored: Sequence[Stored]) -> Mapping[str, Stored]:

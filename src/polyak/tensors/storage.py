@@ -14,13 +14,13 @@ from polyak.shown import shown
 from polyak.tensors.memory import clones
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from polyak.tensors.entries import Entry, Kind
     from polyak.tensors.policies import Policy
     from polyak.tensors.spread import Spread
 
-__all__ = ["Stored", "allocate", "as_device", "as_dtype", "check_storable", "storage_dtype", "unfit"]
+__all__ = ["Stored", "allocate", "as_device", "as_dtype", "check_storable", "refuse_unfit", "storage_dtype", "unfit"]
 
 _SHORT_FLOATS = {dtype for name, dtype in vars(torch).items() if name.startswith("float8")} | {
     torch.float16,
@@ -150,8 +150,17 @@ def check_storable(entries: Sequence[Entry], policies: Sequence[Policy]) -> None
             "check include=, exclude= and the model's dtypes"
         )
         raise ModelError(message)
-    for entry, policy in zip(entries, policies, strict=True):
-        if policy != "skip" and (problem := unfit(entry.tensor)):
+    refuse_unfit([entry for entry, policy in zip(entries, policies, strict=True) if policy != "skip"])
+
+
+def refuse_unfit(entries: Iterable[Entry]) -> None:
+    """Refuse tensors that cannot be stored.
+
+    Raises:
+        ModelError: If one of them has no values of its own, or is sparse.
+    """
+    for entry in entries:
+        if problem := unfit(entry.tensor):
             message = f"{entry.name} {problem}"
             raise ModelError(message)
 
