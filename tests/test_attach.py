@@ -163,6 +163,275 @@ def test_an_update_inside_applied_is_refused_after_the_step(model, optimizer, av
         optimizer.step()
 
 
+# Wrappers around the optimiser that steps
+
+
+class SAM(Optimizer):
+    """As davda54/sam: perturbs the weights, then lets another optimiser step."""
+
+    def __init__(self, params, base=SGD, own_step=True, **settings):
+        super().__init__(params, settings)
+        self.base_optimizer = base(self.param_groups, **settings)
+        self.param_groups = self.base_optimizer.param_groups
+        self.own_step = own_step
+
+    @torch.no_grad()
+    def first_step(self):
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["moved"] = 0.05 * param.grad / (param.grad.norm() + 1e-12)
+                param.add_(self.state[param]["moved"])
+
+    @torch.no_grad()
+    def second_step(self):
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.sub_(self.state[param]["moved"])
+        self.base_optimizer.step()
+
+    def step(self, closure=None):
+        self.first_step()
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
+
+class Lookahead(Optimizer):
+    """Moves the weights behind the step of another optimiser."""
+
+    def __init__(self, base):
+        super().__init__(base.param_groups, {})
+        self.base, self.param_groups = base, base.param_groups
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.base.step(closure)
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.mul_(0.5)
+
+
+def two_steps(model, optimizer, steps=3):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        backward(model)
+        optimizer.first_step()
+        optimizer.zero_grad()
+        backward(model)
+        optimizer.second_step()
+
+
+@pytest.mark.parametrize("which", ["the wrapper", "its base"])
+def test_a_pair_of_first_and_second_step_counts_once(model, averager, which):
+    sam, twin = SAM(model.parameters(), lr=0.1), copy.deepcopy(model)
+    by_hand, other = polyak.average(twin, "ema", decay=0.5), SAM(twin.parameters(), lr=0.1)
+    with polyak.attach(sam if which == "the wrapper" else sam.base_optimizer, averager):
+        for _ in range(3):
+            two_steps(model, sam, 1)
+            two_steps(twin, other, 1)
+            by_hand.update()
+        assert averager.n == 3
+        assert average_bits(averager) == average_bits(by_hand)
+    two_steps(model, sam)
+    assert averager.n == 3
+
+
+def test_a_step_of_the_wrapper_counts_once_however_it_is_made(model, averager):
+    sam = SAM(model.parameters(), lr=0.1)
+    polyak.attach(sam, averager)
+    backward(model)
+    sam.step(lambda: backward(model))
+    two_steps(model, sam, 1)
+    sam.step(lambda: backward(model))
+    assert averager.n == 3
+
+
+def test_what_a_wrapper_does_behind_the_inner_step_is_averaged(model):
+    averager = polyak.average(model, "ema", decay=0.0)
+    optimizer = Lookahead(SGD(model.parameters(), lr=0.1))
+    polyak.attach(optimizer, averager)
+    train(model, optimizer)
+    assert averager.n == 3
+    assert average_bits(averager) == model_bits(model)
+
+
+def test_attached_to_a_wrapper_and_to_its_base_is_refused(model, averager):
+    sam = SAM(model.parameters(), lr=0.1)
+    polyak.attach(sam, averager)
+    with pytest.raises(polyak.ConfigError, match="attached to this optimiser already"):
+        polyak.attach(sam.base_optimizer, averager)
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_an_optimiser_that_holds_one_for_its_shard_counts_once(model, averager):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), SGD, lr=0.1)
+    polyak.attach(optimizer, averager)
+    train(model, optimizer)
+    assert averager.n == 3
+
+
+def test_an_optimiser_whose_step_runs_no_hooks_is_refused(model, averager):
+    class Bare(Optimizer):
+        def __init__(self, base):
+            self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}
+            self.base, self.param_groups = base, base.param_groups
+
+        def step(self, closure=None):
+            self.base.step(closure)
+
+    optimizer = Bare(SGD(model.parameters(), lr=0.1))
+    with pytest.raises(polyak.ConfigError, match=r"Bare\.step\(\) runs no hooks.*averager\.update\(\) yourself"):
+        polyak.attach(optimizer, averager)
+    assert not optimizer._optimizer_step_post_hooks
+
+
+# Two that update one averager
+
+
+def in_turns(times, *acts):
+    for _ in range(times):
+        for act in acts:
+            act()
+
+
+def step(model, optimizer):
+    return lambda: train(model, optimizer, steps=1)
+
+
+def test_a_call_of_update_behind_the_hook_is_left_out_with_one_warning(model, optimizer, averager):
+    twin = copy.deepcopy(model)
+    once, other = polyak.average(twin, "ema", decay=0.5), SGD(twin.parameters(), lr=0.1)
+    polyak.attach(optimizer, averager)
+    polyak.attach(other, once)
+    words = r"averager\.update\(\) was called behind a step of SGD, .* not both"
+    with pytest.warns(polyak.PolyakWarning, match=words) as told:
+        in_turns(5, step(model, optimizer), averager.update, step(twin, other))
+    assert len(told) == 1
+    assert averager.n == 5
+    assert average_bits(averager) == average_bits(once)
+
+
+def test_a_bank_leaves_a_second_update_out_too(model, optimizer):
+    bank = polyak.bank(model, {"short": {"name": "ema", "decay": 0.5}, "mean": "swa"})
+    polyak.attach(optimizer, bank)
+    with pytest.warns(polyak.PolyakWarning, match="behind a step of SGD"):
+        in_turns(3, step(model, optimizer), bank.update)
+    assert [averager.n for averager in bank.values()] == [3, 3]
+
+
+def test_updates_with_other_weights_are_never_left_out(model, optimizer, averager):
+    polyak.attach(optimizer, averager)
+    train(model, optimizer, steps=3)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    averager.update()
+    train(model, optimizer, steps=3)
+    model.load_state_dict(mlp().state_dict())
+    averager.update()
+    assert averager.n == 8
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_optimisers_that_update_in_turns_are_told_once_by_their_names(model, averager, count):
+    kinds = [SGD, AdamW, torch.optim.Adam][:count]
+    optimizers = [kind(model.parameters(), lr=0.1) for kind in kinds]
+    for optimizer in optimizers:
+        polyak.attach(optimizer, averager)
+    last = "AdamW" if count == 2 else "SGD"
+    before = "SGD" if count == 2 else "Adam"
+    with pytest.warns(
+        polyak.PolyakWarning, match=f"in turns by {before} and by {last}: each .* more than once"
+    ) as told:
+        in_turns(4, *(step(model, optimizer) for optimizer in optimizers))
+    assert len(told) == 1
+    assert averager.n == 4 * count
+
+
+def test_an_optimiser_per_parameter_is_told(model, averager):
+    optimizers = [SGD([param], lr=0.1) for param in model.parameters()]
+    for optimizer in optimizers:
+        polyak.attach(optimizer, averager)
+    backward(model)
+    with pytest.warns(polyak.PolyakWarning, match="by SGD and by another SGD"):
+        in_turns(2, *(optimizer.step for optimizer in optimizers))
+
+
+def test_a_hook_and_calls_behind_changes_of_the_weights_are_told(model, optimizer, averager):
+    polyak.attach(optimizer, averager)
+    with pytest.warns(polyak.PolyakWarning, match=r"in turns by SGD and by averager\.update\(\)"):
+        in_turns(3, step(model, optimizer), lambda: model[0].weight.detach().clamp_(-0.1, 0.1), averager.update)
+
+
+def test_a_call_before_the_attachment_and_evaluations_are_no_second_update(model, optimizer, averager):
+    averager.update()
+    polyak.attach(optimizer, averager)
+    for _ in range(4):
+        backward(model)
+        backward(model)
+        optimizer.step()
+        with averager.applied():
+            model(torch.ones(2, 3))
+        averager.module(torch.ones(2, 3))
+    assert averager.n == 5
+
+
+def test_an_optimiser_in_the_place_of_another_is_no_second_one(model, averager):
+    optimizers = [SGD(model.parameters(), lr=0.1) for _ in range(8)]
+    for optimizer in optimizers[:4]:  # attached one after the other, the old ones still held
+        polyak.attach(optimizer, averager)
+        train(model, optimizer, steps=1)
+    for optimizer in optimizers[4:]:
+        with polyak.attach(optimizer, averager):
+            train(model, optimizer, steps=2)
+    assert averager.n == 12
+
+
+def test_phases_with_an_optimiser_each_are_no_turns(model, averager):
+    head, body = SGD(model[2].parameters(), lr=0.1), SGD(model[0].parameters(), lr=0.1)
+    polyak.attach(head, averager)
+    polyak.attach(body, averager)
+    for _ in range(3):
+        train(model, head, steps=2)
+        train(model, body, steps=3)
+    assert averager.n == 15
+
+
+def test_calls_between_many_steps_are_no_turns(model, optimizer, averager):
+    polyak.attach(optimizer, averager)
+    for _ in range(4):
+        train(model, optimizer, steps=2)
+        with torch.no_grad():
+            model[0].weight.mul_(0.5)
+        averager.update()
+    assert averager.n == 12
+
+
+def test_two_models_with_an_optimiser_and_an_averager_each_are_apart():
+    generator, judge = mlp(), mlp()
+    pairs = []
+    for net in (generator, judge):
+        optimizer, averager = SGD(net.parameters(), lr=0.1), polyak.average(net, "ema")
+        polyak.attach(optimizer, averager)
+        pairs.append((net, optimizer, averager))
+    for _ in range(5):
+        for net, optimizer, _ in pairs:
+            train(net, optimizer, steps=1)
+    assert [averager.n for *_, averager in pairs] == [5, 5]
+
+
+def test_a_resumed_averager_takes_the_next_call_as_it_comes(model, optimizer, averager):
+    polyak.attach(optimizer, averager)
+    train(model, optimizer)
+    averager.load_state_dict(averager.state_dict())
+    averager.update()
+    assert averager.n == 4
+    copied = copy.deepcopy(averager)
+    copied.update()
+    assert copied.n == 5
+
+
 # The learning rate
 
 

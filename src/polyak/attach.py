@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
+from typing_extensions import override
+
 from polyak.errors import ConfigError, MismatchError, UnboundError
+from polyak.sources import Source, Sources
+from polyak.stepping import inner_optimizer, makes_state, step_hooks
 from polyak.tensors.entries import identity, walk
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
     from polyak.tensors.entries import Model
 
-__all__ = ["Attachment", "Update", "attach", "attached", "makes_state"]
+__all__ = ["Attachment", "Update", "attach", "attached"]
 
 
 class _Updates(Protocol):
@@ -76,17 +81,19 @@ def attach(optimizer: Optimizer, averager: _Updates) -> Attachment:
     optimiser under a ``GradScaler`` whether it left a step out.
 
     Where several optimisers train one model, attach to the one that steps last; an offloaded average
-    (``device="cpu"``) would not be safe from the others, so call ``update()`` yourself there.
+    (``device="cpu"``) would not be safe from the others, so call ``update()`` yourself there. An optimiser that holds
+    the one that steps (SAM with ``first_step()`` and ``second_step()``, Lookahead) counts once per step of that one.
+    Attach after other step hooks that change weights: hooks run in the order in which they were registered.
 
     Args:
-        optimizer: The optimiser that trains the averager's model; not a wrapper around it.
+        optimizer: The optimiser that trains the averager's model, or an optimiser around it.
         averager: What ``polyak.average`` returned.
 
     Returns:
         A handle: ``remove()`` ends it, and so does leaving it as a context. Copied optimisers have no hooks.
 
     Raises:
-        ConfigError: The optimiser has no step hooks, the averager is none, or the two are attached already.
+        ConfigError: The optimiser runs no step hooks, the averager is none, or the two are attached already.
         MismatchError: The optimiser changes no tensor of the averager's model.
         UnboundError: The averager has no model (it was unpickled).
 
@@ -112,14 +119,19 @@ def attach(optimizer: Optimizer, averager: _Updates) -> Attachment:
 def attached(optimizer: Optimizer, update: Update) -> Attachment:
     """Do what ``attach`` says with a hook that is given."""
     averager = update.averager
-    if any(isinstance(hook, Update) and hook.averager is averager for hook in _hooks(optimizer).values()):
+    if any(isinstance(hook, Update) and hook.averager is averager for hook in step_hooks(optimizer).values()):
         message = "this averager is attached to this optimiser already, and would be updated twice per step"
         raise ConfigError(message)
     _refuse_no_averager(averager)
     if hasattr(averager, "model"):
         _refuse_stranger(optimizer, averager.model)
+    inner = inner_optimizer(optimizer)
+    update.follow(optimizer)
     handles = [optimizer.register_step_post_hook(update)]
-    if isinstance(averager, Guarded):
+    if inner is not None:
+        handles.append(optimizer.register_step_pre_hook(update.begin))
+        handles.append(inner.register_step_post_hook(_Inner(update)))
+    if isinstance(averager, Guarded) and inner is None:
         # An offloaded update may still be reading the weights that the optimiser is about to overwrite.
         handles.append(optimizer.register_step_pre_hook(lambda *_: averager.release()))
         attachment = Attachment(averager, handles)
@@ -134,41 +146,56 @@ class Update:
 
     Attributes:
         averager: What it updates.
+        within: Whether the optimiser's own ``step()`` is running; known only where it holds another optimiser.
     """
 
     def __init__(self, averager: _Updates) -> None:
         self.averager = averager
+        self.within = False
+        self._feeds: tuple[Sources, Source] | None = None
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Tell the averager who updates it."""
+        sources = getattr(self.averager, "sources", None)
+        if isinstance(sources, Sources):
+            kind = type(optimizer)
+            ours = "polyak.optim." if kind.__module__.startswith("polyak.") else ""
+            self._feeds = sources, sources.attach(optimizer, f"{ours}{kind.__name__}")
+
+    def note(self) -> None:
+        """Note an update that the step itself has made."""
+        if self._feeds is not None:
+            sources, source = self._feeds
+            sources.note(source)
+
+    def begin(self, *_: object) -> None:
+        """Note that the optimiser's own ``step()`` runs: what it does behind an inner step belongs to it."""
+        self.within = True
 
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401, ARG002 - torch's signature
         """Update the averager, unless the step was left out."""
+        self.within = False
         # A GradScaler calls fused optimisers for a step that is left out, too, and tells them so by this attribute.
         overflow = getattr(optimizer, "found_inf", None)
         if (overflow is not None and bool(overflow)) or makes_state(optimizer):
             return
         lr = optimizer.param_groups[0].get("lr")
-        self.averager.update(lr=None if lr is None else float(lr))
+        with nullcontext() if self._feeds is None else self._feeds[0].updating():
+            self.averager.update(lr=None if lr is None else float(lr))
+        self.note()
 
 
-def makes_state(optimizer: Optimizer) -> bool:
-    """Return whether a step is one that torch makes to have a state to load a checkpoint into: it moves nothing."""
-    groups = optimizer.param_groups
-    if any(group.get("lr") is None or float(group["lr"]) for group in groups):
-        return False
-    grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
-    return not any(grad.is_sparse or bool(grad.any()) for grad in grads)
+class _Inner(Update):
+    """The hook behind a step of the optimiser that another one holds: where the other's ``step()`` does not run."""
 
+    def __init__(self, outer: Update) -> None:
+        super().__init__(outer.averager)
+        self._outer = outer
 
-def _hooks(optimizer: Optimizer) -> Mapping[int, object]:
-    # Which torch lists in no public way. A wrapper may inherit the methods that add to them, and have none.
-    hooks: Mapping[int, object] | None = getattr(optimizer, "_optimizer_step_post_hooks", None)
-    if hooks is None:
-        message = (
-            f"got {type(optimizer).__name__}, which has no step hooks; give the torch.optim.Optimizer itself "
-            "(of accelerate's wrapper: its .optimizer), or call averager.update() yourself after each real step "
-            "(DeepSpeed: after engine.step())"
-        )
-        raise ConfigError(message)
-    return hooks
+    @override
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._outer.within:
+            self._outer(optimizer, args, kwargs)
 
 
 def _refuse_no_averager(averager: object) -> None:

@@ -11,6 +11,7 @@ from typing_extensions import override
 from polyak.captured import recording
 from polyak.errors import AttributeAccessError, StateError, UnknownAverageError
 from polyak.shown import shown
+from polyak.sources import WithSources
 from polyak.tensors.modes import Untracked
 from polyak.tensors.mover import Mover
 
@@ -29,7 +30,7 @@ __all__ = ["Bank"]
 FORMAT = 1
 
 
-class Bank(Mapping[str, "Averager"]):
+class Bank(WithSources, Mapping[str, "Averager"]):
     """Several averages of one model, by name; made by ``polyak.bank``. Each is a whole averager.
 
     An update reads the weights once and moves all averages that are due; each is exactly what it would be alone
@@ -93,6 +94,8 @@ class Bank(Mapping[str, "Averager"]):
         if recording():
             for engine in self._averagers.values():
                 engine.update(model)
+            return
+        if self._left_out():
             return
         ended: list[tuple[Engine, Turn, bool]] = []
         for due in _together(self._begin(model, step, lr)):
@@ -161,6 +164,8 @@ class Bank(Mapping[str, "Averager"]):
             raise StateError(message)
         received = [(engine, engine.receive(states[name])) for name, engine in self._averagers.items()]
         self._movers.clear()
+        if self._sources is not None:
+            self._sources.forget()
         for engine, one in received:
             engine.adopt(one)
 

@@ -195,6 +195,8 @@ class Engine(Configurable):
         self._state, self._binding.plan = received.state, None
         self._settings = received.settings
         self.restored = True
+        if self._sources is not None:
+            self._sources.forget()
         self._capture()
         self._repoint()
 

@@ -16,6 +16,7 @@ from polyak.captured import Captured, recording, refuse_recording
 from polyak.errors import AppliedError, ConfigError, MismatchError, NonFiniteError, PolyakWarning, StateError
 from polyak.history import History
 from polyak.options import Options
+from polyak.sources import WithSources
 from polyak.state import State
 from polyak.strategy import checked_moves, checked_rate, checked_weight
 from polyak.tensors.generators import OwnGenerators
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Updating"]
 
 
-class Updating(Averager):
+class Updating(WithSources, Averager):
     """An averager that can be updated, and knows how far it is.
 
     Args:
@@ -72,8 +73,7 @@ class Updating(Averager):
             self._binding.allocate(strategy.slots()), Progress(), History(), skipped=0, generators=OwnGenerators()
         )
         self._captured: Captured | None = None
-        self._outdated = False
-        self._guards = 0
+        self._outdated, self._guards = False, 0
         self._capture()
         self._warned: set[str] = set()
         self.listeners: list[Callable[[Averager, Clock], None]] = []
@@ -85,7 +85,8 @@ class Updating(Averager):
             return
         if not self.options.capturable:
             refuse_recording()
-        if (turn := self.begin(model, step, lr)) is not None and (done := self.move(turn)) is not None:
+        turn = None if self._left_out() else self.begin(model, step, lr)
+        if turn is not None and (done := self.move(turn)) is not None:
             self.end(turn, done=done)
 
     def move(self, turn: Turn) -> bool | None:

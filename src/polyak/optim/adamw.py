@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from typing_extensions import override
 
-from polyak.attach import Update, attached, makes_state
+from polyak.attach import Update, attached
 from polyak.engine import Engine
-from polyak.errors import ConfigError, PolyakWarning
+from polyak.errors import ConfigError
 from polyak.optim.hindrance import alike, is_open, of_averager, of_optimizer
 from polyak.optim.one_pass import OnePass
+from polyak.stepping import makes_state
 from polyak.tensors.kernels.adamw import AdamWCPU, Hyper
 from polyak.tensors.modes import Untracked
 
@@ -49,8 +49,8 @@ class AdamW(torch.optim.AdamW):
     Args:
         params: As in torch; so are all that are not told here.
         averager: What ``polyak.average`` or ``polyak.bank`` returned for the model; None for torch's AdamW alone.
-            Do not attach it, nor update it in the loop. It stays the optimiser's: to resume, load its state, or build
-            both anew. Copied optimisers have none.
+            Do not attach it, nor update it in the loop: such a call is left out, with a warning. It stays the
+            optimiser's: to resume, load its state, or build both anew. Copied optimisers have none.
         fused: None: as True where parameters, gradients and moments are dense float32 or float64 tensors of the CPU, in
             the same order; elsewhere as in torch. (True where they are not in the same order mixes their elements up.)
 
@@ -87,7 +87,6 @@ class AdamW(torch.optim.AdamW):
     _pass: OnePass | None = None
     _kernel: AdamWCPU | None = None
     _counts: Sequence[int] = ()
-    _seen: int | None = None  # how often the averager had been called after the last step
 
     def __init__(
         self,
@@ -133,12 +132,9 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._tell_of_others()
         self._why = of_averager(self._averager) or of_optimizer(self) or self._together()
         self.one_pass = not self._why
-        if self.one_pass:
-            self._seen = _calls(self._averager)
-        else:
+        if not self.one_pass:
             self._apart()
         return loss
 
@@ -152,15 +148,6 @@ class AdamW(torch.optim.AdamW):
     def averager(self) -> Averager | Bank | None:
         """The averager that it updates; another one needs another optimiser."""
         return self._averager
-
-    def _tell_of_others(self) -> None:
-        if self._seen is not None and _calls(self._averager) == self._seen + 1:
-            message = (
-                "averager.update() was called between two steps of the optimiser that updates it, so that it counts "
-                "twice as many; leave that call out, or train with torch's AdamW"
-            )
-            warnings.warn(message, PolyakWarning, stacklevel=4)
-        self._seen = None
 
     def _apart(self) -> None:
         # Torch's fused kernel takes gradients for laid out as their parameters are, which nobody asked for here.
@@ -224,15 +211,9 @@ class _Otherwise(Update):
     @override
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if isinstance(optimizer, AdamW) and optimizer.one_pass:
-            return
-        super().__call__(optimizer, args, kwargs)
-        if isinstance(optimizer, AdamW):
-            optimizer._seen = _calls(self.averager)  # noqa: SLF001 - its own class
-
-
-def _calls(averager: object) -> int | None:
-    """Return how often an averager was called."""
-    return averager.progress.calls if isinstance(averager, Engine) and not averager.offloaded else None
+            self.note()
+        else:
+            super().__call__(optimizer, args, kwargs)
 
 
 def _hyper(group: dict[str, Any], parameters: int) -> Hyper:

@@ -1,0 +1,150 @@
+"""Who updates an averager: two that do so for the same training steps count them twice."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from contextlib import contextmanager
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+from polyak.errors import PolyakWarning
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.optim import Optimizer
+
+__all__ = ["Source", "Sources", "WithSources"]
+
+_BY_HAND = "averager.update()"
+_TURNS = 3
+_STEPS = 10
+
+
+class Source:
+    """An optimiser that updates an averager.
+
+    Args:
+        optimizer: The optimiser.
+        name: The optimiser's name in warnings.
+    """
+
+    def __init__(self, optimizer: Optimizer, name: str) -> None:
+        self.name = name
+        self._optimizer = weakref.ref(optimizer)
+        self._attached = self.versions()
+
+    def versions(self) -> list[int] | None:
+        """Return how often each parameter was written to in place, or None where that is unknown."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return None
+        params = (param for group in optimizer.param_groups for param in group["params"])
+        try:
+            return [*map(attrgetter("_version"), params)]
+        except RuntimeError:  # inference tensors have no counter
+            return None
+
+    def stepped(self) -> bool:
+        """Return whether the parameters were written to so often that it stepped many times since it was attached."""
+        now = self.versions()
+        if now is None or self._attached is None or len(now) != len(self._attached):
+            return False
+        return any(n - before >= _STEPS for n, before in zip(now, self._attached, strict=True))
+
+
+class Sources:
+    """Notices where an averager is updated twice for the same training steps; warns once.
+
+    - A call of ``update()`` right behind the update of an attached optimiser is left out, unless the weights were
+      written to in between (as their version counters say: writing through ``.data`` goes unnoticed).
+    - Optimisers and calls that update in turns, one update each, are counted and warned of.
+
+    An optimiser that took another one's place, phases with an optimiser each, or single calls between many steps are
+    no turns.
+    """
+
+    def __init__(self) -> None:
+        self._attached: list[weakref.ref[Source]] = []
+        self._updating = False
+        self._last: Source | None = None
+        self._versions: list[int] | None = None
+        self._turns: list[Source | None] = []
+        self._warned: set[str] = set()
+
+    def attach(self, optimizer: Optimizer, name: str) -> Source:
+        """Return what stands for an optimiser that updates the averager from now on."""
+        source = Source(optimizer, name)
+        self._attached = [other for other in self._attached if other() is not None]
+        self._attached.append(weakref.ref(source))
+        return source
+
+    def forget(self) -> None:
+        """Forget the updates so far: a state was loaded."""
+        self._last, self._versions, self._turns = None, None, []
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Return a context in which an update is made by an optimiser and not by hand."""
+        self._updating = True
+        try:
+            yield
+        finally:
+            self._updating = False
+
+    def leave_out(self) -> bool:
+        """Return whether a call of ``update()`` comes second for the weights that an optimiser's update took."""
+        if self._updating:
+            return False
+        if self._last is not None and self._versions is not None and self._versions == self._last.versions():
+            message = (
+                f"{_BY_HAND} was called behind a step of {self._last.name}, which had updated the averager already; "
+                f"the call is left out. Call {_BY_HAND} yourself or let the optimiser do it, not both."
+            )
+            self._warn("repeated", message, level=5)
+            return True
+        self.note(None)
+        return False
+
+    def note(self, source: Source | None) -> None:
+        """Note an update by an optimiser, or by hand."""
+        turns = self._turns
+        if turns and source is turns[-1]:
+            turns.clear()
+        elif len(turns) >= _TURNS and source in turns:
+            first, second = (_BY_HAND if one is None else one.name for one in (turns[-1], source))
+            message = (
+                f"the averager is updated in turns by {first} and by {'another ' * (first == second)}{second}: each "
+                "training step counts more than once. Attach only the optimiser that steps last."
+            )
+            self._warn("turns", message, level=6)
+            turns.clear()
+        turns.append(source)
+        self._last, self._versions = source, None if source is None else source.versions()
+
+    def idle(self) -> str:
+        """Return the name of an attached optimiser whose ``step()`` never runs though it trains, or ""."""
+        attached = [source for ref in self._attached if (source := ref()) is not None]
+        return next((source.name for source in attached if source.stepped()), "")
+
+    def _warn(self, kind: str, message: str, level: int) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, PolyakWarning, stacklevel=level)
+
+
+class WithSources:
+    """An averager that knows who updates it."""
+
+    _sources: Sources | None = None
+
+    @property
+    def sources(self) -> Sources:
+        """Who updates it; asked for only where an optimiser does."""
+        if self._sources is None:
+            self._sources = Sources()
+        return self._sources
+
+    def _left_out(self) -> bool:
+        return self._sources is not None and self._sources.leave_out()

@@ -1,0 +1,60 @@
+"""What an optimiser's steps are: its hooks, the optimiser inside that steps for it, steps that move nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.optim import Optimizer
+
+from polyak.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["inner_optimizer", "makes_state", "step_hooks"]
+
+
+def step_hooks(optimizer: Optimizer) -> Mapping[int, object]:
+    """Return the hooks behind an optimiser's steps.
+
+    Raises:
+        ConfigError: If it has none, or its ``step()`` does not run them.
+    """
+    # Which torch lists in no public way. A wrapper may inherit the methods that add to them, and have none.
+    hooks: Mapping[int, object] | None = getattr(optimizer, "_optimizer_step_post_hooks", None)
+    if hooks is None:
+        message = (
+            f"got {type(optimizer).__name__}, which has no step hooks; give the torch.optim.Optimizer itself "
+            "(of accelerate's wrapper: its .optimizer), or call averager.update() yourself after each real step "
+            "(DeepSpeed: after engine.step())"
+        )
+        raise ConfigError(message)
+    if not getattr(type(optimizer).step, "hooked", False):
+        message = (
+            f"{type(optimizer).__name__}.step() runs no hooks, as torch.optim.Optimizer.__init__() was not called for "
+            "it; call averager.update() yourself after each step"
+        )
+        raise ConfigError(message)
+    return hooks
+
+
+def inner_optimizer(optimizer: Optimizer) -> Optimizer | None:
+    """Return the one optimiser that another one holds and that steps its parameters (SAM's base optimiser)."""
+    own = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    held = [
+        other
+        for other in vars(optimizer).values()
+        if isinstance(other, Optimizer)
+        and other is not optimizer
+        and not own.isdisjoint(id(param) for group in other.param_groups for param in group["params"])
+    ]
+    return held[0] if len(held) == 1 else None
+
+
+def makes_state(optimizer: Optimizer) -> bool:
+    """Return whether a step is one that torch makes to have a state to load a checkpoint into: it moves nothing."""
+    groups = optimizer.param_groups
+    if any(group.get("lr") is None or float(group["lr"]) for group in groups):
+        return False
+    grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
+    return not any(grad.is_sparse or bool(grad.any()) for grad in grads)
