@@ -156,11 +156,28 @@ def test_two_averagers_of_one_optimiser_are_both_updated(model, optimizer, avera
     assert (averager.n, other.n) == (6, 3)
 
 
-def test_an_update_inside_applied_is_refused_after_the_step(model, optimizer, averager):
-    polyak.attach(optimizer, averager)
+@pytest.mark.parametrize("kind", ["averager", "bank", "polyak.optim", "wrapper"])
+def test_a_step_inside_applied_is_refused_before_anything_changes(model, kind):
+    target = polyak.average(model, "ema", decay=0.5, nonfinite="propagate")
+    averager = target
+    if kind == "bank":
+        target = polyak.bank(model, {"other": "swa", "one": "ema"})
+        averager = target["one"]
+    if kind == "polyak.optim":
+        optimizer = polyak.optim.AdamW(model.parameters(), averager=target)
+    else:
+        optimizer = SAM(model.parameters(), lr=0.1) if kind == "wrapper" else SGD(model.parameters(), lr=0.1)
+        polyak.attach(optimizer, target)
     backward(model)
-    with averager.applied(), pytest.raises(polyak.AppliedError):
-        optimizer.step()
+    before, weights = average_bits(averager), model_bits(model)
+    steps = [optimizer.base_optimizer.step, lambda: optimizer.step(int)] if kind == "wrapper" else [optimizer.step]
+    with averager.applied():
+        for step in steps:
+            with pytest.raises(polyak.AppliedError, match="leave applied"):
+                step()
+    assert (average_bits(averager), model_bits(model), averager.n) == (before, weights, 0)
+    steps[0]()
+    assert averager.n == 1
 
 
 # Wrappers around the optimiser that steps

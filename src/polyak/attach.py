@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from typing_extensions import override
 
-from polyak.errors import ConfigError, MismatchError, UnboundError
+from polyak.errors import AppliedError, ConfigError, MismatchError, UnboundError
 from polyak.sources import Source, Sources
 from polyak.stepping import inner_optimizer, makes_state, step_hooks
 from polyak.tensors.entries import identity, walk
@@ -127,10 +128,10 @@ def attached(optimizer: Optimizer, update: Update) -> Attachment:
         _refuse_stranger(optimizer, averager.model)
     inner = inner_optimizer(optimizer)
     update.follow(optimizer)
-    handles = [optimizer.register_step_post_hook(update)]
+    handles = [optimizer.register_step_pre_hook(update.before), optimizer.register_step_post_hook(update)]
     if inner is not None:
-        handles.append(optimizer.register_step_pre_hook(update.begin))
-        handles.append(inner.register_step_post_hook(_Inner(update)))
+        within = _Inner(update)
+        handles += [inner.register_step_pre_hook(within.before), inner.register_step_post_hook(within)]
     if isinstance(averager, Guarded) and inner is None:
         # An offloaded update may still be reading the weights that the optimiser is about to overwrite.
         handles.append(optimizer.register_step_pre_hook(lambda *_: averager.release()))
@@ -168,8 +169,18 @@ class Update:
             sources, source = self._feeds
             sources.note(source)
 
-    def begin(self, *_: object) -> None:
-        """Note that the optimiser's own ``step()`` runs: what it does behind an inner step belongs to it."""
+    def before(self, optimizer: Optimizer, *_: object) -> None:
+        """Refuse a step that would change the average in the place of the weights.
+
+        Raises:
+            AppliedError: If the model holds the average now.
+        """
+        averagers = self.averager.values() if isinstance(self.averager, Mapping) else [self.averager]
+        if any(getattr(averager, "is_applied", False) for averager in averagers) and not makes_state(optimizer):
+            message = (
+                "optimizer.step() while the model holds the average would change the average; leave applied() first"
+            )
+            raise AppliedError(message)
         self.within = True
 
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401, ARG002 - torch's signature
