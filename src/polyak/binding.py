@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
 
 from torch import nn
 
@@ -21,7 +22,7 @@ from polyak.tensors.roll_call import answered
 from polyak.tensors.sharded import adapter_for
 from polyak.tensors.storage import allocate, as_device, as_dtype, check_storable
 from polyak.tensors.swap import Swap, in_force, swapped
-from polyak.tensors.wrappers import refuse_sharded, root_of
+from polyak.tensors.wrappers import broadcasters, buffers_kept, refuse_sharded, root_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Container, Iterator, Sequence
@@ -50,7 +51,8 @@ class Binding:
     def __init__(self, model: Model | None, options: Options, adapter: Adapter | None = None) -> None:
         if isinstance(model, nn.Module):
             refuse_sharded(model)  # with its wrappers
-        self.model = None if model is None else _root(model)
+        self._wrappers: WeakSet[nn.Module] = WeakSet()
+        self.model = None if model is None else self.root(model)
         self.plan: Plan | None = None
         self._growth = Growth()
         self.lock = threading.RLock()
@@ -118,7 +120,14 @@ class Binding:
 
     def root(self, model: Model | None) -> Model:
         """Return a given model without wrappers, or the averager's own."""
-        return self.own() if model is None else _root(model)
+        if model is None:
+            return self.own()
+        if not isinstance(model, nn.Module):
+            return model
+        root = root_of(model)
+        if root is not model:
+            self._wrappers.update(broadcasters(model))
+        return root
 
     def holds_average(self, root: Model) -> bool:
         """Return whether a model holds an average now, this averager's or another's."""
@@ -185,7 +194,7 @@ class Binding:
             swap = Swap(self, [s.average for s in plan.stored], plan.live)
             around = _together(plan)
         try:
-            with around:
+            with around, buffers_kept(self._wrappers):
                 try:
                     try:
                         self._enter(swap, plan, user)
@@ -243,7 +252,3 @@ def _together(plan: Plan) -> AbstractContextManager[None]:
     meshes = [stored.spread.mesh for stored in plan.stored if stored.spread]
     rest = "The model has its own weights again; start all ranks again from the last checkpoint."
     return answered("compute with the average", rest, ranks=ranks_of(meshes)) if meshes else nullcontext()
-
-
-def _root(model: Model) -> Model:
-    return root_of(model) if isinstance(model, nn.Module) else model

@@ -366,6 +366,30 @@ def statistics_are_measured_over_the_batches_of_all_ranks(rank):
         polyak.recalibrate(polyak.average(model, "ema", buffers="skip"), batches)
 
 
+def evaluating_the_wrapper_of_ddp_writes_no_other_ranks_statistics(rank):
+    for wrapped in (lambda model: model, lambda model: torch.compile(model, backend="eager")):
+        inner = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+        model = wrapped(models.ddp(inner))
+        averagers = [polyak.average(model, "ema", decay=0.5), polyak.average(inner, "ema", decay=0.5)]
+        generator = torch.Generator().manual_seed(rank)
+        for averager in averagers:
+            model(torch.randn(8, 3, generator=generator)).sum().backward()
+            averager.update(model)
+        inner.eval()
+        for averager in averagers:
+            averaged, raw = bits(averager), weights(inner)
+            with averager.applied(), torch.no_grad():
+                model(torch.randn(8, 3, generator=generator))
+            same(bits(averager), averaged)
+            same(weights(inner), raw)
+        inner.train()
+        for _ in range(2):  # after one without gradients the first forward broadcasts nothing
+            model(torch.ones(8, 3))
+        told = [None] * dist.get_world_size()
+        dist.all_gather_object(told, inner[1].running_mean.tolist())
+        assert told == told[:1] * len(told)  # outside, a forward begins with rank 0's
+
+
 def alone_of(averager, alone):
     averages = bits(averager)
     return [averages[name] for name, _ in alone.named_parameters()]
@@ -384,6 +408,7 @@ ALL = [
     a_state_resumes_exactly,
     a_mapping_of_dtensors_is_averaged,
     one_rank_is_enough_for_one_rank,
+    evaluating_the_wrapper_of_ddp_writes_no_other_ranks_statistics,
     statistics_are_measured_over_the_batches_of_all_ranks,
 ]
 FOUR = ALL[:3] + ALL[4:5] + ALL[-1:]

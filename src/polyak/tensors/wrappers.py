@@ -6,13 +6,14 @@ A user's own submodule called ``module`` or ``_orig_mod`` is no wrapper.
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 from polyak.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import nn
 
@@ -83,6 +84,28 @@ def root_of(module: nn.Module) -> nn.Module:
     while not shards(module) and (attribute := _wraps_in(cast("Any", type(module)))):
         module = getattr(module, attribute)
     return module
+
+
+def broadcasters(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the wrappers around a model that overwrite its buffers with those of rank 0 in each forward: DDP."""
+    kind = _loaded("torch.nn.parallel.distributed", "DistributedDataParallel")
+    while attribute := _wraps_in(cast("Any", type(module))):
+        if kind is not None and isinstance(module, kind):
+            yield module
+        module = getattr(module, attribute)
+
+
+@contextmanager
+def buffers_kept(wrappers: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep each rank's buffers as they are while these wrappers of DDP compute."""
+    quiet: list[Any] = [wrapper for wrapper in wrappers if getattr(wrapper, "broadcast_buffers", False)]
+    try:
+        for wrapper in quiet:
+            wrapper.broadcast_buffers = False
+        yield
+    finally:
+        for wrapper in quiet:
+            wrapper.broadcast_buffers = True
 
 
 def plain_name(model: nn.Module, name: str) -> str:
