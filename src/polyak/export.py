@@ -66,9 +66,12 @@ def averaged_state_dict(
     def copied(live: Tensor) -> Tensor:
         memory = identity(live)
         if memory not in copies:
-            stored, average = averages.get(id(live), (None, live))
-            kept = average.detach().to(device=live.device, dtype=live.dtype, copy=True)
-            copies[memory] = stored.whole(kept) if stored else kept
+            if id(live) in averages:
+                stored, average = averages[id(live)]
+                kept = average.detach().to(device=live.device, dtype=live.dtype, copy=True)
+                copies[memory] = stored.whole(kept)
+            else:
+                copies[memory] = live.detach().clone()
         return copies[memory]
 
     model = plan.model

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from polyak.errors import ConfigError
 from polyak.shown import shown
 from polyak.tensors.finite import FiniteCheck
-from polyak.tensors.storage import unfit
+from polyak.tensors.storage import encoded, unfit
 from polyak.tensors.wrappers import spellings
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def policies(
 
     Floating and complex parameters are averaged, others copied. With ``buffers="auto"`` floating buffers are
     averaged, except the vectors of power iterations (their average has not unit norm), pruning masks, and those that
-    hold infinities by design, such as attention masks; these, integers and booleans are copied.
+    hold infinities by design, such as attention masks; these, integers and booleans are copied. Frozen tensors with
+    quantised values are skipped.
 
     A pattern is a name or a glob. It names one tensor where it is that tensor's name, whatever characters are in it.
     The prefixes of wrappers in it may be missing or not.
@@ -77,6 +78,8 @@ def policies(
     def choose(number: int, entry: Entry) -> Policy | None:
         if (include is not None and number not in included) or number in excluded:
             return "skip"
+        if encoded(entry.tensor):  # what is trained, or asked for, is refused where it is to be stored
+            return "average" if entry.tensor.requires_grad or wanted.get(number) == "average" else "skip"
         if entry.kind == "parameter":
             return "average" if _is_float(entry) else "copy"
         return _buffer_policy(entry, wanted.get(number, rest))

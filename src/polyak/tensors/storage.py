@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from polyak.errors import ConfigError, ModelError
 from polyak.shown import shown
+from polyak.tensors.entries import PLAIN
 from polyak.tensors.memory import clones
 
 if TYPE_CHECKING:
@@ -20,7 +21,17 @@ if TYPE_CHECKING:
     from polyak.tensors.policies import Policy
     from polyak.tensors.spread import Spread
 
-__all__ = ["Stored", "allocate", "as_device", "as_dtype", "check_storable", "refuse_unfit", "storage_dtype", "unfit"]
+__all__ = [
+    "Stored",
+    "allocate",
+    "as_device",
+    "as_dtype",
+    "check_storable",
+    "encoded",
+    "refuse_unfit",
+    "storage_dtype",
+    "unfit",
+]
 
 _SHORT_FLOATS = {dtype for name, dtype in vars(torch).items() if name.startswith("float8")} | {
     torch.float16,
@@ -165,10 +176,26 @@ def refuse_unfit(entries: Iterable[Entry]) -> None:
             raise ModelError(message)
 
 
+def encoded(tensor: Tensor) -> bool:
+    """Return whether a tensor is quantised: one of torch's, or a subclass that holds codes of its values."""
+    if tensor.is_quantized:
+        return True
+    if type(tensor) in PLAIN or not tensor.is_floating_point() or not hasattr(tensor, "__tensor_flatten__"):
+        return False
+    inside = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    held = [part for part in inside if isinstance(part, Tensor)]
+    return any(not part.is_floating_point() or part.dtype.itemsize == 1 or encoded(part) for part in held)
+
+
 def unfit(tensor: Tensor) -> str:
     """Return why a tensor cannot be stored, and what to do; empty where it can."""
     if is_lazy(tensor):
         return "is not initialised yet (a lazy module); run one forward pass, then build the averager"
+    if encoded(tensor):
+        return (
+            f"holds quantised values ({type(tensor).__name__}, {tensor.dtype}), which have no average; freeze it with "
+            "requires_grad_(False), or name it in exclude=, to leave it alone"
+        )
     if tensor.is_meta:
         return "is on the meta device and has no values; materialise the model (to_empty() and initialise it) first"
     if tensor.layout != torch.strided and tensor.layout != torch._mkldnn:  # type: ignore[attr-defined]  # noqa: SLF001, PLR1714 - the stubs lack this layout
