@@ -30,6 +30,7 @@ from polyak.errors import (
     UnboundError,
     UnknownAverageError,
     UnknownStrategyError,
+    WriteError,
 )
 from polyak.factory import average, bank
 from polyak.hookspecs import hookimpl
@@ -98,6 +99,7 @@ __all__ = [
     "UnboundError",
     "UnknownAverageError",
     "UnknownStrategyError",
+    "WriteError",
     "attach",
     "average",
     "bank",

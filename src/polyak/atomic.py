@@ -1,41 +1,161 @@
-"""Files that are whole or absent."""
+"""Files that are written whole or not at all, and read only if they are regular files."""
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
-from typing import TYPE_CHECKING
+import shutil
+import stat
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from polyak.errors import PolyakError, WriteError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
-__all__ = ["write_whole"]
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: stale folders stay there
+    fcntl = None  # type: ignore[assignment]  # it stands for a module
+
+__all__ = ["check_target", "open_regular", "remove_stale", "scratch_folder", "write_whole"]
+
+_SCRATCH = ".polyak-"
+_LOCK = ".lock"
+_KINDS = {
+    stat.S_IFIFO: "a FIFO", stat.S_IFDIR: "a folder", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}  # fmt: skip
 
 
-def write_whole(file: Path, write: Callable[[Path], object], *, folder: str = "") -> None:
-    """Let ``write`` fill a scratch file beside ``file``, then rename it; after an exception nothing is left.
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Fill a scratch file in a folder next to ``file``, then rename it; after an exception nothing is left.
 
     Args:
-        file: The file.
-        write: Fills the file it is given.
-        folder: A folder beside it for the scratch file, where a process that dies may leave something.
+        file: The file to write or replace.
+        write: Fills the file whose path it gets.
+
+    Raises:
+        WriteError: If the file cannot be written, as on a full disk, or if its path belongs to no regular file.
     """
-    scratch = file.parent / folder / f".{file.name}.{os.getpid()}.tmp"
     try:
-        if folder:
-            scratch.parent.mkdir(exist_ok=True)
-        scratch.touch()
-        mode = scratch.stat().st_mode
-        write(scratch)
-        scratch.chmod(mode)  # some writers make files that nobody else may read
-        with scratch.open("rb+") as written:
-            os.fsync(written.fileno())  # else a crash of the machine may leave the new name on an empty file
-        scratch.replace(file)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
+        check_target(file)
+        with scratch_folder(file.parent) as folder:
+            scratch = folder / file.name
+            scratch.touch()
+            mode = scratch.stat().st_mode
+            write(scratch)
+            scratch.chmod(mode)  # some writers make files that nobody else may read
+            with scratch.open("rb+") as written:
+                os.fsync(written.fileno())  # else a crash of the machine may leave the new name on an empty file
+            scratch.replace(file)
+    except PolyakError:
         raise
+    except Exception as error:  # each format reports a full disk by an error of its own
+        reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        message = f"the file {str(file)!r} cannot be written: {reason}. Make room, or give another path."
+        raise WriteError(message) from error
+
+
+def check_target(file: Path) -> None:
+    """Refuse a path that belongs to something other than a regular file.
+
+    Raises:
+        WriteError: If it does.
+    """
+    with suppress(FileNotFoundError):
+        if kind := _other_kind(file.stat()):
+            message = f"the file {str(file)!r} cannot be written: the path belongs to {kind}. Give another path."
+            raise WriteError(message)
+
+
+def open_regular(file: Path, buffering: int = -1) -> IO[bytes]:
+    """Open a regular file for reading; what may block for ever, such as a FIFO or a device, is refused.
+
+    Raises:
+        OSError: If it is missing, unreadable or no regular file.
+    """
+    return open(file, "rb", buffering, opener=_opened)
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Make an empty folder in ``parent`` for the time of the context; those of dead processes are removed."""
+    remove_stale(parent)
+    folder, lock = _claimed(parent)
+    try:
+        yield folder
     finally:
-        if folder:
-            with suppress(OSError):  # another process writes there
-                scratch.parent.rmdir()
+        _remove(folder, lock)
+
+
+def remove_stale(parent: Path) -> None:
+    """Remove the scratch folders whose writers are gone; best effort."""
+    if fcntl is None:
+        return
+    for folder in parent.glob(f"{_SCRATCH}*"):
+        with suppress(OSError):  # another one is removing it, it is another user's, or its disk has no locks
+            _remove(folder, _locked(folder))
+
+
+def _claimed(parent: Path) -> tuple[Path, int | None]:
+    """Return a new folder and its lock, which ends with the process, however that ends."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
+        if fcntl is None:
+            return folder, None
+        try:
+            return folder, _locked(folder)
+        except (FileNotFoundError, BlockingIOError):
+            continue  # another process took it for a stale one before it was locked
+        except OSError:
+            if not folder.is_dir():
+                raise
+            return folder, None  # a disk without locks, where no folder is ever taken for stale
+
+
+def _locked(folder: Path) -> int:
+    """Return a file that holds the lock of a scratch folder.
+
+    Raises:
+        OSError: If another process holds it, or the folder is gone.
+    """
+    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (folder / _LOCK).stat()  # another process may have removed it before it was locked
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _remove(folder: Path, lock: int | None) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    if lock is not None:
+        os.close(lock)
+        with suppress(OSError):  # a network disk keeps an open file, and so the folder, until now
+            folder.rmdir()
+
+
+def _opened(path: str, flags: int) -> int:
+    _check_regular(os.stat(path), path)  # noqa: PTH116 - to open some devices is to use them
+    opened = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    try:
+        _check_regular(os.fstat(opened), path)
+    except BaseException:
+        os.close(opened)
+        raise
+    return opened
+
+
+def _check_regular(about: os.stat_result, path: str) -> None:
+    if kind := _other_kind(about):
+        message = f"{path!r} is {kind}, and no regular file"
+        raise OSError(message)
+
+
+def _other_kind(about: os.stat_result) -> str:
+    return "" if stat.S_ISREG(about.st_mode) else _KINDS.get(stat.S_IFMT(about.st_mode), "no regular file")

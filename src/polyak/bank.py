@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from polyak.captured import recording
-from polyak.errors import AttributeAccessError, StateError, UnknownAverageError
+from polyak.errors import AttributeAccessError, UnknownAverageError
 from polyak.shown import shown
 from polyak.sources import WithSources
 from polyak.tensors.modes import Untracked
 from polyak.tensors.mover import Mover
+from polyak.validation import FORMAT, check_bank
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from polyak.turn import Turn
 
 __all__ = ["Bank"]
-
-FORMAT = 1
 
 
 class Bank(WithSources, Mapping[str, "Averager"]):
@@ -153,15 +152,7 @@ class Bank(WithSources, Mapping[str, "Averager"]):
         Raises:
             StateError: It is no state of a bank of the same names, or one of its states does not fit.
         """
-        states = state.get("bank") if isinstance(state, Mapping) else None
-        if not isinstance(states, Mapping):
-            message = "expected what bank.state_dict() returned, a mapping with the key 'bank'"
-            if isinstance(state, Mapping) and "slots" in state:
-                message += "; this is one averager's: bank[name].load_state_dict(state)"
-            raise StateError(message)
-        if {*states} != {*self}:
-            message = f"the state is that of a bank of {sorted(states)}, and this one has {sorted(self)}"
-            raise StateError(message)
+        states = check_bank(state, self)
         received = [(engine, engine.receive(states[name])) for name, engine in self._averagers.items()]
         self._movers.clear()
         if self._sources is not None:

@@ -21,10 +21,11 @@ from polyak.export import averaged_state_dict, gathered, overwrite_model
 from polyak.history import History
 from polyak.replica import Replica
 from polyak.settings import Settings, resumed
-from polyak.state import State, check_format, dump, parse
+from polyak.state import State, dump, parse
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.storage import Stored
 from polyak.tensors.swap import in_force
+from polyak.validation import SavedState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -180,10 +181,10 @@ class Engine(Configurable):
         if self._binding.depth:
             message = "load_state_dict() inside applied(), where the model holds the average; leave applied() first"
             raise AppliedError(message)
-        check_format(state)
-        settings, changed = resumed(state, self._settings, self._knows)
+        saved = SavedState.of(state)
+        settings, changed = resumed(saved, self._settings, self._knows)
         optional = self._binding.optional(self._state)
-        loaded = parse(state, self._state, settings.strategy.slots(), optional)
+        loaded = parse(saved, self._state, settings.strategy.slots(), optional)
         if changed:
             self._warn(
                 "settings", f"the state was saved with other settings; from here on its own count: {', '.join(changed)}"
@@ -235,7 +236,7 @@ class Engine(Configurable):
             for name, aliases, kind, policy, *persistent in about
         ]
         empty = State(stored, Progress(), History(), skipped=0, generators=OwnGenerators())
-        self._state = parse(raw, empty, self._strategy.slots())
+        self._state = parse(SavedState.of(raw), empty, self._strategy.slots())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         # A copy averages the same model, or the model's copy where that was made first; it never copies the model.

@@ -26,6 +26,7 @@ __all__ = [
     "UnboundError",
     "UnknownAverageError",
     "UnknownStrategyError",
+    "WriteError",
 ]
 
 
@@ -101,7 +102,11 @@ class StateError(PolyakError, ValueError):
     """A state that belongs to another model, strategy or version of the format, or is incomplete."""
 
 
-class SnapshotError(PolyakError, OSError):
+class WriteError(PolyakError, OSError):
+    """A file that could not be written, as on a full disk; what had its name before is unchanged."""
+
+
+class SnapshotError(WriteError):
     """A snapshot that could not be written; the average is whole, and training can go on."""
 
 

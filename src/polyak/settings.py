@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,12 +12,13 @@ from polyak.errors import ConfigError, StateError
 from polyak.history import Change
 from polyak.missing import MissingStrategy
 from polyak.options import Options
-from polyak.state import saved_changes
+from polyak.shown import brief, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from polyak.strategy import Strategy
+    from polyak.validation import SavedState
 
 __all__ = ["Settings", "advice", "configured", "resumed"]
 
@@ -129,37 +129,32 @@ def _means_otherwise(old: Strategy, new: Strategy) -> bool:
     )
 
 
-def resumed(raw: Mapping[str, Any], own: Settings, knows: Callable[[str], bool]) -> tuple[Settings, list[str]]:
+def resumed(state: SavedState, own: Settings, knows: Callable[[str], bool]) -> tuple[Settings, list[str]]:
     """Return the settings that go on from a state, and in words which of them are not the saved ones.
 
     A setting that the averager was built with as the saved one was goes on as it was saved: ``configure()`` may have
     changed it since. Where the two were built otherwise, the averager's own value counts from here on.
 
     Args:
-        raw: The state.
+        state: The state.
         own: The averager's own settings.
         knows: Tells whether a strategy's name can be resolved here. A strategy that is not installed is replaced by
             one that only refuses to update.
 
     Raises:
-        StateError: If the state was made by another strategy, names none, or its settings fit no more.
+        StateError: If the state was made by another strategy, or its settings fit no more.
     """
-    saved = raw.get("strategy")
-    if not isinstance(saved, Mapping) or "name" not in saved:
-        message = "the state names no strategy; expected what averager.state_dict() returned"
-        raise StateError(message)
-    name, changes = saved["name"], saved_changes(raw)
+    saved, changes = state.strategy, state.history.changes
+    name = saved["name"]
     if name != own.strategy.name and not knows(name):
-        slots = raw.get("slots")
-        missing = MissingStrategy.of(saved, slots if isinstance(slots, Mapping) else ())
-        return own._replace(strategy=missing, changes=changes), []
+        return own._replace(strategy=MissingStrategy.of(saved, state.slots), changes=changes), []
     if name != own.strategy.name:
         message = (
-            f"the state was made by the strategy {name!r}, and this averager uses {own.strategy.name!r}; "
-            f"build it with strategy={name!r} to go on, or start a new average"
+            f"the state was made by the strategy {shown(name)}, and this averager uses {own.strategy.name!r}; "
+            f"build it with strategy={shown(name)} to go on, or start a new average"
         )
         raise StateError(message)
-    theirs, mine = {**(raw.get("config") or {}), **saved}, own.values()
+    theirs, mine = {**state.config, **saved}, own.values()
     built, theirs_built = own.built(), _before(theirs, changes)
     alike = {key for key in mine if key in theirs and built[key] == theirs_built[key]}
     taken = {key: theirs[key] for key in alike if theirs[key] != mine[key] and key in _changing(own)}
@@ -167,12 +162,12 @@ def resumed(raw: Mapping[str, Any], own: Settings, knows: Callable[[str], bool])
         settings = own.replaced(taken)
     except ConfigError as error:
         message = f"the settings that the state was saved with do not go with those of this averager: {error}"
-        raise StateError(message) from error
+        raise StateError(brief(message)) from error
     kept = tuple(change for change in changes if change.name in alike)
     since = (Change(0, key, built[key], mine[key]) for key in mine if key not in alike and built[key] != mine[key])
     counted = {*_COUNTED, *type(own.strategy).model_fields}
     words = [
-        f"{key}={mine[key]!r} (saved: {theirs[key]!r})"
+        f"{key}={mine[key]!r} (saved: {shown(theirs[key])})"
         for key in mine
         if key in counted and key in theirs and key not in alike and theirs[key] != mine[key]
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,23 +10,23 @@ from torch import Tensor
 
 from polyak.cadence import Progress
 from polyak.errors import StateError
-from polyak.history import Change, History
+from polyak.history import History
+from polyak.shown import brief, listed
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.spread import Spread, layout
 from polyak.tensors.wrappers import dtensor
+from polyak.validation import FORMAT, SavedState
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Sequence
+    from collections.abc import Container, Mapping, Sequence
 
     from polyak.options import Options
     from polyak.strategy import Strategy
     from polyak.tensors.storage import Stored
 
-__all__ = ["FORMAT", "State", "check_format", "dump", "parse", "saved_changes"]
+__all__ = ["State", "dump", "parse"]
 
-FORMAT = 1
 _SHOWN = 6
-_RUNS = ("rates", "strides", "last")
 
 
 @dataclass
@@ -81,82 +80,31 @@ def dump(state: State, holding: Sequence[Tensor], strategy: Strategy, options: O
     }
 
 
-def parse(raw: Mapping[str, Any], current: State, slots: Sequence[str], optional: Container[str] = ()) -> State:
-    """Return the state that ``raw`` describes, on the devices of the current one; nothing is written.
+def parse(saved: SavedState, current: State, slots: Sequence[str], optional: Container[str] = ()) -> State:
+    """Return the state that was saved, on the devices of the current one; nothing is written.
 
     Args:
-        raw: What ``dump`` returned.
+        saved: The saved state.
         current: The state of an averager of the same model.
         slots: The names of the strategy's slots.
         optional: Names of buffers that the state may have although the model has not filled them yet.
 
     Raises:
-        StateError: It is incomplete, of a newer format, or of another model.
+        StateError: If it is damaged, or belongs to another model.
     """
     try:
-        progress = Progress(**raw["progress"])
-        history = raw["history"]  # by name in the first files of this format
-        rates, strides, last = [*(history.values() if isinstance(history, Mapping) else history)][: len(_RUNS)]
-        loaded = State(
-            stored=_stored(raw["slots"], current.stored, slots, optional),
-            progress=progress,
-            history=History(rates.tolist(), strides.tolist(), last.tolist(), saved_changes(raw)),
-            skipped=int(raw["skipped"]),
-            generators=OwnGenerators(dict(raw["generators"])),
+        return State(
+            stored=_stored(saved.slots, current.stored, slots, optional),
+            progress=Progress(**saved.progress.model_dump()),
+            history=History(*saved.history),
+            skipped=saved.skipped,
+            generators=OwnGenerators(saved.generators),
         )
     except StateError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # torch's own, of tensors that cannot be copied
         message = f"the state is damaged or incomplete: {type(error).__name__}: {error}. Load the one before it."
-        raise StateError(message) from error
-    if len(loaded.history) != progress.n or raw.get("n") != progress.n:
-        message = (
-            f"the state is damaged: it counts {raw.get('n')} updates and its history others. Load the one before it."
-        )
-        raise StateError(message)
-    return loaded
-
-
-def saved_changes(raw: Mapping[str, Any]) -> tuple[Change, ...]:
-    """Return the settings that were changed in the middle of the run that a state was saved in.
-
-    Raises:
-        StateError: If they are damaged.
-    """
-    history = raw.get("history")
-    saved = history[len(_RUNS) :] if isinstance(history, (tuple, list)) else ()
-    try:
-        return tuple(Change(*change) for changes in saved for change in changes)
-    except (TypeError, ValueError) as error:
-        message = f"the state is damaged: its changes of settings are {saved!r}. Load the one before it."
-        raise StateError(message) from error
-
-
-def check_format(raw: Mapping[str, Any]) -> None:
-    """Refuse what is no state, or one of a newer polyak.
-
-    Raises:
-        StateError: It is.
-    """
-    version = raw.get("format") if isinstance(raw, Mapping) else None
-    if isinstance(version, int) and isinstance(raw.get("bank"), Mapping):
-        message = (
-            f"the state is that of a bank of {sorted(raw['bank'])}; load it into such a bank, "
-            "or one of them: averager.load_state_dict(state['bank'][name])"
-        )
-        raise StateError(message)
-    if not isinstance(version, int):
-        message = f"expected what averager.state_dict() returned (a mapping with 'format': {FORMAT}); got {_kind(raw)}"
-        raise StateError(message)
-    if version > FORMAT:
-        message = f"the state has format {version}, and this polyak reads up to {FORMAT}; upgrade polyak to load it"
-        raise StateError(message)
-
-
-def _kind(raw: object) -> str:
-    return (
-        f"a mapping with the keys {sorted(map(str, raw))[:_SHOWN]}" if isinstance(raw, Mapping) else type(raw).__name__
-    )
+        raise StateError(brief(message)) from error
 
 
 def _stored(
@@ -164,9 +112,9 @@ def _stored(
 ) -> list[Stored]:
     averages = raw["average"]
     if {*raw} != {"average", *slots}:
-        message = f"the state has the slots {sorted(raw)}, and this averager {sorted(['average', *slots])}"
+        message = f"the state has the slots {listed(raw)}, and this averager {listed(['average', *slots])}"
         msg = f"{message}; build it with the settings that the state was saved with. Nothing was loaded."
-        raise StateError(msg)
+        raise StateError(brief(msg))
     known = {s.name for s in current}
     # What follows the model needs no past, and begins anew where the state has none that fits.
     current = [s for s in current if not (s.follows and any(_problem(raw[slot], s) for slot in _slots(s, slots)))]
@@ -182,7 +130,7 @@ def _stored(
             message += " Buffers that the model fills later must be there first: load the model, or run one forward."
         if any(problem.startswith("spread") for problem in problems):
             message += " dcp.load and polyak.distributed.load cut and join tensors for the averager that loads them."
-        raise StateError(message)
+        raise StateError(brief(message))
     with torch.inference_mode(mode=False), torch.no_grad():
         return [
             replace(

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 
-from polyak.atomic import write_whole
+from polyak.atomic import check_target, open_regular, write_whole
+from polyak.checkpoints.tensor_file import TensorFile, write_tensors
 from polyak.errors import ConfigError, MissingExtraError, StateError
+from polyak.shown import brief
 from polyak.tensors.wrappers import dtensor
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping
 
     from torch import Tensor
 
     from polyak.averager import Averager
+    from polyak.bank import Bank
+    from polyak.profile import Profile
 
 __all__ = ["load", "save"]
 
@@ -26,22 +31,24 @@ _METADATA = "polyak"
 _COMPLEX = "complex"
 _CHANGES = "changes"
 _HISTORY = ("rates", "strides", "last")
+_PIECE = 1 << 20  # bytes that are read at a time
 
 
-def save(averager: Averager, path: str | os.PathLike[str]) -> None:
-    """Write the state of an averager, written beside and then renamed: the file is whole or absent.
+def save(averager: Averager | Bank, path: str | os.PathLike[str]) -> None:
+    """Write the state of an averager or a bank, with checksums, to a file that is whole or absent.
 
     A ``.safetensors`` file says how it was made: its metadata hold the strategy, the options, the counters and the
     profile's half-life and mean age; the tensors are called ``average/<name>``, and
-    ``slots/<slot>/<name>`` what a strategy keeps beside.
+    ``slots/<slot>/<name>`` what a strategy keeps beside. The checksums of a ``.pt`` file are those of its zip archive.
 
     Args:
-        averager: The averager.
+        averager: The averager; a bank for a ``.pt`` file.
         path: A file name that ends in ``.safetensors`` (needs the package safetensors), ``.pt`` or ``.pth``.
 
     Raises:
-        ConfigError: The file type is another.
-        MissingExtraError: safetensors is not installed.
+        ConfigError: If the file type is another, or the averager is sharded.
+        MissingExtraError: If safetensors is not installed.
+        WriteError: If the file cannot be written, as on a full disk. What was there before is unchanged.
 
     Often confused with: ``averager.averaged_state_dict()``, which is the averaged *model*, without what a resume needs.
 
@@ -57,40 +64,40 @@ def save(averager: Averager, path: str | os.PathLike[str]) -> None:
         1
     """
     file = Path(path)
+    suffix = _suffix(file)
+    check_target(file)
+    if suffix == ".safetensors":
+        _check_safetensors()
     state = averager.state_dict()
+    states = state["bank"].values() if "bank" in state else [state]
     kind = dtensor()
-    if kind is not None and any(isinstance(tensor, kind) for tensor in state["slots"]["average"].values()):
+    if kind is not None and any(isinstance(t, kind) for one in states for t in one["slots"]["average"].values()):
         message = (
             "the averager is sharded over ranks, of which each would write its own parts over the others'; "
             "on all ranks call polyak.distributed.save(averager, folder), or dcp.save"
         )
         raise ConfigError(message)
-    if _suffix(file) == ".safetensors":
-        tensors, rest = _flattened(state)
-        profile = averager.profile()
-        about = (
-            {"updates": len(profile), "half_life": profile.half_life, "mean_age": profile.mean_age}
-            if averager.n
-            else {}
-        )
-        write = _safetensors().save_file
-        metadata = {_METADATA: json.dumps({**rest, "profile": {key: str(value) for key, value in about.items()}})}
-        write_whole(file, lambda scratch: write(tensors, scratch, metadata=metadata))
-    else:
+    if suffix != ".safetensors":
         write_whole(file, lambda scratch: torch.save(state, scratch))
+    elif "bank" in state:
+        message = "got a bank and a .safetensors file, which holds one average; give a .pt file, or save bank[name]"
+        raise ConfigError(message)
+    else:
+        _save_safetensors(state, cast("Averager", averager).profile(), file)
 
 
-def load(averager: Averager, path: str | os.PathLike[str]) -> None:
+def load(averager: Averager | Bank, path: str | os.PathLike[str]) -> None:
     """Go on exactly where ``save`` left off.
 
+    The file is compared with its checksums first. Files of earlier versions, which have none, are read as they are.
+
     Args:
-        averager: An averager of the same model and strategy.
+        averager: An averager of the same model and strategy, or such a bank.
         path: What ``save`` wrote.
 
     Raises:
-        StateError: The file is missing, damaged, no averager's state, or of another model or strategy.
-        ConfigError: The file type is another.
-        MissingExtraError: safetensors is not installed.
+        StateError: If the file is missing, damaged, no averager's state, or of another model or strategy.
+        ConfigError: If the file type is another.
 
     Nothing is changed when one is raised.
 
@@ -102,36 +109,56 @@ def load(averager: Averager, path: str | os.PathLike[str]) -> None:
         polyak.errors.StateError: there is no file 'missing.pt'; expected what polyak.save() wrote
     """
     file = Path(path)
-    if not file.is_file():
+    suffix = _suffix(file)
+    if file.is_dir() or not file.exists():
         folder = "; it is a folder: if polyak.distributed.save() wrote it, polyak.distributed.load() reads it"
         message = f"there is no file {str(file)!r}{folder * file.is_dir()}; expected what polyak.save() wrote"
         raise StateError(message)
-    read = _read_safetensors if _suffix(file) == ".safetensors" else _read_torch
     try:
-        state = read(file)
-    except MissingExtraError:
-        raise
+        with open_regular(file) as opened:  # one that takes its place meanwhile is another file
+            state = _read_safetensors(file, opened) if suffix == ".safetensors" else _read_torch(opened)
     except Exception as error:  # each format has errors of its own, pickle's and zip's among them
-        message = f"{str(file)!r} cannot be read as an averager's state: {type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {brief(str(error))}"
+        message = f"{str(file)!r} cannot be read as an averager's state: {reason}"
         raise StateError(message) from error
     averager.load_state_dict(state)
 
 
-def _read_torch(file: Path) -> Any:  # noqa: ANN401 - checked by load_state_dict
-    return torch.load(file, map_location="cpu", weights_only=True)
+def _read_torch(opened: IO[bytes]) -> Any:  # noqa: ANN401 - checked by load_state_dict
+    _check_archive(opened)
+    opened.seek(0)
+    return torch.load(opened, map_location="cpu", weights_only=True)
 
 
-def _read_safetensors(file: Path) -> dict[str, Any]:
-    with _safetensors().safe_open(str(file), framework="pt") as opened:
-        metadata = opened.metadata() or {}
-        if _METADATA not in metadata:
-            message = "it holds weights and no averager's state; model.load_state_dict(safetensors.torch.load_file(…))"
-            raise StateError(message)
-        rest = json.loads(metadata[_METADATA])
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
+def _check_archive(opened: IO[bytes]) -> None:
+    """Compare an archive with the checksums that torch writes and does not read.
+
+    Raises:
+        ValueError: If it would grow in memory.
+        zipfile.BadZipFile: If it is no archive, or damaged.
+    """
+    with zipfile.ZipFile(opened) as archive:
+        records = archive.infolist()
+        stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+        if not stored or sum(record.file_size for record in records) > os.fstat(opened.fileno()).st_size:
+            message = "its records are larger than the file"
+            raise ValueError(message)
+        for record in records:
+            if record.CRC:  # 0: torch.serialization.set_crc32_options(False) was called
+                with archive.open(record) as read:
+                    while read.read(_PIECE):
+                        pass  # it compares by itself, at the end
+
+
+def _read_safetensors(file: Path, opened: IO[bytes]) -> dict[str, Any]:
+    read = TensorFile(file, opened)
+    if _METADATA not in read.metadata:
+        message = "it holds weights and no averager's state; model.load_state_dict(safetensors.torch.load_file(…))"
+        raise StateError(message)
+    rest = json.loads(read.metadata[_METADATA])
+    tensors = {name: read.read(name) for name in read.names}
     for key in rest.pop(_COMPLEX):
-        # A copy: what lies in the file may begin where no complex number may, and torch would crash.
-        tensors[key] = torch.view_as_complex(tensors[key].clone())
+        tensors[key] = torch.view_as_complex(tensors[key])
     rest.pop("profile")
     parts: dict[str, dict[str, Tensor]] = {"average": {}, "history": {}, "generators": {}, "slots": {}}
     for key, tensor in tensors.items():
@@ -143,6 +170,14 @@ def _read_safetensors(file: Path) -> dict[str, Any]:
         slots.setdefault(slot, {})[name] = tensor
     history = (*(parts["history"][key] for key in _HISTORY), *rest.pop(_CHANGES, ()))
     return {**rest, "slots": slots, "history": history, "generators": tuple(parts["generators"].items())}
+
+
+def _save_safetensors(state: Mapping[str, Any], profile: Profile, file: Path) -> None:
+    tensors, rest = _flattened(state)
+    summary = {"updates": len(profile), "half_life": profile.half_life, "mean_age": profile.mean_age}
+    texts = {key: str(value) for key, value in summary.items()} if len(profile) else {}
+    metadata = json.dumps({**rest, "profile": texts})
+    write_tensors(file, tensors, {_METADATA: metadata})
 
 
 def _flattened(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -158,7 +193,7 @@ def _flattened(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
         rest[_CHANGES] = changes
     rest[_COMPLEX] = [key for key, tensor in tensors.items() if tensor.is_complex()]
     real = {key: torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for key, t in tensors.items()}
-    return {key: tensor.contiguous() for key, tensor in real.items()}, rest
+    return real, rest
 
 
 def _suffix(file: Path) -> str:
@@ -169,10 +204,9 @@ def _suffix(file: Path) -> str:
     return suffix
 
 
-def _safetensors() -> Any:  # noqa: ANN401 - an optional package
+def _check_safetensors() -> None:
     try:
-        import safetensors.torch
+        import safetensors.torch  # noqa: F401 - whether it is there
     except ImportError as error:
         message = 'safetensors is not installed: pip install "polyak[safetensors]", or use a .pt file'
         raise MissingExtraError(message) from error
-    return safetensors.torch

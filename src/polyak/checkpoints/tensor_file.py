@@ -1,27 +1,34 @@
-"""A safetensors file read one tensor at a time, into memory of its own."""
+"""Safetensors files: written with checksums, and read one tensor at a time into memory of its own."""
 
 from __future__ import annotations
 
 import json
 import math
-from operator import index
+import os
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
+from zlib import crc32
 
 import torch
 
+from polyak.atomic import open_regular, write_whole
 from polyak.errors import StateError
+from polyak.shown import brief, shown
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
-__all__ = ["Scratch", "TensorFile"]
+__all__ = ["Scratch", "TensorFile", "write_tensors"]
 
 _LENGTH = 8  # bytes at the beginning: the length of the header, little-endian
 _LARGEST = 100_000_000  # bytes of a header, by the format's own definition
+_HUGE = 2**63  # no tensor has so many values
+_CHECKSUMS = "polyak_crc32"
+_PIECE = 1 << 20  # bytes that are read and summed at a time: they stay in the processor's cache
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -58,36 +65,45 @@ class TensorFile:
     """Reads tensors from a safetensors file by plain reads.
 
     The package safetensors maps files into memory: whoever reads one tensor of each of many files then holds all of
-    them, as every tool that watches memory sees it. Here a tensor costs its own size.
+    them, as every tool that watches memory sees it. Here a tensor costs its own size. It is compared with its checksum
+    the first time that it is read; files without checksums are read as they are.
 
     Attributes:
         path: The file.
         metadata: Its texts.
         names: What it holds.
 
+    Args:
+        path: The file.
+        opened: The open file, where others may replace it while it is read.
+
     Raises:
-        StateError: It is missing, damaged or cut off.
+        StateError: If it is missing, damaged or cut off.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], opened: IO[bytes] | None = None) -> None:
+        self.path, self._opened = Path(path), opened
+        self._checked: set[str] = set()
         try:
-            with self.path.open("rb") as file:
+            with self._file() as file:
                 length = int.from_bytes(file.read(_LENGTH), "little")
                 header: dict[str, Any] = json.loads(file.read(min(length, _LARGEST)))
-            self.metadata: Mapping[str, str] = dict(header.pop("__metadata__", {}))
-            self._about = {name: _about(told) for name, told in header.items()}
+                size = os.fstat(file.fileno()).st_size
+            self.metadata: Mapping[str, str] = _texts(header.pop("__metadata__", {}))
+            self._about = {name: _about(raw) for name, raw in header.items()}
+            self._checksums = _checksums(self.metadata, self._about)
             self._begin = _LENGTH + length
-            end = max((about.end for about in self._about.values()), default=0)
+            missing = self._begin + _end(self._about.values()) - size
         except FileNotFoundError:
             message = f"there is no file {str(path)!r}"
             raise StateError(message) from None
         except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-            message = f"{str(path)!r} is no safetensors file, or damaged ({type(error).__name__}: {error})"
-            raise StateError(message) from error
-        if (missing := self._begin + end - self.path.stat().st_size) > 0:
+            self._refuse(f"{type(error).__name__}: {brief(str(error))}", error)
+        if missing > 0:
             message = f"{str(path)!r} is cut off: its last {missing} bytes are missing; make it again"
             raise StateError(message)
+        if missing < 0:
+            self._refuse(f"it has {-missing} bytes more than its tensors")
 
     @property
     def names(self) -> list[str]:
@@ -103,28 +119,125 @@ class TensorFile:
         return self._about[name].dtype
 
     def read(self, name: str, scratch: Scratch | None = None) -> Tensor:
-        """Return a tensor; in the scratch memory where that is given."""
+        """Return a tensor; in the scratch memory where that is given.
+
+        Raises:
+            StateError: If the file is cut off or gone, or the tensor is not what was written.
+        """
         about = self._about[name]
         tensor = (scratch or Scratch()).tensor(about.shape, about.dtype)
-        if about.begin == about.end:
-            return tensor
-        data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-        into = memoryview(data)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self._begin + about.begin)
-            while into:
-                read = file.readinto(into)
-                if not read:
-                    message = f"{str(self.path)!r} was cut off while it was read"
-                    raise StateError(message)
-                into = into[read:]
+        checks = self._checksums is not None and name not in self._checked
+        found = _first_sum(about.dtype, about.shape)
+        into, done = _bytes(tensor), 0
+        try:
+            with self._file() as file:
+                file.seek(self._begin + about.begin)
+                while done < len(into):
+                    piece = into[done : done + _PIECE]
+                    if not (read := file.readinto(piece)):  # type: ignore[attr-defined]  # an unbuffered file has it
+                        message = f"{str(self.path)!r} was cut off while it was read"
+                        raise StateError(message)
+                    found, done = crc32(piece[:read], found) if checks else 0, done + read
+        except OSError as error:
+            message = f"{str(self.path)!r} cannot be read: {error}"
+            raise StateError(message) from error
+        if self._checksums is not None and checks:
+            if found != self._checksums[name]:
+                self._refuse(f"the tensor {shown(name)} is not what was written; its checksum differs")
+            self._checked.add(name)
         return tensor
 
+    def _file(self) -> AbstractContextManager[IO[bytes]]:
+        if self._opened is None:
+            return open_regular(self.path, buffering=0)
+        self._opened.seek(0)
+        return nullcontext(self._opened)
 
-def _about(told: Mapping[str, Any]) -> _About:
-    dtype, shape = _DTYPES[told["dtype"]], tuple(map(index, told["shape"]))
-    begin, end = map(index, told["data_offsets"])
-    if min((begin, *shape)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        message = f"bytes {begin} to {end} are no tensor of {dtype} and shape {shape}"
+    def _refuse(self, reason: str, cause: BaseException | None = None) -> NoReturn:
+        message = f"{str(self.path)!r} is no safetensors file, or damaged ({reason})"
+        raise StateError(message) from cause
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with the checksums of its tensors and texts; it is whole or absent.
+
+    Args:
+        file: The file.
+        tensors: The tensors, of which no two share memory.
+        metadata: The texts.
+
+    Raises:
+        WriteError: If it cannot be written, as on a full disk.
+    """
+    from safetensors.torch import save_file
+
+    packed = {name: tensor.detach().cpu().resolve_neg().contiguous() for name, tensor in tensors.items()}
+    sums = {name: crc32(_bytes(one), _first_sum(one.dtype, one.shape)) for name, one in packed.items()}
+    checksums = json.dumps({"texts": _sum_of(metadata), "tensors": sums})
+    write_whole(file, lambda scratch: save_file(packed, scratch, metadata={**metadata, _CHECKSUMS: checksums}))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.reshape(-1)
+    if flat.stride() != (1,):  # numpy's empty arrays have another one
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    data: Any = flat.view(torch.uint8).numpy()
+    return memoryview(data)
+
+
+def _first_sum(dtype: torch.dtype, shape: Iterable[int]) -> int:
+    """Return what a checksum begins with: bytes of another dtype or shape are another tensor."""
+    return crc32(f"{dtype} {[*shape]}".encode())
+
+
+def _sum_of(texts: Mapping[str, str]) -> int:
+    return crc32(json.dumps({key: text for key, text in texts.items() if key != _CHECKSUMS}, sort_keys=True).encode())
+
+
+def _checksums(texts: Mapping[str, str], abouts: Mapping[str, _About]) -> Mapping[str, int] | None:
+    """Return the checksum of each tensor; None: the file has none.
+
+    Raises:
+        ValueError: If the texts are not what was written, or the names of the tensors.
+    """
+    if _CHECKSUMS not in texts:
+        return None
+    found = json.loads(texts[_CHECKSUMS])
+    if found["texts"] != _sum_of(texts) or found["tensors"].keys() != abouts.keys():
+        message = "its metadata are not what was written; their checksum differs"
+        raise ValueError(message)
+    sums: Mapping[str, int] = found["tensors"]
+    return sums
+
+
+def _texts(raw: Any) -> Mapping[str, str]:  # noqa: ANN401 - a part of a header
+    texts = dict(raw)
+    if not all(type(text) is str for text in texts.values()):
+        message = "a text in the metadata is none"
+        raise TypeError(message)
+    return texts
+
+
+def _about(raw: Mapping[str, Any]) -> _About:
+    dtype, shape, (begin, end) = _DTYPES[raw["dtype"]], tuple(raw["shape"]), raw["data_offsets"]
+    sizes = (begin, end, *shape)
+    whole = all(type(size) is int and size >= 0 for size in sizes) and math.prod(max(1, n) for n in shape) < _HUGE
+    if not whole or end - begin != math.prod(shape) * dtype.itemsize:
+        message = f"bytes {shown(begin)} to {shown(end)} are no tensor of {dtype} and shape {shown(shape)}"
         raise ValueError(message)
     return _About(dtype, shape, begin, end)
+
+
+def _end(abouts: Iterable[_About]) -> int:
+    """Return the end of the last tensor.
+
+    Raises:
+        ValueError: If two tensors overlap, which would take more memory than the file, or leave a hole.
+    """
+    end = 0
+    for about in sorted(abouts, key=lambda about: (about.begin, about.end)):
+        if about.begin != end:
+            message = f"a tensor begins at byte {about.begin}, and the one before it ends at byte {end}"
+            raise ValueError(message)
+        end = about.end
+    return end

@@ -198,9 +198,7 @@ def _show(found: Sweep) -> None:
 
 
 def _described(snapshot: Snapshot) -> tuple[str, ...]:
-    half_life, mean_age = (
-        float(snapshot.about.get("summary", {}).get(key, "nan")) for key in ("half_life", "mean_age")
-    )
+    half_life, mean_age = (float(snapshot.about.summary.get(key, "nan")) for key in ("half_life", "mean_age"))
     nbytes = size(snapshot.path.stat().st_size)
     return snapshot.path.name, snapshot.average, str(snapshot.step), _age(half_life), _age(mean_age), nbytes
 

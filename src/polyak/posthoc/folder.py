@@ -92,7 +92,7 @@ class Folder:
             raise StateError(message)
         recorded = [snapshot for snapshot in found if snapshot.step]
         if found and last is not None:
-            self._run = str(found[-1].about.get("run", self._run))
+            self._run = found[-1].about.run or self._run
         later = [snapshot for snapshot in recorded if last is None or snapshot.step > last]
         if later and (last is None or not restored):
             message = (

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyak.atomic import write_whole
+from polyak.atomic import check_target
+from polyak.checkpoints.tensor_file import write_tensors
 from polyak.errors import ConfigError
 from polyak.posthoc.snapshot import safetensors
 
@@ -51,9 +52,11 @@ class Synthesis:
         """Write the state dict as a safetensors file whose metadata say how it was made; whole or absent.
 
         Raises:
-            ConfigError: The name does not end in ``.safetensors``, or a tensor has a dtype that no such file has.
-            MissingExtraError: safetensors is not installed.
+            ConfigError: If the name does not end in ``.safetensors``, or a tensor has a dtype that no such file has.
+            MissingExtraError: If safetensors is not installed.
+            WriteError: If the file cannot be written, as on a full disk.
         """
+        safetensors()
         file = Path(path)
         check_savable(file, {str(tensor.dtype) for tensor in self.state_dict.values()})
         about = {
@@ -66,16 +69,15 @@ class Synthesis:
         }
         # A file has no two names for one tensor.
         tensors = {key: tensor.clone() for key, tensor in self.state_dict.items()}
-        metadata = {"polyak_synthesis": json.dumps(about), "format": "pt"}
-        save = safetensors().save_file
-        write_whole(file, lambda scratch: save(tensors, scratch, metadata=metadata))
+        write_tensors(file, tensors, {"polyak_synthesis": json.dumps(about), "format": "pt"})
 
 
 def check_savable(file: Path, dtypes: Collection[str]) -> None:
     """Refuse a file that an average cannot be saved to.
 
     Raises:
-        ConfigError: It is no ``.safetensors`` file, or there is no such dtype in it.
+        ConfigError: If it is no ``.safetensors`` file, or there is no such dtype in it.
+        WriteError: If the path belongs to something other than a file.
     """
     if file.suffix.lower() != ".safetensors":
         message = f"the file {str(file)!r} has the type {file.suffix or '(none)'!r}; expected .safetensors"
@@ -85,6 +87,7 @@ def check_savable(file: Path, dtypes: Collection[str]) -> None:
             f"{str(file)!r} cannot be written: {str(file.absolute().parent)!r} is no folder that can be written to"
         )
         raise ConfigError(message)
+    check_target(file)
     if any("complex128" in dtype for dtype in dtypes):
         message = "a .safetensors file holds no complex128; save the synthesis' state_dict by torch.save"
         raise ConfigError(message)

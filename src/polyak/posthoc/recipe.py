@@ -10,6 +10,7 @@ import torch
 from polyak.config import AveragerConfig
 from polyak.errors import StateError
 from polyak.profile import Profile
+from polyak.validation import Recipe, check_profile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polyak.strategy import Strategy
+    from polyak.validation import About
 
 __all__ = ["described", "from_description"]
 
@@ -44,18 +46,22 @@ def described(profile: Profile, strategy: Strategy) -> tuple[dict[str, Any], dic
     return {"start_share": profile.start, "stride": profile.stride}, tensors
 
 
-def from_description(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Profile:
+def from_description(about: About, tensors: Mapping[str, Tensor]) -> Profile:
     """Return the profile that ``described`` described.
 
     Raises:
-        StateError: It is damaged.
+        StateError: If it is damaged.
     """
+    recipe = about.profile
     try:
-        if "strategy" not in told:
+        if isinstance(recipe, Recipe):
+            strategy = AveragerConfig.of({"strategy": recipe.strategy}, "a snapshot's profile").strategy
+            profile = Profile.of(strategy, recipe.n, every=recipe.every, first=recipe.start, origin=recipe.origin)
+        else:
             shares, steps = tensors["shares"].double().numpy(), tensors["steps"].long().numpy()
-            return Profile(shares, steps, float(told["start_share"]), int(told["stride"]))
-        strategy = AveragerConfig.of({"strategy": told["strategy"]}, "a snapshot's profile").strategy
-        return Profile.of(strategy, told["n"], every=told["every"], first=told["start"], origin=told["origin"])
-    except (KeyError, TypeError, ValueError) as error:
+            profile = Profile(shares, steps, recipe.start_share, recipe.stride)
+        check_profile(profile.shares, profile.steps, profile.start, about.step)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # a strategy may raise anything of these
         message = f"a snapshot's profile is damaged ({type(error).__name__}: {error})"
         raise StateError(message) from error
+    return profile

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -11,13 +12,14 @@ from urllib.parse import quote
 
 import torch
 
-from polyak.atomic import write_whole
-from polyak.checkpoints.tensor_file import TensorFile
-from polyak.errors import ConfigError, MissingExtraError, SnapshotError, StateError
+from polyak.atomic import remove_stale
+from polyak.checkpoints.tensor_file import TensorFile, write_tensors
+from polyak.errors import ConfigError, MissingExtraError, SnapshotError, StateError, WriteError
 from polyak.posthoc.recipe import described, from_description
+from polyak.shown import shown
+from polyak.validation import About
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -30,7 +32,7 @@ __all__ = ["Layout", "Snapshot", "file_name", "make_folder", "safetensors", "wri
 
 FORMAT = 1
 _DIGITS = 12
-_SCRATCH = ".unfinished"
+_UNFINISHED = ".unfinished"  # where earlier versions left halves
 _ABOUT = "polyak_snapshot"
 
 
@@ -55,10 +57,12 @@ class Snapshot:
     Attributes:
         file: The file.
         about: What its metadata say.
+        layout: The model.
     """
 
     file: TensorFile
-    about: Mapping[str, Any]
+    about: About
+    layout: Layout
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
@@ -71,18 +75,23 @@ class Snapshot:
         if _ABOUT not in file.metadata:
             return None
         try:
-            about = json.loads(file.metadata[_ABOUT])
-            version = about["format"]
-            complete = version != FORMAT or {"average", "step", "profile", "layout", "complex"} <= {*about}
-        except (ValueError, TypeError, KeyError, RecursionError):
-            complete, version, about = False, FORMAT, {}
-        if not complete:
+            raw = json.loads(file.metadata[_ABOUT])
+        except (ValueError, RecursionError):
+            raw = None
+        if not isinstance(raw, Mapping) or type(raw.get("format")) is not int:
             message = f"{str(path)!r} is a damaged snapshot: what its metadata say is incomplete; remove it"
             raise StateError(message)
-        if version != FORMAT:
-            message = f"{str(path)!r} has format {version!r}, and this polyak reads {FORMAT}; upgrade polyak"
+        if raw["format"] != FORMAT:
+            message = f"{str(path)!r} has format {shown(raw['format'])}, and this polyak reads {FORMAT}; upgrade polyak"
             raise StateError(message)
-        return cls(file, about)
+        about = About.of(raw, repr(str(path)), {name: file.shape(name) for name in file.names})
+        layout = about.layout
+        if strange := [name for name in layout.averaged if not file.dtype(f"weights/{name}").is_floating_point]:
+            message = (
+                f"{str(path)!r} is a damaged snapshot: {shown(strange[0])} is averaged and holds no floats; remove it"
+            )
+            raise StateError(message)
+        return cls(file, about, Layout(layout.keys, layout.dtypes, layout.averaged))
 
     @property
     def path(self) -> Path:
@@ -92,24 +101,24 @@ class Snapshot:
     @property
     def average(self) -> str:
         """The name of its average: in the bank, or ``"average"``; ``"blocks"`` for means of blocks."""
-        return str(self.about["average"])
+        return self.about.average
 
     @property
     def step(self) -> int:
         """The optimiser step of its last update."""
-        return int(self.about["step"])
+        return self.about.step
 
-    @property
-    def layout(self) -> Layout:
-        """The model."""
-        return Layout(**self.about["layout"])
+    def fits(self, other: Snapshot) -> bool:
+        """Return whether both are of one model."""
+        names = [f"weights/{name}" for name in self.layout.dtypes]
+        return self.layout == other.layout and all(self.file.shape(name) == other.file.shape(name) for name in names)
 
     @cached_property
     def profile(self) -> Profile:
         """What each step counts in it."""
         names = [name for name in self.file.names if name.startswith("profile/")]
         tensors = {name.removeprefix("profile/"): self.file.read(name) for name in names}
-        return from_description(self.about["profile"], tensors)
+        return from_description(self.about, tensors)
 
     @property
     def precision(self) -> float:
@@ -120,7 +129,7 @@ class Snapshot:
     def read_weights(self, name: str, scratch: Scratch | None = None) -> Tensor:
         """Return one of its tensors by canonical name; in the scratch memory where that is given."""
         tensor = self.file.read(f"weights/{name}", scratch)
-        if name not in self.about["complex"]:
+        if name not in self.about.complex:
             return tensor
         # There are hardly any operations on complex halves.
         return torch.view_as_complex(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
@@ -171,13 +180,11 @@ def write(
         "complex": is_complex,
     }
     path = directory / f"{_quoted(average)}-{step:0{_DIGITS}d}.safetensors"
-    save = safetensors().save_file
     try:
-        write_whole(path, lambda scratch: save(tensors, scratch, metadata={_ABOUT: json.dumps(about)}), folder=_SCRATCH)
-    except Exception as error:
-        # safetensors reports a full disk by an error of its own.
+        write_tensors(path, tensors, {_ABOUT: json.dumps(about)})
+    except WriteError as error:
         message = (
-            f"the snapshot {path.name!r} could not be written to {str(directory)!r} ({type(error).__name__}: {error}). "
+            f"the snapshot {path.name!r} could not be written: {error} "
             "The average is whole and training can go on; what is missing is this snapshot."
         )
         raise SnapshotError(message) from error
@@ -221,8 +228,8 @@ def make_folder(directory: Path) -> None:
     except OSError as error:
         message = f"the folder {str(directory)!r} cannot be made ({error}); give another one"
         raise ConfigError(message) from error
-    # A process that died while it wrote left its half; the package safetensors writes halves under names of its own.
-    shutil.rmtree(directory / _SCRATCH, ignore_errors=True)
+    remove_stale(directory)
+    shutil.rmtree(directory / _UNFINISHED, ignore_errors=True)
 
 
 def safetensors() -> Any:  # noqa: ANN401 - an optional package

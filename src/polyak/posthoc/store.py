@@ -40,12 +40,12 @@ class Store:
         found = [snapshot for path in paths if (snapshot := Snapshot.read(path)) is not None]
         self.snapshots = sorted(found, key=lambda snapshot: (snapshot.step, snapshot.average))
         for one in self.snapshots[1:]:
-            if one.layout != self.snapshots[0].layout:
+            if not one.fits(self.snapshots[0]):
                 message = (
                     f"{one.path.name!r} and {self.snapshots[0].path.name!r} are of different models; take them apart"
                 )
                 raise StateError(message)
-        if len({snapshot.about.get("run") for snapshot in self.snapshots}) > 1:
+        if len({snapshot.about.run for snapshot in self.snapshots}) > 1:
             message = f"{str(directory)!r} holds the snapshots of two runs, and no average of both means anything"
             msg = f"{message}; give each run a folder of its own"
             raise StateError(msg)

@@ -1,0 +1,8 @@
+"""The schemas of all that comes back from files; nothing is adopted that they do not pass."""
+
+from __future__ import annotations
+
+from polyak.validation.snapshots import About, Recipe, check_profile
+from polyak.validation.states import FORMAT, SavedState, check_bank
+
+__all__ = ["FORMAT", "About", "Recipe", "SavedState", "check_bank", "check_profile"]
