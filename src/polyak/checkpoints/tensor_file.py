@@ -13,6 +13,7 @@ from zlib import crc32
 import torch
 
 from polyak.atomic import open_regular, write_whole
+from polyak.checkpoints.checksums import bytes_of, first_sum, read_checksums, with_checksums
 from polyak.errors import StateError
 from polyak.shown import brief, shown
 
@@ -27,7 +28,6 @@ __all__ = ["Scratch", "TensorFile", "write_tensors"]
 _LENGTH = 8  # bytes at the beginning: the length of the header, little-endian
 _LARGEST = 100_000_000  # bytes of a header, by the format's own definition
 _HUGE = 2**63  # no tensor has so many values
-_CHECKSUMS = "polyak_crc32"
 _PIECE = 1 << 20  # bytes that are read and summed at a time: they stay in the processor's cache
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -36,6 +36,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class _About(NamedTuple):
@@ -91,7 +92,7 @@ class TensorFile:
                 size = os.fstat(file.fileno()).st_size
             self.metadata: Mapping[str, str] = _texts(header.pop("__metadata__", {}))
             self._about = {name: _about(raw) for name, raw in header.items()}
-            self._checksums = _checksums(self.metadata, self._about)
+            self._checksums = read_checksums(self.metadata, self._about)
             self._begin = _LENGTH + length
             missing = self._begin + _end(self._about.values()) - size
         except FileNotFoundError:
@@ -127,8 +128,8 @@ class TensorFile:
         about = self._about[name]
         tensor = (scratch or Scratch()).tensor(about.shape, about.dtype)
         checks = self._checksums is not None and name not in self._checked
-        found = _first_sum(about.dtype, about.shape)
-        into, done = _bytes(tensor), 0
+        found = first_sum(about.dtype, about.shape)
+        into, done = bytes_of(tensor), 0
         try:
             with self._file() as file:
                 file.seek(self._begin + about.begin)
@@ -169,45 +170,29 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         WriteError: If it cannot be written, as on a full disk.
     """
-    from safetensors.torch import save_file
-
     packed = {name: tensor.detach().cpu().resolve_neg().contiguous() for name, tensor in tensors.items()}
-    sums = {name: crc32(_bytes(one), _first_sum(one.dtype, one.shape)) for name, one in packed.items()}
-    checksums = json.dumps({"texts": _sum_of(metadata), "tensors": sums})
-    write_whole(file, lambda scratch: save_file(packed, scratch, metadata={**metadata, _CHECKSUMS: checksums}))
+    texts = with_checksums(metadata, packed)
+    write_whole(file, lambda scratch: _write(scratch, packed, texts))
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.reshape(-1)
-    if flat.stride() != (1,):  # numpy's empty arrays have another one
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    data: Any = flat.view(torch.uint8).numpy()
-    return memoryview(data)
-
-
-def _first_sum(dtype: torch.dtype, shape: Iterable[int]) -> int:
-    """Return what a checksum begins with: bytes of another dtype or shape are another tensor."""
-    return crc32(f"{dtype} {[*shape]}".encode())
-
-
-def _sum_of(texts: Mapping[str, str]) -> int:
-    return crc32(json.dumps({key: text for key, text in texts.items() if key != _CHECKSUMS}, sort_keys=True).encode())
-
-
-def _checksums(texts: Mapping[str, str], abouts: Mapping[str, _About]) -> Mapping[str, int] | None:
-    """Return the checksum of each tensor; None: the file has none.
-
-    Raises:
-        ValueError: If the texts are not what was written, or the names of the tensors.
-    """
-    if _CHECKSUMS not in texts:
-        return None
-    found = json.loads(texts[_CHECKSUMS])
-    if found["texts"] != _sum_of(texts) or found["tensors"].keys() != abouts.keys():
-        message = "its metadata are not what was written; their checksum differs"
-        raise ValueError(message)
-    sums: Mapping[str, int] = found["tensors"]
-    return sums
+def _write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file; unlike the package's, it is the same bytes each time, and its errors are those of the disk."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    # Long dtypes first, so that each tensor begins at a multiple of its values' size.
+    names, end = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)), 0
+    for name in names:
+        tensor, begin = tensors[name], end
+        end += tensor.nbytes
+        header[name] = {"dtype": _CODES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH)
+    parts: list[bytes | memoryview] = [len(text).to_bytes(_LENGTH, "little"), text]
+    parts += [bytes_of(tensors[name]) for name in names]
+    with file.open("wb", buffering=0) as written:
+        for part in parts:
+            rest = memoryview(part)
+            while rest:  # a plain write may take a part only
+                rest = rest[written.write(rest) :]
 
 
 def _texts(raw: Any) -> Mapping[str, str]:  # noqa: ANN401 - a part of a header
