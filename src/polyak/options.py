@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, WithJsonSchema
 
 from polyak.errors import ConfigError
 from polyak.frozen import Frozen
+from polyak.plain import Count, Steps
 from polyak.tensors.kernels import KernelName
 from polyak.tensors.matching import Match
 from polyak.tensors.policies import Buffers
-from polyak.tensors.storage import as_device, as_dtype
+from polyak.tensors.storage import LAST_DEVICE, as_device, as_dtype
 
 if TYPE_CHECKING:
     from polyak.strategy import Strategy
@@ -25,7 +26,7 @@ def _dtype_name(value: Any) -> Any:  # noqa: ANN401 - a validator takes whatever
 
 
 def _device_name(value: Any) -> Any:  # noqa: ANN401 - as above
-    found = as_device(value)
+    found = as_device(int(value) if isinstance(value, float) and value.is_integer() else value)
     return None if found is None else str(found)
 
 
@@ -35,8 +36,28 @@ def _globs(value: Any) -> Any:  # noqa: ANN401 - as above
 
 Globs = Annotated[tuple[str, ...] | None, BeforeValidator(_globs, json_schema_input_type=str | list[str] | None)]
 
-_END = 2**63
-"""Steps are kept as integers of 64 bits."""
+_DEVICES = (
+    "cpu|cuda|xpu|mps|meta|hpu|mtia|npu|maia|xla|hip|ipu|ve|fpga|vulkan|lazy|privateuseone|mkldnn|ideep|opengl|opencl"
+)
+_INDEX = "[0-9]|[1-9][0-9]|1[01][0-9]|12[0-7]"
+_DEVICE = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "string", "pattern": f"^({_DEVICES})(:({_INDEX}))?$"},
+            {"type": "integer", "minimum": 0, "maximum": LAST_DEVICE},
+            {"type": "null"},
+        ]
+    }
+)
+_DTYPE = WithJsonSchema(
+    {
+        "anyOf": [
+            {"enum": ["auto", "float32", "float64", "bfloat16", "float16"]},
+            {"type": "string", "pattern": r"^(torch\.)?(bfloat16|float16|float32|float64|half|float|double)$"},
+        ]
+    }
+)
+
 
 _OPEN = frozenset({"match", "origin", "kernel", "buffers", "device", "dtype", "include", "exclude"})
 """The options whose default leaves the choice open."""
@@ -50,9 +71,9 @@ class Options(Frozen):
         ('*.weight',)
     """
 
-    start: Annotated[int, Field(ge=0, lt=_END)] = 0
+    start: Steps = 0
     """The first optimiser step that may be averaged."""
-    every: Annotated[int, Field(gt=0, lt=_END)] = 1
+    every: Count = 1
     """Average one optimiser step in so many; decays are raised to this power."""
     origin: Literal["initial", "first"] | None = None
     """Whether the weights at construction count ("initial") or the first update replaces them ("first").
@@ -65,9 +86,9 @@ class Options(Frozen):
     """Globs of tensors to leave alone."""
     match: Match | None = None
     """How a model's tensors find their averages: by name or by order. None: the strategy's default, else by name."""
-    device: Annotated[str | None, BeforeValidator(_device_name, json_schema_input_type=str | None)] = None
+    device: Annotated[str | None, BeforeValidator(_device_name), _DEVICE] = None
     """Where the average lives; None: with the model."""
-    dtype: Annotated[str, BeforeValidator(_dtype_name, json_schema_input_type=str)] = "auto"
+    dtype: Annotated[str, BeforeValidator(_dtype_name), _DTYPE] = "auto"
     """How precisely the average is stored; "auto": as the model, but float32 for shorter floats."""
     nonfinite: Literal["skip", "raise", "propagate"] = "skip"
     """What an update does with weights that hold NaN or infinities."""

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
+from pydantic import Field
 from pydantic_core import PydanticKnownError, core_schema
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["plain"]
+__all__ = ["Count", "Steps", "plain"]
+
+Count = Annotated[int, Field(gt=0, lt=2**63)]
+"""How many there are of something: at least one, and an integer of 64 bits."""
+Steps = Annotated[int, Field(ge=0, lt=2**63)]
+"""A number of steps, or the step at which something begins."""
 
 _VALUES = {"default", "expected", "metadata", "serialization"}  # parts of a core schema that are no schemas
 _INTEGER: Final = "int_type"
@@ -37,7 +43,8 @@ def _is_truth(value: object) -> bool:
 def _integer(value: Any) -> Any:  # noqa: ANN401 - a validator takes whatever the user wrote
     if isinstance(value, (str, bytes)) or _is_truth(value):
         raise PydanticKnownError(_INTEGER)
-    return int(value) if isinstance(value, Integral) else value
+    whole = isinstance(value, float) and value.is_integer()  # pydantic takes those up to 2**63 only
+    return int(value) if whole or isinstance(value, Integral) else value
 
 
 def _number(value: Any) -> Any:  # noqa: ANN401 - as above

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from polyak.config.explain import explain
 from polyak.config.files import read, render, write
-from polyak.config.schema import with_strategies
+from polyak.config.schema import OneOfTheInstalled, for_files
 from polyak.engine import Engine
 from polyak.errors import ConfigError, UnknownStrategyError
 from polyak.options import Options
@@ -65,7 +65,7 @@ class AveragerConfig(Options):
         True
     """
 
-    strategy: Annotated[SerializeAsAny[Strategy], BeforeValidator(_resolve)] = EMA()
+    strategy: Annotated[SerializeAsAny[Strategy], BeforeValidator(_resolve), OneOfTheInstalled()] = EMA()
     """The strategy: a name, or a mapping of its name and settings."""
 
     @classmethod
@@ -149,4 +149,4 @@ class AveragerConfig(Options):
     @override
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the JSON schema that an editor completes from: every strategy that is installed, by its name."""
-        return with_strategies(super().model_json_schema(*args, **kwargs), registry().strategies())
+        return for_files(super().model_json_schema(*args, **kwargs))

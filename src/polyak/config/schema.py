@@ -4,43 +4,49 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic.json_schema import models_json_schema
+from pydantic_core import core_schema
+
+from polyak.registry import registry
 
 if TYPE_CHECKING:
+    from pydantic import GetJsonSchemaHandler
+    from pydantic.json_schema import JsonSchemaValue
+    from pydantic_core import CoreSchema
+
     from polyak.registry import Strategies
     from polyak.strategy import Strategy
 
-__all__ = ["with_strategies"]
+__all__ = ["OneOfTheInstalled", "for_files"]
 
-_REF = "#/$defs/"
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
-def with_strategies(schema: dict[str, Any], strategies: Strategies) -> dict[str, Any]:
-    """Return the schema of a config whose ``strategy`` is one of these, by name alone or with settings.
+class OneOfTheInstalled:
+    """Describes a strategy: the name of an installed one, or a mapping of its name and settings.
 
-    Args:
-        schema: The schema of the config, as pydantic makes it.
-        strategies: All strategies that can be chosen.
+    As metadata of a field it holds in any model that has a config as a field, too.
     """
-    # One call for all, so that pydantic keeps classes apart that two plugins call the same.
-    refs, shared = models_json_schema([(cls, "validation") for cls in strategies.values()])
-    definitions = {**schema.get("$defs", {}), **shared.get("$defs", {})}
-    definitions.pop("Strategy", None)
-    branches, short = [], []
-    for cls in dict.fromkeys(strategies.values()):
-        ref = refs[cls, "validation"]
-        own = definitions[ref["$ref"].removeprefix(_REF)]
-        names = _names(cls, strategies)
-        own["description"] = own.get("description", "").split("\n\n")[0]
-        own["properties"]["name"] = {"enum": names}
-        own["required"] = sorted({"name", *own.get("required", [])})
-        branches.append(ref)
-        short += names if own["required"] == ["name"] else []
-    field = {key: value for key, value in schema["properties"]["strategy"].items() if key in {"default", "description"}}
-    field["anyOf"] = [{"enum": short, "type": "string"}, {"oneOf": branches}]
-    properties = {**schema["properties"], "strategy": field, "$schema": {"type": "string"}}
-    return {"$schema": _DRAFT, **schema, "$defs": definitions, "properties": properties}
+
+    def __get_pydantic_json_schema__(self, _: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        strategies = registry().strategies()
+        classes = [*dict.fromkeys(strategies.values())]
+        # As one union, so that pydantic refers to each of them by name.
+        references = handler(core_schema.union_schema([cls.__pydantic_core_schema__ for cls in classes]))["anyOf"]
+        branches, short = [], []
+        for cls, reference in zip(classes, references, strict=True):
+            own = handler.resolve_ref_schema(reference)
+            names = _names(cls, strategies)
+            own["description"] = own.get("description", "").split("\n\n")[0]
+            own["properties"]["name"] = {"enum": names}
+            branches.append({**reference, "required": sorted({"name", *reference.get("required", [])})})
+            short += names if {*own.get("required", [])} <= {"name"} else []
+        return {"anyOf": [{"enum": short, "type": "string"}, {"oneOf": branches}]}
+
+
+def for_files(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a config as that of a file, which may name the schema it follows."""
+    properties = {**schema["properties"], "$schema": {"type": "string"}}
+    return {"$schema": _DRAFT, **schema, "properties": properties}
 
 
 def _names(cls: type[Strategy], strategies: Strategies) -> list[str]:

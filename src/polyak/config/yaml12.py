@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 from typing_extensions import override
@@ -34,8 +34,8 @@ _CORE = {
 class _Loader(yaml.SafeLoader):
     """Counts what it composes, and refuses what grows, what is too deep and what is given twice."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - filled below, as PyYAML does
-    yaml_constructors: dict[str | None, Any] = {}  # noqa: RUF012 - as above
+    yaml_implicit_resolvers: dict[Any, list[tuple[str, Any]]] = {}  # noqa: RUF012 - declared so by the stubs;  # filled below, as PyYAML does
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {}
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -44,7 +44,8 @@ class _Loader(yaml.SafeLoader):
 
     @override
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        anchor, mark, before = self.peek_event().anchor, self.peek_event().start_mark, self._seen
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]  # the stubs lack its types
+        anchor, mark, before = event.anchor, event.start_mark, self._seen
         if self.check_event(yaml.AliasEvent):
             self._count(self._sizes.get(anchor, _MOST + 1), mark)
             return super().compose_node(parent, index)
@@ -96,7 +97,7 @@ for _name in ("null", "bool", "float", "str", "seq", "map"):
     _tag = f"tag:yaml.org,2002:{_name}"
     _Loader.add_constructor(_tag, yaml.SafeLoader.yaml_constructors[_tag])
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_core_int)
-_Loader.add_constructor(None, yaml.SafeLoader.construct_undefined)
+_Loader.yaml_constructors[None] = yaml.SafeLoader.yaml_constructors[None]  # which refuses every other tag
 
 
 def load_yaml(text: str) -> Any:  # noqa: ANN401 - whatever the file holds

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import PositiveInt
 from typing_extensions import override
 
 from polyak.elementwise import at_most
+from polyak.plain import Count
 from polyak.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class BlockMean(Strategy):
     elementwise: ClassVar[bool] = True
 
     name: Literal["block_mean"] = "block_mean"
-    length: PositiveInt
+    length: Count
     """Optimiser steps in a block."""
 
     @override

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import override
 
+from polyak.plain import Count
 from polyak.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -16,6 +17,16 @@ if TYPE_CHECKING:
 __all__ = ["HalfLifeEMA"]
 
 _NEEDS = {"samples": "batch_size", "tokens": "tokens_per_step", "epochs": "steps_per_epoch", "fraction": "total_steps"}
+_NULL: Any = {"type": "null"}
+_RULES: list[Any] = [
+    {
+        "properties": {"unit": {"const": unit}, **{other: _NULL for other in _NEEDS.values() if other != field}},
+        "required": ["unit", field],
+        "not": {"properties": {field: _NULL}},
+    }
+    for unit, field in _NEEDS.items()
+]
+_NONE: Any = {"properties": {"unit": {"const": "steps"}, **dict.fromkeys(_NEEDS.values(), _NULL)}}
 _SHORTEST = 1e-9  # steps of mean age, for which the half-life is a twentieth of a step and only the last weights count
 
 
@@ -38,6 +49,9 @@ class HalfLifeEMA(Strategy):
         7.8125
     """
 
+    # What the validator says, for editors.
+    model_config = ConfigDict(json_schema_extra={"anyOf": [_NONE, *_RULES]})
+
     source: ClassVar[str] = "Composer, EMA(half_life=...); Busbridge et al. 2023, arXiv:2307.13813"
     elementwise: ClassVar[bool] = True
 
@@ -46,13 +60,13 @@ class HalfLifeEMA(Strategy):
     """What it takes until a step counts half, in ``unit``."""
     unit: Literal["steps", "samples", "tokens", "epochs", "fraction"] = "steps"
     """What ``halflife`` is measured in; "fraction": in parts of the whole run."""
-    batch_size: PositiveInt | None = None
+    batch_size: Count | None = None
     """Samples per optimiser step, all devices and accumulated batches together; for "samples"."""
-    tokens_per_step: PositiveInt | None = None
+    tokens_per_step: Count | None = None
     """Tokens per optimiser step; for "tokens"."""
     steps_per_epoch: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Optimiser steps per epoch; for "epochs"."""
-    total_steps: PositiveInt | None = None
+    total_steps: Count | None = None
     """Optimiser steps of the whole run; for "fraction"."""
 
     @model_validator(mode="after")

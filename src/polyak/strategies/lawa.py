@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import PositiveInt
 from typing_extensions import override
 
 from polyak.elementwise import at_most
+from polyak.errors import ConfigError
+from polyak.plain import Count
 from polyak.recursion import Shares
 from polyak.strategy import Move, Strategy
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from polyak.clock import Clock
 
 __all__ = ["LAWA"]
+
+_MOST = 100_000  # copies, for which the names alone take a tenth of a second
 
 
 class LAWA(Strategy):
@@ -44,7 +47,7 @@ class LAWA(Strategy):
     elementwise: ClassVar[bool] = True
 
     name: Literal["lawa"] = "lawa"
-    window: PositiveInt = 10
+    window: Count = 10
     """How many snapshots are kept and averaged."""
 
     @override
@@ -54,6 +57,9 @@ class LAWA(Strategy):
 
     @override
     def slots(self) -> tuple[str, ...]:
+        if self.window > _MOST:
+            message = f"window={self.window:,} keeps as many copies of the model; expected at most {_MOST:,}"
+            raise ConfigError(message)
         return tuple(f"snapshot_{i}" for i in range(self.window))
 
     @override

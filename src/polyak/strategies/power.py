@@ -6,7 +6,7 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import override
 
 from polyak.strategy import Strategy
@@ -77,6 +77,11 @@ class PowerEMA(Strategy):
         >>> PowerEMA(gamma=1).rate(Clock(n=2, step=2))
         0.75
     """
+
+    # What the validator says, for editors.
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"properties": {key: {"type": "null"}}} for key in ("sigma_rel", "gamma")]}
+    )
 
     source: ClassVar[str] = "Karras et al. 2023, arXiv:2312.02696, section 3.1; ema-pytorch 0.8.3, KarrasEMA"
     elementwise: ClassVar[bool] = True

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from typing_extensions import override
 
 from polyak.elementwise import at_least, at_most
+from polyak.plain import Count
 from polyak.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class TailAveraging(Strategy):
     name: Literal["tail"] = "tail"
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     """The part of the run that is averaged, in (0, 1]."""
-    total_steps: PositiveInt | None = None
+    total_steps: Count | None = None
     """Optimiser steps of the whole run; None: not known, an approximation at every moment."""
 
     @override

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import NonNegativeInt
 from typing_extensions import override
 
 from polyak.elementwise import at_least, at_most, where
+from polyak.plain import Steps
 from polyak.strategies.ema import Decay, decay_of
 from polyak.strategy import Strategy
 
@@ -42,7 +42,7 @@ class TFEMA(Strategy):
     name: Literal["ema_tf"] = "ema_tf"
     decay: Decay = 0.999
     """What one optimiser step keeps of the average at the most, in [0, 1)."""
-    follow: NonNegativeInt = 0
+    follow: Steps = 0
     """Optimiser steps during which the average follows the weights; diffusers' ``update_after_step`` plus 1."""
 
     @override

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field
 from typing_extensions import override
 
 from polyak.elementwise import at_least, at_most, where
+from polyak.plain import Steps
 from polyak.strategies.ema import Decay, decay_of
 from polyak.strategy import Strategy
 
@@ -118,7 +119,7 @@ class EMAV3(Strategy):
     """What one update keeps of the average at the most, in [0, 1)."""
     min_decay: Decay = 0.0
     """What one update keeps at the least, during warm-up."""
-    update_after_step: NonNegativeInt = 0
+    update_after_step: Steps = 0
     """Optimiser steps during which the average follows the weights."""
     use_warmup: bool = False
     """Whether the decay rises from 0 towards ``decay``."""

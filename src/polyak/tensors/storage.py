@@ -33,6 +33,8 @@ __all__ = [
     "unfit",
 ]
 
+LAST_DEVICE = 127
+"""The largest index of a device that torch keeps."""
 _SHORT_FLOATS = {dtype for name, dtype in vars(torch).items() if name.startswith("float8")} | {
     torch.float16,
     torch.bfloat16,
@@ -122,17 +124,24 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return found
 
 
-def as_device(device: str | torch.device | None) -> torch.device | None:
+def as_device(device: str | int | torch.device | None) -> torch.device | None:
     """Return the device meant by an option, or None for the model's own.
 
     Raises:
-        ConfigError: It names no device that this torch knows.
+        ConfigError: If it names no device that this torch knows.
     """
+    if device is None:
+        return None
     try:
-        return None if device is None else torch.device(device)
-    except RuntimeError:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    # torch wraps numbers above 127 around, and takes True for 1.
+    wrapped = isinstance(device, int) and not 0 <= device <= LAST_DEVICE
+    if found is None or isinstance(device, bool) or wrapped or (found.index or 0) < 0:
         message = f"got {shown(device)}; expected None (with the model) or a device such as 'cpu' or 'cuda:0'"
-        raise ConfigError(message) from None
+        raise ConfigError(message)
+    return found
 
 
 def storage_dtype(live: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
