@@ -34,7 +34,7 @@ _CORE = {
 class _Loader(yaml.SafeLoader):
     """Counts what it composes, and refuses what grows, what is too deep and what is given twice."""
 
-    yaml_implicit_resolvers: dict[Any, list[tuple[str, Any]]] = {}  # noqa: RUF012 - declared so by the stubs;  # filled below, as PyYAML does
+    yaml_implicit_resolvers: dict[Any, list[tuple[str, Any]]] = {}  # noqa: RUF012 - the stubs declare it so
     yaml_constructors: ClassVar[dict[str | None, Any]] = {}
 
     def __init__(self, text: str) -> None:
