@@ -9,22 +9,19 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
 from typing_extensions import override
 
 from polyak.binding import Binding
 from polyak.cadence import Progress
-from polyak.configurable import Configurable
+from polyak.computing import Computing
 from polyak.describe import describe
 from polyak.errors import AppliedError, StateError
 from polyak.export import averaged_state_dict, gathered, overwrite_model
 from polyak.history import History
-from polyak.replica import Replica
 from polyak.settings import Settings, resumed
 from polyak.state import State, dump, parse
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.storage import Stored
-from polyak.tensors.swap import in_force
 from polyak.validation import SavedState
 
 if TYPE_CHECKING:
@@ -45,12 +42,11 @@ class Received(NamedTuple):
     state: State
 
 
-class Engine(Configurable):
+class Engine(Computing):
     """The averager that ``polyak.average`` makes; see ``polyak.Averager`` for its methods."""
 
     restored = False
     """Whether a state was loaded: the average goes on from another process's, or from an earlier moment."""
-    _replica: Replica | None = None
 
     # What it is
 
@@ -122,30 +118,10 @@ class Engine(Configurable):
         self._current()
         try:
             with self._binding.applied(self._current):
-                self._repoint()
+                self.keep_in_step()
                 yield
         finally:
-            self._repoint()
-
-    @property
-    @override
-    def module(self) -> nn.Module:
-        plan = self._current()
-        if self._replica is None or not self._replica.fits(plan):
-            self._replica = Replica(plan, self._repoint)
-        self._repoint()
-        return self._replica.module
-
-    def _repoint(self) -> None:
-        if self._replica is not None:
-            # Before the first update the values may change without being counted.
-            moment = (id(self._state.stored), self.n, *in_force) if self.n else None
-            if moment is None or moment != self._replica.moment:
-                self._replica.follow(self.averages, moment)
-
-    @override
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
+            self.keep_in_step()
 
     # Saving
 
@@ -195,11 +171,13 @@ class Engine(Configurable):
         """Go on from a state."""
         self._state, self._binding.plan = received.state, None
         self._settings = received.settings
+        if self._averaged is not None:
+            self._averaged.moment = None
         self.restored = True
         if self._sources is not None:
             self._sources.forget()
         self._capture()
-        self._repoint()
+        self.keep_in_step()
 
     def restart(self) -> None:
         """Forget what was averaged: the next update begins anew, at the cadence of before."""
@@ -224,7 +202,7 @@ class Engine(Configurable):
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self._strategy, self.options = saved["strategy"], saved["options"]
-        self._knows, self._replica, self._warned, self.listeners = bool, None, set(), []
+        self._knows, self._averaged, self._warned, self.listeners = bool, None, set(), []
         self.restored = True
         self._pending, self._captured, self._outdated, self._guards = None, None, False, 0
         self._binding = Binding(None, self.options)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from polyak.averaged_module import undisturbed
 from polyak.engine import Engine
 from polyak.errors import ConfigError, ModelError
 from polyak.moments import Moments, joined
@@ -82,7 +83,7 @@ def _recalibrate(
     if exact and len(layers) > 1 and iter(batches) is batches:
         message = f"exact=True reads the batches {len(layers)} times; give a list or a loader, not an iterator"
         raise ConfigError(message)
-    with torch.no_grad(), _prepared(module, layers) as saved:
+    with torch.no_grad(), undisturbed(module), _prepared(module, layers) as saved:
         rounds = [[layer] for layer in _order_of_use(module, layers, batches, run)] if exact else [layers]
         measured: dict[_BatchNorm, Moments] = {}
         for i, group in enumerate(rounds):

@@ -99,6 +99,8 @@ class Updating(WithSources, Averager):
             self._pending = turn, moving, os.getpid()
             if not self._guards:
                 turn.plan.offload.release()
+            if self.is_followed:
+                self.synchronize()
             return None
 
     @override
@@ -196,6 +198,8 @@ class Updating(WithSources, Averager):
             self._warn(now.order, complaint)
         if not now.due:
             state.progress = state.progress.seen(now)
+            if not state.progress.n:
+                self.keep_in_step()
             return None
         clock = state.progress.clock(now, lr)
         rate = self._rate(clock)
@@ -216,8 +220,17 @@ class Updating(WithSources, Averager):
             return
         if self._binding.model is None:
             self._binding.model = turn.root
+        self.keep_in_step()
         for listener in self.listeners:
             listener(self, turn.clock)
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether anyone holds a module that computes with the average, by whatever method and at any time."""
+        return False
+
+    def keep_in_step(self) -> None:
+        """Refresh such a module."""
 
     def _rate(self, clock: Clock) -> float:
         first = clock.n == 1 and self.options.origin == "first"

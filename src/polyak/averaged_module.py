@@ -1,0 +1,247 @@
+"""The module that computes with the average: the model's structure around tensors of its own."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import contextmanager
+from sys import getrefcount
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from polyak.module_attributes import Attributes
+from polyak.module_build import built, copyable, rewriting, version
+from polyak.module_copy import Copier
+from polyak.tensors.entries import PLAIN, modules_of, walk
+from polyak.tensors.kernels.eager import copy_all
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from polyak.module_build import Held
+    from polyak.tensors.plan import Plan
+
+__all__ = ["AveragedModule", "undisturbed"]
+
+
+class _Read(NamedTuple):
+    """The model's tensor that a copy was made of, and what tells whether either has changed since."""
+
+    live: Tensor
+    address: int
+    version: int
+    own: int
+
+
+class AveragedModule:
+    """The eval-mode module of an averager, which ``follow`` keeps in step.
+
+    A parameter shares the memory of its average where that is stored in the model's dtype and on its device. All else
+    is a copy: converted averages; buffers, which a forward in train mode writes; tensors that are not averaged; and
+    all tensors below a module with its own ``train()`` or ``eval()``, which may merge weights in place.
+
+    Args:
+        plan: The plan of the averager's own model.
+        look: Returns what is called before each forward of the module; None once there is no averager.
+
+    Attributes:
+        root: The module.
+        moment: The moment of the average that the module holds; None if it has to be read again.
+    """
+
+    def __init__(self, plan: Plan, look: Callable[[], Callable[[], None] | None]) -> None:
+        self.moment: object = None
+        model = copyable(plan)
+        self._plan, self._made_for = ref(plan), _signature(plan)
+        with torch.inference_mode(mode=False), torch.no_grad():
+            self.root, held = built(plan, model)
+        self._parts = [part for _, part in modules_of(self.root)]
+        theirs = [part for _, part in modules_of(model)]
+        counterparts: dict[int, Any] = {id(one.source.tensor): one.tensor for one in held}
+        counterparts |= {id(a): b for a, b in zip(theirs, self._parts, strict=True)}
+        self._attributes = Attributes(theirs, self._parts, Copier(model, counterparts))
+        self._rewriting = [*rewriting(self.root)]
+        self._shared = [one for one in held if one.shares]
+        self._own = [one for one in held if one.average and not one.shares]
+        self._kept = [one for one in held if not one.average]
+        self._read: dict[int, _Read] = {}
+        self._written: list[int] = []
+        # TorchScript takes no hooks: such a module is brought up to date only where the averager is asked for it.
+        if not isinstance(self.root, torch.jit.ScriptModule):
+            hooks = self.root._forward_pre_hooks  # noqa: SLF001 - a registered hook would be copied, pickled and scripted
+            self.root._forward_pre_hooks = _Hooks(hooks, look)  # noqa: SLF001 - as above
+        self._tensors = [one.tensor for one in held]
+        self._form = self._formed()
+        self._counted = [*self._parts, *self._tensors]
+        self._counts = [1 << 62] * len(self._counted)
+
+    def fits(self, plan: Plan) -> bool:
+        """Return whether the model and the module still have the modules, tensors, dtypes and devices of the start."""
+        if self._plan() is not plan:
+            if self._made_for != _signature(plan):
+                return False
+            self._plan = ref(plan)
+        return self._form == self._formed()
+
+    def is_held(self) -> bool:
+        """Return whether anything else refers to a module or tensor of it; the first call counts what is normal."""
+        counts = [*map(getrefcount, self._counted)]
+        # References that only waited for the garbage collector are gone for good.
+        self._counts = [*map(min, counts, self._counts)]
+        return counts != self._counts
+
+    def follow(self, averages: Callable[[], Mapping[str, Tensor]], moment: object) -> None:
+        """Compute with the average of a moment from now on; costs little if the module holds it already.
+
+        Args:
+            averages: Returns the tensor that holds the average now, by name.
+            moment: The moment; None if the average may have changed without being counted.
+        """
+        with torch.inference_mode(mode=False), torch.no_grad():
+            changed = self._attributes.follow()
+            if moment is None or moment != self.moment or (changed and self._rewriting):
+                self._write(averages())
+                self.moment = moment
+            elif not self.root.training and self._written != self._versions():
+                self._take([one for one in self._own if one.buffer], averages())  # a forward in train mode wrote them
+            self._take(self._kept, {})
+        self._written = self._versions()
+
+    def _write(self, averages: Mapping[str, Tensor]) -> None:
+        with self._rewritten():
+            for one in self._shared:
+                if one.average in averages:
+                    _point(one.tensor, averages[one.average])
+            self._take(self._own, averages)
+
+    @contextmanager
+    def _rewritten(self) -> Iterator[None]:
+        """Let modules that merge their weights merge anew, from the weights and flags that the model has."""
+        if not self._rewriting:
+            yield
+            return
+        modes = {part: part.training for part in self._parts}
+        self._attributes.reset({part for top in self._rewriting for part in top.modules()})
+        for one in self._kept:
+            if not one.buffer:
+                self._read.pop(id(one.tensor), None)
+        yield
+        self._take(self._kept, {})
+        for top in self._rewriting:
+            top.train(modes[top])
+        for part, training in modes.items():
+            part.training = training
+
+    def _take(self, held: Sequence[Held], averages: Mapping[str, Tensor]) -> None:
+        """Copy averages, or what changed of the model's own tensors, into tensors of the module."""
+        pairs = []
+        for one in held:
+            source = averages.get(one.average) if one.average else self._changed(one)
+            if source is not None:
+                one.put_back()
+                pairs.append((one, source.detach()))
+        plain = [(one.tensor, source) for one, source in pairs if _plain(one.tensor, source)]
+        if plain:
+            copy_all([tensor for tensor, _ in plain], [source for _, source in plain])
+        for one, source in pairs:
+            if one.tensor.shape != source.shape:
+                one.tensor.data = source.to(one.tensor.device, one.tensor.dtype, copy=True)
+            elif not _plain(one.tensor, source):
+                one.tensor.copy_(source)
+        for one, _ in pairs:
+            if not one.average and (live := one.live()) is not None:
+                self._read[id(one.tensor)] = _Read(live, _address(live), version(live), one.writes())
+
+    def _changed(self, one: Held) -> Tensor | None:
+        """Return the model's tensor that a tensor is a copy of; None if it is up to date, or the module's own now."""
+        live, read = one.live(), self._read.get(id(one.tensor))
+        if live is None or read is None:
+            return live
+        if one.buffer:
+            # Statistics that a teacher in train mode measured itself stay its own.
+            return live if read.own == one.writes() else None
+        same = live is read.live and _address(live) == read.address and -1 < version(live) == read.version
+        return None if same else live
+
+    def _versions(self) -> list[int]:
+        return [version(one.tensor) for one in self._own if one.buffer]
+
+    def _formed(self) -> list[object]:
+        """Return the modules and parameters of the module and their forms, which tools in place change."""
+        registries = [registry for p in self._parts for registry in (p._parameters, p._modules)]  # noqa: SLF001 - named_parameters() is slow
+        return [
+            *(id(value) for registry in registries for value in registry.values()),
+            *map(type, self._parts),
+            *((tensor.dtype, tensor.device) for tensor in self._tensors),
+        ]
+
+
+class _Hooks(OrderedDict[int, Any]):
+    """The forward pre-hooks of a module with one more that only its own forward sees: copies and scripts have none."""
+
+    def __init__(self, hooks: Mapping[int, Any], look: Callable[[], Callable[[], None] | None]) -> None:
+        super().__init__(hooks)
+        self.look = look
+        self.paused = False
+
+    def __bool__(self) -> bool:
+        return True
+
+    @override
+    def items(self) -> Any:
+        return ((-1, self._before), *super().items())
+
+    def _before(self, module: nn.Module, _: object) -> None:
+        # What compiles, exports or traces the module must not see the averager too.
+        if self.paused or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]  # torch's own
+            return
+        if (look := self.look()) is not None and not getattr(module, "_is_replica", False):  # nn.DataParallel's
+            look()
+
+    @override
+    def __reduce__(self) -> tuple[type[OrderedDict[int, Any]], tuple[list[tuple[int, Any]]]]:
+        return OrderedDict, ([*super().items()],)
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Let the forwards of an averager's module leave its tensors as they are."""
+    hooks = module._forward_pre_hooks  # noqa: SLF001 - as in AveragedModule
+    if not isinstance(hooks, _Hooks):
+        yield
+        return
+    hooks.paused = True
+    try:
+        yield
+    finally:
+        hooks.paused = False
+
+
+def _signature(plan: Plan) -> tuple[object, ...]:
+    model = cast("nn.Module", plan.model)
+    averaged = {id(entry.tensor) for entry in plan.entries}
+    others = tuple(
+        (entry.aliases, entry.tensor.shape, entry.tensor.dtype, entry.tensor.device)
+        for entry in walk(model)
+        if id(entry.tensor) not in averaged
+    )
+    layouts = ((s.aliases, t.shape, t.dtype, t.device) for s, t in zip(plan.stored, plan.live, strict=True))
+    return tuple(model.modules()), others, *layouts
+
+
+def _point(tensor: Tensor, average: Tensor) -> None:
+    if (tensor.dtype, tensor.device) != (average.dtype, average.device):
+        tensor.data = average.to(tensor.device, tensor.dtype, copy=True)
+    elif tensor.data_ptr() != average.data_ptr() or tensor.shape != average.shape:
+        tensor.data = average.data
+
+
+def _plain(tensor: Tensor, source: Tensor) -> bool:
+    return type(tensor) in PLAIN and type(source) in PLAIN and tensor.shape == source.shape
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if type(tensor) in PLAIN else id(tensor)
