@@ -46,7 +46,8 @@ class Held(NamedTuple):
 
     def live(self) -> Tensor | None:
         """Return the model's tensor; None if it has another shape now."""
-        found = _registry(self.source, buffer=self.buffer).get(self.source.key)
+        registry, key = _registry(self.source, buffer=self.buffer), self.source.key
+        found = registry[key] if key in registry else None  # noqa: SIM401 - TorchScript's have no get()
         return None if found is None or found.shape != self.tensor.shape else found
 
     def writes(self) -> int:
@@ -56,8 +57,9 @@ class Held(NamedTuple):
 
     def put_back(self) -> None:
         """Put a buffer back in its place, if a forward put another one there."""
-        if self.buffer:
-            _registry(self.place, buffer=True)[self.place.key] = self.tensor
+        registry = _registry(self.place, buffer=self.buffer)
+        if self.buffer and registry[self.place.key] is not self.tensor:
+            registry[self.place.key] = self.tensor
 
 
 def copyable(plan: Plan) -> nn.Module:
