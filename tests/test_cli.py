@@ -141,7 +141,7 @@ def test_an_error_is_one_line_and_no_traceback(site, polyak_says, monkeypatch):
     distribute(site, "breaks-import", "import nowhere_to_be_found")
     monkeypatch.setenv("POLYAK_STRICT_PLUGINS", "1")
     status, out, err = polyak_says("plugins")
-    assert status == 1
+    assert status == 2
     assert out.count("\n") <= 1
     assert err.startswith("polyak: the plugin 'breaks-import' of breaks-import 1.0 cannot be used: ModuleNotFoundError")
     assert "Traceback" not in err
@@ -155,7 +155,7 @@ def test_the_schema_goes_to_standard_output_or_into_a_file(polyak_says, tmp_path
     assert polyak_says("schema", "-o", str(tmp_path / "a.json"))[:2] == (0, "")
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == out
     status, _, err = polyak_says("schema", "--output", str(tmp_path / "absent" / "a.json"))
-    assert status == 1
+    assert status == 2
     assert re.fullmatch(r"polyak: the file '.*a\.json' cannot be written: .*No such file or directory.*\n", err)
 
 

@@ -21,7 +21,7 @@ def main() -> None:
     try:
         app(prog_name="polyak")
     except PolyakError as error:
-        sys.exit(_told(str(error), 1))
+        sys.exit(_told(str(error), 2))
 
 
 def _told(message: str, code: int) -> int:

@@ -56,7 +56,9 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     except Exception as error:  # each format reports a full disk by an error of its own
         reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         message = f"the file {str(file)!r} cannot be written: {reason}. Make room, or give another path."
-        raise WriteError(message) from error
+        problem = WriteError(message)
+        problem.errno = getattr(error, "errno", None)
+        raise problem from error
 
 
 def check_target(file: Path) -> None:

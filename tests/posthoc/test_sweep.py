@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import polyak
-from polyak import ConfigError, Profile, StateError
+from polyak import ConfigError, PolyakWarning, Profile, StateError
 from polyak.posthoc import Store, sweep
 from posthoc.runs import counted
 
@@ -176,3 +179,91 @@ def test_what_evaluates_to_no_number_is_refused(noisy):
         sweep(noisy[0], lambda state: None, grid())
     with pytest.raises(StateError, match="there is no snapshot up to step 3"):
         sweep(noisy[0], loss, grid(), at_step=3)
+
+
+@pytest.mark.parametrize("code", [0, None, 3, "bye"], ids=str)
+def test_an_evaluation_that_ends_the_process_is_an_error_with_the_metrics_so_far(noisy, tmp_path, code):
+    calls = []
+
+    def evaluate(state):
+        calls.append(1)
+        return sys.exit(code) if len(calls) == 3 else 0.25
+
+    with pytest.raises(ConfigError, match=r"ended the process by sys\.exit") as error:
+        sweep(noisy[0], evaluate, grid(), output=tmp_path / "best.safetensors")
+    assert error.value.__notes__ == ["Metrics so far: half-life 10: 0.25, half-life 20: 0.25"]
+    assert not (tmp_path / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("CUDA out of memory"), KeyboardInterrupt()], ids=repr)
+def test_what_an_evaluation_raises_comes_with_the_metrics_so_far(noisy, tmp_path, raised):
+    calls = []
+
+    def evaluate(state):
+        calls.append(1)
+        if len(calls) == 2:
+            raise raised
+        return 0.5
+
+    with pytest.raises(type(raised)) as error:
+        sweep(noisy[0], evaluate, grid(), output=tmp_path / "best.safetensors")
+    assert error.value.__notes__ == ["Metrics so far: half-life 10: 0.5"]
+
+
+def test_a_best_average_that_cannot_be_written_stays_in_memory_and_says_where_it_should_have_gone(noisy, tmp_path):
+    file = tmp_path / "best.safetensors"
+
+    def evaluate(state):
+        file.mkdir(exist_ok=True)  # what would be refused before the first evaluation
+        return loss(state)
+
+    with pytest.warns(PolyakWarning, match=r"best\.safetensors' cannot be written.*in memory"):
+        found = sweep(noisy[0], evaluate, grid(), output=file)
+    assert found.file is None
+    assert loss(found.synthesis.state_dict) == found.best.metric
+    found.synthesis.save(tmp_path / "elsewhere.safetensors")
+    assert loss(load_file(tmp_path / "elsewhere.safetensors")) == found.best.metric
+
+
+FULL = """
+import json, resource, signal, sys, warnings, torch, polyak
+warnings.simplefilter("ignore")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+folder = sys.argv[1]
+averager = polyak.average(torch.nn.Linear(300, 300), "ema", decay=0.9)
+with polyak.posthoc.Recorder(averager, folder + "/run", every=2, blocks=False):
+    for step in range(4):
+        averager.update()
+made = polyak.posthoc.synthesize(folder + "/run", "swa")
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+calls = {
+    "pt": lambda: polyak.save(averager, folder + "/x.pt"),
+    "safetensors": lambda: polyak.save(averager, folder + "/x.safetensors"),
+    "bank": lambda: polyak.save(polyak.bank(torch.nn.Linear(300, 300), {"a": "ema"}), folder + "/x.pt"),
+    "synthesis": lambda: made.save(folder + "/x.safetensors"),
+    "folder": lambda: polyak.distributed.save(averager, folder + "/x"),
+    "recorder": lambda: (polyak.posthoc.Recorder(averager, folder + "/other", every=1), averager.update()),
+    "sweep": lambda: polyak.posthoc.sweep(folder + "/run", lambda state: 1.0, ["swa"]).file,
+}
+said = {}
+for name, call in calls.items():
+    try:
+        said[name] = str(call())
+    except Exception as error:
+        said[name] = [base.__name__ for base in type(error).__mro__]
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of resources are POSIX's")
+def test_a_full_disk_is_an_error_of_polyak_everywhere_and_leaves_nothing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said.pop("sweep") == "None"
+    assert "PolyakError" in said.pop("folder")
+    assert all({"WriteError", "PolyakError", "OSError"} <= {*bases} for bases in said.values()), said
+    assert {path.name for path in tmp_path.iterdir()} <= {"run", "other", ".x.new"}
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".polyak-")]

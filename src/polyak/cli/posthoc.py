@@ -121,6 +121,8 @@ def sweep(
             title = f"The {name} of averages of one run, at step {step:,}"
             picture(plot, lambda axes: found.plot(axes, label=f"{name} ({_BETTER[mode]})"), title)
             typer.echo(f"drawn: {plot}")
+        if found.file is None:
+            raise typer.Exit(2)  # a warning has said why
 
 
 def _function(name: str) -> Callable[[Any], float]:
@@ -132,6 +134,9 @@ def _function(name: str) -> Callable[[Any], float]:
         raise ConfigError(message)
     try:
         found = imported(name)
+    except (SystemExit, typer.Exit) as error:
+        message = f"{name!r} cannot be imported: its module ends the process; guard that by if __name__ == '__main__'"
+        raise ConfigError(message) from error
     except (AttributeError, ModuleNotFoundError) as error:
         no_module = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
         no_function = isinstance(error, AttributeError) and module in sys.modules
@@ -142,7 +147,15 @@ def _function(name: str) -> Callable[[Any], float]:
     if not callable(found):
         message = f"{name!r} is {found!r}; expected a function that takes a state dict and returns a number"
         raise ConfigError(message)
-    called: Callable[[Any], float] = found
+
+    def called(state: Any) -> float:  # noqa: ANN401 - a state dict
+        try:
+            value: float = found(state)
+        except typer.Exit as error:  # which would end the command as if it had succeeded
+            message = f"{name} ended the command with the exit code {error.exit_code}; expected a number"
+            raise ConfigError(message) from error
+        return value
+
     return called
 
 
@@ -194,7 +207,7 @@ def _show(found: Sweep) -> None:
         )
     if len(found.rows) > 1 and found.best in {found.rows[0], found.rows[-1]}:
         typer.echo("The best one is at the end of what was tried; a better one may lie beyond.")
-    typer.echo(f"best: {found.best.label}, written: {found.file}")
+    typer.echo(f"best: {found.best.label}, written: {found.file or 'nowhere'}")
 
 
 def _described(snapshot: Snapshot) -> tuple[str, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from polyak.errors import ConfigError
+from polyak.errors import ConfigError, PolyakWarning, WriteError
 from polyak.posthoc.made import Synthesis, check_savable
 from polyak.posthoc.store import Store
 from polyak.posthoc.synthesis import Target, combine, nearest, target_profile, warn_of_poor
@@ -18,7 +19,7 @@ from polyak.strategy import Strategy
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from matplotlib.axes import Axes
     from torch import Tensor
@@ -54,7 +55,7 @@ class Sweep:
         rows: One for each target, in the order of their half-lives.
         best: The best row.
         synthesis: The best average.
-        file: Where the best average was saved; None where it was not.
+        file: Where the best average was saved; None: it could not be written, and is in ``synthesis``.
     """
 
     rows: list[Row]
@@ -112,8 +113,14 @@ def sweep(
         output: A ``.safetensors`` file for the best average; None: ``best.safetensors`` in the folder.
 
     Raises:
-        StateError: There are no snapshots, or damaged ones, or of different models.
-        ConfigError: A wrong target or mode, no target, or a metric that is no number.
+        StateError: If there are no snapshots, or damaged ones, or of different models.
+        ConfigError: If a target or the mode is wrong, there is no target, a metric is no number, or ``evaluate`` ends
+            the process by ``sys.exit()``.
+
+    What ``evaluate`` raises is raised, with a note of the metrics so far.
+
+    Warns:
+        PolyakWarning: If the best average cannot be written, as on a full disk. It is in ``Sweep.synthesis``.
 
     Often confused with: a sweep of training runs. Here one run is evaluated many times; choose by held-out data that
     is not the test set, as with any other setting.
@@ -154,7 +161,8 @@ def sweep(
     order = sorted(zip(wanted.items(), fits, strict=True), key=lambda one: one[0][1].half_life)
     for (label, profile), found in track(order, "trying averages"):
         made = combine(snapshots, found, profile, step)
-        row = Row(label, profile.half_life / step, _metric(evaluate, made), made.profile_error, made.amplification)
+        metric = _metric(evaluate, made, rows)
+        row = Row(label, profile.half_life / step, metric, made.profile_error, made.amplification)
         rows.append(row)
         if math.isfinite(row.metric) and (best is None or (row.metric < best[0].metric) == (mode == "min")):
             best = row, made
@@ -162,17 +170,50 @@ def sweep(
         message = "every metric was NaN or infinite; check evaluate()"
         raise ConfigError(message)
     warn_of_poor(fits_of[best[0].label])
-    best[1].save(file)
-    return Sweep(rows, *best, file)
+    return Sweep(rows, *best, _saved(best[1], file))
 
 
-def _metric(evaluate: Callable[[dict[str, Tensor]], float], made: Synthesis) -> float:
-    value = evaluate({key: tensor.clone() for key, tensor in made.state_dict.items()})  # to do with as it likes
+def _saved(made: Synthesis, file: Path) -> Path | None:
+    try:
+        made.save(file)
+    except WriteError as error:  # the evaluations may have taken hours
+        warnings.warn(
+            f"{error} The best average is in memory: sweep(...).synthesis.save(path)", PolyakWarning, stacklevel=3
+        )
+        return None
+    return file
+
+
+def _metric(evaluate: Callable[[dict[str, Tensor]], float], made: Synthesis, rows: Sequence[Row]) -> float:
+    """Return what an average is worth.
+
+    Args:
+        evaluate: Returns it.
+        made: The average.
+        rows: What was evaluated before.
+    """
+    state = {key: tensor.clone() for key, tensor in made.state_dict.items()}  # to do with as it likes
+    try:
+        value = evaluate(state)
+    except SystemExit as error:
+        message = (
+            f"evaluate() ended the process by sys.exit({error.code!r}); expected a number. Let it return its metric"
+        )
+        raise _noted(ConfigError(message), rows) from error
+    except BaseException as error:
+        _noted(error, rows)
+        raise
     try:
         return float(value)
     except (TypeError, ValueError) as error:
         message = f"evaluate() returned {value!r}; expected a number"
         raise ConfigError(message) from error
+
+
+def _noted(error: BaseException, rows: Sequence[Row]) -> BaseException:
+    if rows:
+        error.add_note("Metrics so far: " + ", ".join(f"{row.label}: {row.metric:.6g}" for row in rows))
+    return error
 
 
 def _labelled(targets: Mapping[str, Target] | Iterable[Target] | None, step: int) -> dict[str, Target]:
