@@ -977,3 +977,99 @@ def test_what_people_write_by_habit_is_read_as_an_editor_reads_it_or_refused(nam
     else:
         config = polyak.AveragerConfig.from_file(tmp_path / name)
         assert attrgetter(wanted[0])(config) == wanted[1]
+
+
+# Attributes that averages of other libraries have
+
+ATTRIBUTES = {
+    "step": "averager.update()",
+    "update_parameters": "averager.update()",
+    "store": "averager.applied()",
+    "restore": "averager.applied()",
+    "apply_shadow": "averager.applied()",
+    "copy_to_": "averager.copy_to()",
+    "ema": "averager.module",
+    "shadow_params": "averager.averages",
+    "ema_state_dict": "averager.averaged_state_dict()",
+    "n_averaged": "averager.n",
+    "decay": "averager.strategy",
+    "save": "polyak.save(averager, path)",
+    "to": "polyak.average(model, ..., device=, dtype=)",
+    "update_bn": "polyak.recalibrate(averager, batches)",
+    "updat": "Did you mean 'update'?",
+    "unheard_of": "has no attribute 'unheard_of'.",
+}
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_an_attribute_of_another_library_is_answered_with_what_serves_here(name):
+    averager = polyak.average(mlp())
+    with pytest.raises(polyak.AttributeAccessError, match=re.escape(ATTRIBUTES[name])) as caught:
+        getattr(averager, name)
+    assert isinstance(caught.value, AttributeError)
+    assert not hasattr(averager, name)
+
+
+def test_a_bank_sends_to_its_averages_what_only_they_have():
+    bank = polyak.bank(mlp(), {"a": "ema"})
+    for name, answer in (("copy_to", "bank['name'].copy_to"), ("n", "bank['name'].n"), ("step", "bank.update()")):
+        with pytest.raises(polyak.AttributeAccessError, match=re.escape(answer)):
+            getattr(bank, name)
+
+
+def test_a_property_that_fails_says_why_and_is_not_called_missing():
+    class Failing(nn.Linear):
+        def __deepcopy__(self, memo):
+            message = "of the model's own"
+            raise AttributeError(message)
+
+    averager = polyak.average(Failing(2, 2))
+    with pytest.raises((AttributeError, polyak.ModelError)) as caught:
+        averager.module.no_such_thing  # noqa: B018 - reading it is the test
+    assert "has no attribute 'module'" not in str(caught.value)
+
+
+CALLS = [
+    lambda averager: averager.update(weights=None),
+    lambda averager: averager.applied(1, 2, 3),
+    lambda averager: averager.copy_to(1, 2, 3),
+    lambda averager: averager.load_state_dict(),
+    lambda averager: averager.configure(0.5),
+    lambda averager: averager.no_such_thing,
+    lambda averager: setattr(averager, "no_such_thing", 1),
+    lambda averager: polyak.attach(averager, torch.optim.SGD([torch.zeros(1)], lr=0.1)),
+    lambda averager: polyak.save("average.pt", averager),
+    lambda averager: polyak.load("average.pt", averager),
+    lambda averager: polyak.save(mlp(), "average.pt"),
+    lambda averager: polyak.distributed.save("average", averager),
+    lambda averager: polyak.distributed.load("average", averager),
+    lambda averager: polyak.average(averager),
+    lambda averager: polyak.average(mlp(), averager),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_messages_speak_of_averagers(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Exception) as caught:
+        call(polyak.average(mlp()))
+    assert "Engine" not in str(caught.value)
+    assert re.search("[Aa]verager", str(caught.value))
+    assert list(tmp_path.iterdir()) == []
+
+
+SWAPPED_AVERAGERS = [
+    lambda averager, optimizer: polyak.attach(averager, optimizer),
+    lambda averager, optimizer: polyak.save("average.pt", averager),
+    lambda averager, optimizer: polyak.load("average.pt", averager),
+    lambda averager, optimizer: polyak.distributed.save("average", averager),
+    lambda averager, optimizer: polyak.distributed.load("average", averager),
+    lambda averager, optimizer: polyak.save("average.pt", polyak.bank(mlp(), {"a": "ema"})),
+]
+
+
+@pytest.mark.parametrize("call", SWAPPED_AVERAGERS)
+def test_an_averager_in_the_second_place_is_asked_about(call):
+    model = mlp()
+    with pytest.raises(polyak.ArgumentError, match="are the arguments swapped"):
+        call(polyak.average(model), torch.optim.SGD(model.parameters(), lr=0.1))

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from typing_extensions import override
 
-from polyak.errors import AppliedError, ConfigError, MismatchError, UnboundError
+from polyak.attributes import AttributeHints
+from polyak.errors import AppliedError, ArgumentError, ConfigError, MismatchError, UnboundError
+from polyak.shown import shown, type_name
 from polyak.sources import Source, Sources
 from polyak.stepping import inner_optimizer, makes_state, step_hooks
 from polyak.tensors.entries import identity, walk
@@ -120,6 +122,12 @@ def attach(optimizer: Optimizer, averager: _Updates) -> Attachment:
 def attached(optimizer: Optimizer, update: Update) -> Attachment:
     """Do what ``attach`` says with a hook that is given."""
     averager = update.averager
+    if isinstance(optimizer, AttributeHints):
+        message = (
+            f"attach() got the {type_name(optimizer)} first and {shown(averager)} after it: are the arguments swapped? "
+            "The optimiser comes first: polyak.attach(optimizer, averager)"
+        )
+        raise ArgumentError(message)
     if any(isinstance(hook, Update) and hook.averager is averager for hook in step_hooks(optimizer).values()):
         message = "this averager is attached to this optimiser already, and would be updated twice per step"
         raise ConfigError(message)
@@ -216,7 +224,7 @@ def _refuse_no_averager(averager: object) -> None:
     except (AttributeError, TypeError, ValueError):
         fits = False
     if not fits:
-        message = f"got {type(averager).__name__} as the averager; expected what polyak.average() returns"
+        message = f"got {type_name(averager)} as the averager; expected what polyak.average() returns"
         raise ConfigError(message)
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from polyak.attributes import AttributeHints
+from polyak.errors import ArgumentError
+from polyak.shown import shown, type_name
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from contextlib import AbstractContextManager
@@ -14,7 +18,7 @@ if TYPE_CHECKING:
     from polyak.strategy import Strategy
     from polyak.tensors.entries import Model
 
-__all__ = ["Averager"]
+__all__ = ["Averager", "refuse_other"]
 
 
 @runtime_checkable
@@ -197,3 +201,27 @@ class Averager(Protocol):
 
     def describe(self) -> str:
         """Return in words what is done with every tensor: policy, storage, kernel, bytes."""
+
+
+def refuse_other(call: str, value: object, other: object, second: str) -> None:
+    """Refuse what is no averager, and ask about swapped arguments.
+
+    Args:
+        call: The name of the function.
+        value: What was given as the averager.
+        other: What was given after it.
+        second: The name of that argument.
+
+    Raises:
+        ArgumentError: If ``value`` is no averager and no bank.
+    """
+    if isinstance(value, AttributeHints):
+        return
+    if isinstance(other, AttributeHints):
+        message = (
+            f"{call}() got {shown(value)} first and the {type_name(other)} after it: are the arguments swapped? "
+            f"It is polyak.{call}({type_name(other)}, {second})"
+        )
+    else:
+        message = f"{call}() got {shown(value)} as the averager; expected what polyak.average() returns"
+    raise ArgumentError(message)

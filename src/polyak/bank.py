@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
+from polyak.attributes import AttributeHints
+from polyak.averager import Averager
 from polyak.captured import recording
 from polyak.errors import AttributeAccessError, UnknownAverageError
 from polyak.shown import shown
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
 
-    from polyak.averager import Averager
     from polyak.engine import Engine
     from polyak.tensors.entries import Model
     from polyak.tensors.plan import Plan
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Bank"]
 
 
-class Bank(WithSources, Mapping[str, "Averager"]):
+class Bank(AttributeHints, WithSources, Mapping[str, "Averager"]):
     """Several averages of one model, by name; made by ``polyak.bank``. Each is a whole averager.
 
     An update reads the weights once and moves all averages that are due; each is exactly what it would be alone
@@ -49,6 +50,9 @@ class Bank(WithSources, Mapping[str, "Averager"]):
         >>> averages.load_state_dict(saved)
     """
 
+    _kind = "bank"
+    _public = "Bank"
+
     def __init__(self, averagers: Mapping[str, Engine]) -> None:
         self._averagers = dict(averagers)
         self._movers: dict[tuple[int, ...], tuple[list[Plan], Mover]] = {}
@@ -60,6 +64,13 @@ class Bank(WithSources, Mapping[str, "Averager"]):
             message = f"the bank's {name!r} cannot be set; its averages have settings: bank[{first!r}].configure(...)"
             raise AttributeAccessError(message)
         super().__setattr__(name, value)
+
+    @classmethod
+    @override
+    def _hint(cls, name: str) -> str:
+        if hasattr(Averager, name) and not name.startswith("_"):
+            return f" Its averages have one: bank['name'].{name}"
+        return super()._hint(name)
 
     @override
     def __getitem__(self, name: str) -> Averager:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
+from polyak.attributes import AttributeHints
 from polyak.errors import AttributeAccessError
 from polyak.settings import Settings, advice, configured
 from polyak.updating import Updating
@@ -19,7 +20,7 @@ _OWN = frozenset({"options", "listeners"})
 """The attributes without an underscore that only an instance has."""
 
 
-class Configurable(Updating):
+class Configurable(AttributeHints, Updating):
     """An averager whose settings can change in the middle of a run."""
 
     @property

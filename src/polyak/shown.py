@@ -10,7 +10,7 @@ from typing_extensions import override
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["brief", "listed", "shown"]
+__all__ = ["brief", "listed", "shown", "type_name"]
 
 _WIDTH = 100
 _LINES = 10
@@ -53,6 +53,16 @@ def shown(value: object) -> str:
         ('0.5', 100)
     """
     return _SHORT.repr(value)
+
+
+def type_name(value: object) -> str:
+    """Return the name of a value's type; an averager is an averager, whatever class makes it.
+
+    Examples:
+        >>> type_name(0.5)
+        'float'
+    """
+    return str(getattr(type(value), "_kind", type(value).__name__))
 
 
 def listed(names: Iterable[str]) -> str:

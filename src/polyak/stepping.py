@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch.optim import Optimizer
 
 from polyak.errors import ConfigError
+from polyak.shown import type_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,7 +25,7 @@ def step_hooks(optimizer: Optimizer) -> Mapping[int, object]:
     hooks: Mapping[int, object] | None = getattr(optimizer, "_optimizer_step_post_hooks", None)
     if hooks is None:
         message = (
-            f"got {type(optimizer).__name__}, which has no step hooks; give the torch.optim.Optimizer itself "
+            f"got {type_name(optimizer)}, which has no step hooks; give the torch.optim.Optimizer itself "
             "(of accelerate's wrapper: its .optimizer), or call averager.update() yourself after each real step "
             "(DeepSpeed: after engine.step())"
         )

@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import torch
 
 from polyak.atomic import check_target, open_regular, write_whole
+from polyak.averager import refuse_other
 from polyak.checkpoints.tensor_file import TensorFile, write_tensors
 from polyak.errors import ConfigError, MissingExtraError, StateError
 from polyak.shown import brief
@@ -63,6 +64,7 @@ def save(averager: Averager | Bank, path: str | os.PathLike[str]) -> None:
         >>> other.n
         1
     """
+    refuse_other("save", averager, path, "path")
     file = Path(path)
     suffix = _suffix(file)
     check_target(file)
@@ -108,6 +110,7 @@ def load(averager: Averager | Bank, path: str | os.PathLike[str]) -> None:
         Traceback (most recent call last):
         polyak.errors.StateError: there is no file 'missing.pt'; expected what polyak.save() wrote
     """
+    refuse_other("load", averager, path, "path")
     file = Path(path)
     suffix = _suffix(file)
     if file.is_dir() or not file.exists():

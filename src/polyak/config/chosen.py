@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from polyak.errors import ArgumentError, ConfigError
-from polyak.shown import listed, shown
+from polyak.shown import listed, shown, type_name
 from polyak.strategy import Strategy
 
 __all__ = ["AnyStrategy", "refuse_swapped", "written"]
@@ -59,7 +59,7 @@ def refuse_swapped(call: str, model: object, other: object) -> None:
     """
     if _is_model(other) and not _is_model(model):
         message = (
-            f"{call}() got {shown(model)} as the model and a {type(other).__name__} after it: are the arguments "
+            f"{call}() got {shown(model)} as the model and a {type_name(other)} after it: are the arguments "
             f"swapped? The model comes first: polyak.{call}(model, ...)"
         )
         raise ArgumentError(message)

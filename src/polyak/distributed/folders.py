@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from polyak.averager import refuse_other
 from polyak.distributed.place import KEY, Place
 from polyak.distributed.sync import asked, check_counters, check_one_average, members, rank
 from polyak.distributed.translated import metadata, translated
@@ -60,6 +61,7 @@ def save(averager: Averager | Bank, folder: str | os.PathLike[str], *, group: Pr
         >>> other.n
         1
     """
+    refuse_other("distributed.save", averager, folder, "folder")
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
@@ -97,6 +99,7 @@ def load(averager: Averager | Bank, folder: str | os.PathLike[str], *, group: Pr
         Traceback (most recent call last):
         polyak.errors.StateError: 'missing' cannot be loaded: there is no such folder. Nothing was loaded.
     """
+    refuse_other("distributed.load", averager, folder, "folder")
     from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
     place = Place(Path(folder).absolute())

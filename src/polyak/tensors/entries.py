@@ -12,6 +12,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from polyak.errors import ModelError
+from polyak.shown import type_name
 from polyak.tensors.wrappers import is_sparsity, unwrap
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _tensors_of(model: Model) -> Iterator[Entry]:
             yield from _own_tensors(prefix, module)
         return
     if not isinstance(model, Mapping):
-        message = f"a model is a torch.nn.Module or a mapping of names to tensors; got {type(model).__name__}"
+        message = f"a model is a torch.nn.Module or a mapping of names to tensors; got {type_name(model)}"
         raise ModelError(message)
     for name, tensor in model.items():
         if not isinstance(tensor, Tensor):
