@@ -9,7 +9,7 @@ from torch import nn
 
 from polyak.bank import Bank
 from polyak.engine import Engine
-from polyak.errors import ConfigError, PolyakWarning, UnboundError
+from polyak.errors import ConfigError, MismatchError, PolyakWarning, UnboundError
 from polyak.options import Options
 from polyak.posthoc.snapshot import Layout
 from polyak.strategies import SWA
@@ -18,12 +18,23 @@ from polyak.tensors.wrappers import plain_name, unwrap
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
+    from torch import Size, Tensor
 
     from polyak.averager import Averager
     from polyak.tensors.entries import Model
 
-__all__ = ["block_means", "engines_of", "fastest_of", "last_before", "layout_of", "model_of", "start_of", "weights_of"]
+__all__ = [
+    "block_means",
+    "engines_of",
+    "fastest_of",
+    "last_before",
+    "layout_of",
+    "model_of",
+    "refuse_growth",
+    "shapes_of",
+    "start_of",
+    "weights_of",
+]
 
 
 def engines_of(averager: Averager | Bank) -> dict[str, Engine]:
@@ -85,10 +96,37 @@ def _plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {plain_name(model, key): value for key, value in model.state_dict(keep_vars=True).items()}
 
 
+def shapes_of(engine: Engine) -> dict[str, Size]:
+    """Return the shape of each average that is in the model's state dict, which is that of all snapshots."""
+    return {s.name: s.shape for s in engine.stored if s.persistent and s.policy == "average"}
+
+
+def refuse_growth(engine: Engine, shapes: Mapping[str, Size]) -> None:
+    """Refuse an average that cannot be combined with what was recorded before.
+
+    Raises:
+        MismatchError: If an average came, went or changed shape since.
+    """
+    now = shapes_of(engine)
+    if changed := sorted(name for name in now.keys() | shapes.keys() if now.get(name) != shapes.get(name)):
+        message = (
+            f"{changed[0]} came, went or changed shape while it was recorded, and no average of such snapshots means "
+            "anything; build the recorder after the first forward, or copy this buffer: buffers={name: 'copy'}"
+        )
+        raise MismatchError(message)
+
+
 def weights_of(engine: Engine, layout: Layout) -> dict[str, Tensor]:
-    """Return an average of a model's state dict by canonical name; what it leaves alone is the model's own."""
-    averages = engine.averages
+    """Return an average of a model's state dict by canonical name; what it leaves alone is the model's own.
+
+    Raises:
+        MismatchError: If the model dropped a tensor.
+    """
     live = {entry.name: entry.slots[0].tensor for entry in engine.entries()}
+    if gone := [name for name in layout.dtypes if name not in live]:
+        message = f"{gone[0]} is no longer in the model, and all snapshots are of one; record into another folder"
+        raise MismatchError(message)
+    averages = engine.averages
     return {name: averages.get(name, live[name]) for name in layout.dtypes}
 
 

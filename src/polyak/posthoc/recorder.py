@@ -11,7 +11,17 @@ import numpy as np
 
 from polyak.errors import ConfigError, StateError
 from polyak.posthoc.folder import Folder
-from polyak.posthoc.followed import block_means, engines_of, fastest_of, last_before, layout_of, start_of, weights_of
+from polyak.posthoc.followed import (
+    block_means,
+    engines_of,
+    fastest_of,
+    last_before,
+    layout_of,
+    refuse_growth,
+    shapes_of,
+    start_of,
+    weights_of,
+)
 from polyak.posthoc.snapshot import safetensors
 from polyak.profile import Profile
 from polyak.tensors.storage import as_dtype
@@ -108,6 +118,7 @@ class Recorder:
         meshes = [one.spread.mesh for one in stored if one.spread]
         self._folder = Folder(self.directory, layout, dtype=short, keep=keep, meshes=meshes)
         self._at_start = start_of(self._engines, layout)
+        self._shapes = {name: shapes_of(engine) for name, engine in self._series().items()}
         self._listeners = [(engine, self._listener(name)) for name, engine in self._engines.items()]
         for engine, listener in self._listeners:
             engine.listeners.append(listener)
@@ -187,6 +198,7 @@ class Recorder:
         engine = self._series()[name]
         if not engine.n:  # every update of a block was left out because of a NaN
             return
+        refuse_growth(engine, self._shapes[name])
         self._write_start()
         profile = engine.profile()
         step = int(profile.steps[-1])

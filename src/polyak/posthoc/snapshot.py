@@ -110,7 +110,7 @@ class Snapshot:
 
     def fits(self, other: Snapshot) -> bool:
         """Return whether both are of one model."""
-        names = [f"weights/{name}" for name in self.layout.dtypes]
+        names = [f"weights/{name}" for name in self.layout.averaged]  # the last snapshot's copies count alone
         return self.layout == other.layout and all(self.file.shape(name) == other.file.shape(name) for name in names)
 
     @cached_property
