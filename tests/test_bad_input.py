@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from contextlib import contextmanager
@@ -756,6 +757,47 @@ def test_inside_a_model_of_the_users_own_pydantic_collects_all_errors_with_their
     places = [error["loc"] for error in caught.value.errors()]
     assert places == [("lr",), ("ema", "every"), ("ema", "strategy", "decay"), ("short", "decay")]
     assert Train(ema={"strategy": "swa"}).ema.strategy == polyak.SWA()
+
+
+PROFILES = [
+    (lambda: polyak.Profile.of(polyak.BlockMean, 3), ValueError, ["length"]),
+    (lambda: polyak.Profile.of("ema", 3), TypeError, ["'ema'", "AveragerConfig(strategy='ema').profile(step)"]),
+    (lambda: polyak.Profile.of(polyak.EMA(), -3), ValueError, ["n: got -3", "from 0"]),
+    (lambda: polyak.Profile.of(polyak.EMA(), 2.5), ValueError, ["n: got 2.5", "an integer"]),
+    (lambda: polyak.Profile.of(polyak.EMA(), 10**15), ValueError, ["n: got 10000", "100,000,000"]),
+    (lambda: polyak.Profile.of(polyak.EMA(), 3, every=0), ValueError, ["every: got 0", "from 1"]),
+    (lambda: polyak.Profile.of(polyak.EMA(), 3, start=0.75), ValueError, ["start: got 0.75"]),
+    (lambda: polyak.Profile.of(polyak.EMA(), 3, origin="last"), ValueError, ["'last'", "'initial', 'first'"]),
+    (lambda: polyak.Profile.from_rates([math.nan]), ValueError, ["finite numbers"]),
+    (lambda: polyak.Profile.from_rates(["a"]), ValueError, ["finite numbers", "['a']"]),
+    (lambda: polyak.Profile.from_rates([0.5, 0.5], [1]), ValueError, ["2 shares and 1 steps"]),
+    (lambda: polyak.Profile.of(polyak.EMA(), 3).distance("swa"), TypeError, ["another profile", "'swa'"]),
+    (lambda: polyak.AveragerConfig().profile("a"), TypeError, ["step: got 'a'"]),
+    (lambda: polyak.AveragerConfig.of(None), TypeError, ["got None", "a mapping"]),
+    (lambda: polyak.AveragerConfig.of("ema"), TypeError, ["got 'ema'", "a mapping"]),
+    (lambda: polyak.AveragerConfig.from_file(None), TypeError, ["named by its path", "None"]),
+    (lambda: polyak.strategies()["emma"], KeyError, ["'emma'", "Known: ema"]),
+    (lambda: polyak.convert("ema", None, steps=100), TypeError, ["None as the family"]),
+    (lambda: polyak.convert("ema", "power", steps="a"), TypeError, ["steps='a'", "integers"]),
+    (lambda: polyak.recalibrate([], polyak.average(mlp())), TypeError, ["are the arguments swapped"]),
+    (lambda: polyak.recalibrate(None, []), TypeError, ["None as the averager"]),
+    (lambda: polyak.average(mlp(), "lawa", window=10**12), ValueError, ["window=1,000,000,000,000", "100,000"]),
+    (lambda: polyak.average(mlp(), device=True), ValueError, ["device: got True"]),
+    (lambda: polyak.average(mlp(), device=200), ValueError, ["device: got 200"]),
+]
+
+
+@pytest.mark.parametrize(("call", "builtin", "words"), PROFILES, ids=[words[0] for *_, words in PROFILES])
+def test_what_a_function_refuses_is_an_error_of_polyak(call, builtin, words):
+    with pytest.raises(polyak.PolyakError) as caught:
+        call()
+    assert isinstance(caught.value, builtin)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_profile_takes_a_class_whose_settings_have_defaults():
+    assert polyak.Profile.of(polyak.SWA, 4).shares.tolist() == [0.25] * 4
 
 
 # Names and habits from other libraries

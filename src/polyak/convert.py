@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from polyak.config import AveragerConfig
-from polyak.errors import ConfigError
+from polyak.errors import ArgumentError, ConfigError
 from polyak.profile import Profile
 from polyak.registry import registry
+from polyak.shown import shown
 from polyak.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -83,6 +85,9 @@ def convert(
         LAWA(name='lawa', window=17)
     """
     spacing = every if to_every is None else to_every
+    if not all(isinstance(number, Integral) for number in (steps, every, spacing)):
+        message = f"got steps={shown(steps)}, every={shown(every)} and to_every={shown(to_every)}; expected integers"
+        raise ArgumentError(message)
     if min(every, spacing) < 1 or steps < max(every, spacing):
         message = (
             f"there is no update in steps={steps!r} with every={every!r} and to_every={spacing!r}; give more steps"
@@ -106,6 +111,9 @@ def _named(strategy: str | Mapping[str, Any]) -> Strategy:
 
 def _family(to: str | type[Strategy], steps: int) -> type[Strategy]:
     family = registry().resolve(to) if isinstance(to, str) else to
+    if not (isinstance(family, type) and issubclass(family, Strategy)):
+        message = f"convert() got {shown(to)} as the family; expected a strategy's name or class, such as 'power'"
+        raise ArgumentError(message)
     if family.with_mean_age(1.0, steps) is None:
         known = [name for name, cls in registry().strategies().items() if cls.with_mean_age(1.0, steps) is not None]
         message = (

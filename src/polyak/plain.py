@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from pydantic import Field
 from pydantic_core import PydanticKnownError, core_schema
 
+from polyak.errors import ConfigError
+from polyak.shown import shown
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["Count", "Steps", "plain"]
+__all__ = ["Count", "Steps", "check_integer", "plain"]
 
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 """How many there are of something: at least one, and an integer of 64 bits."""
@@ -23,6 +26,17 @@ _INTEGER: Final = "int_type"
 _NUMBER: Final = "float_type"
 _FINITE: Final = "finite_number"
 _TRUTH: Final = "bool_type"
+
+
+def check_integer(name: str, value: object, least: int, most: int = 2**63 - 1) -> None:
+    """Refuse what is no integer in a range.
+
+    Raises:
+        ConfigError: If ``value`` is none.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
+        message = f"{name}: got {shown(value)}; expected an integer from {least} to {most:,}"
+        raise ConfigError(message)
 
 
 def plain(schema: Any) -> Any:  # noqa: ANN401 - a core schema is nested dicts and lists

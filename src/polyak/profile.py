@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from polyak.clock import Clocks
+from polyak.errors import ArgumentError, ConfigError, RateError
+from polyak.plain import check_integer
 from polyak.recursion import recursion_shares
+from polyak.shown import shown
+from polyak.strategy import Strategy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,9 +22,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    from polyak.strategy import Strategy
 
 __all__ = ["Profile"]
+
+_LONGEST = 100_000_000  # updates, whose profile has some gigabytes
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -54,19 +59,31 @@ class Profile:
     def __post_init__(self) -> None:
         if len(self.shares) != len(self.steps):
             message = f"got {len(self.shares)} shares and {len(self.steps)} steps; give one step per share"
-            raise ValueError(message)
+            raise ConfigError(message)
 
     @classmethod
     def from_rates(cls, rates: Iterable[float], steps: Iterable[int] | None = None) -> Self:
-        """Return the profile of these rates of one running tensor, at steps 1, 2, 3 … where none are given."""
-        shares = recursion_shares(np.fromiter(rates, np.float64))
+        """Return the profile of these rates of one running tensor, at steps 1, 2, 3 … where none are given.
+
+        Raises:
+            RateError: If a rate is no finite number.
+            ConfigError: If there are more or fewer steps than rates.
+        """
+        try:
+            numbers = np.fromiter(rates, np.float64)
+        except (TypeError, ValueError):
+            numbers = np.array([np.nan])
+        if not np.isfinite(numbers).all():
+            message = f"the rates are finite numbers, one for each update; got {shown(rates)}"
+            raise RateError(message)
+        shares = recursion_shares(numbers)
         s = np.arange(1, len(shares.updates) + 1) if steps is None else np.fromiter(steps, np.int64)
         return cls(shares.updates, s, shares.start)
 
     @classmethod
     def of(
         cls,
-        strategy: Strategy,
+        strategy: Strategy | type[Strategy],
         n: int,
         *,
         every: int = 1,
@@ -80,7 +97,7 @@ class Profile:
         A million updates take milliseconds for ``elementwise`` strategies.
 
         Args:
-            strategy: The strategy.
+            strategy: A strategy object, or a class whose settings all have defaults.
             n: The count of averaged updates.
             every: The optimiser steps from one to the next.
             start: The first optimiser step that may be averaged.
@@ -89,11 +106,29 @@ class Profile:
                 ``start``.
             lr: The learning rate, for strategies that use it.
 
+        Raises:
+            ArgumentError: If ``strategy`` is no strategy.
+            ConfigError: If a number or the origin is out of its range.
+
         Examples:
             >>> from polyak import SWA
             >>> Profile.of(SWA(), 4).shares.tolist()
             [0.25, 0.25, 0.25, 0.25]
         """
+        if isinstance(strategy, type) and issubclass(strategy, Strategy):
+            strategy = strategy()  # type: ignore[call-arg]  # every class that has a rate has a name
+        if not isinstance(strategy, Strategy):
+            message = f"Profile.of() got {shown(strategy)}; expected a strategy such as polyak.EMA(decay=0.999)"
+            if isinstance(strategy, (str, dict)):
+                message += f", or AveragerConfig(strategy={shown(strategy)}).profile(step)"
+            raise ArgumentError(message)
+        check_integer("n", n, 0, _LONGEST)
+        check_integer("every", every, 1)
+        check_integer("start", start, 0)
+        check_integer("first", 0 if first is None else first, 0)
+        if origin not in {None, "initial", "first"}:
+            message = f"origin: got {shown(origin)}; expected 'initial', 'first' or None (the strategy's own)"
+            raise ConfigError(message)
         begin = max(every, -(-start // every) * every) if first is None else first
         clocks = Clocks.regular(n, every=every, first=begin, lr=lr)
         rates = _rates(strategy, clocks)
@@ -166,6 +201,9 @@ class Profile:
             >>> round(Profile.of(EMA(decay=0.9), 100).distance(Profile.of(EMA(decay=0.99), 100)), 2)
             0.71
         """
+        if not isinstance(other, Profile):
+            message = f"a profile has a distance from another profile; got {shown(other)}"
+            raise ArgumentError(message)
         length = max(len(self.by_age), len(other.by_age))
         mine, theirs = (np.pad(p.by_age, (0, length - len(p.by_age))) for p in (self, other))
         return float(np.abs(mine - theirs).sum() + abs(self.start - other.start)) / 2

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from polyak.averaged_module import undisturbed
+from polyak.averager import refuse_other
 from polyak.engine import Engine
 from polyak.errors import ConfigError, ModelError
 from polyak.moments import Moments, joined
@@ -66,6 +67,8 @@ def recalibrate(
         >>> round(model[0].running_mean.item(), 3)
         3.0
     """
+    if not isinstance(target, nn.Module):
+        refuse_other("recalibrate", target, batches, "batches")
     if isinstance(target, Engine) and any(stored.spread for stored in target.stored):
         # Shards make no module of their own: the model computes with the average, and its statistics are put back.
         with target.applied():

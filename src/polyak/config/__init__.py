@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from numbers import Integral
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BeforeValidator, SerializeAsAny, SerializerFunctionWrapHandler, ValidationError, field_serializer
@@ -13,7 +14,7 @@ from polyak.config.explain import explain
 from polyak.config.files import read, render, write
 from polyak.config.schema import OneOfTheInstalled, for_files
 from polyak.engine import Engine
-from polyak.errors import ConfigError, UnknownStrategyError
+from polyak.errors import ArgumentError, ConfigError, UnknownStrategyError
 from polyak.options import Options
 from polyak.profile import Profile
 from polyak.registry import registry
@@ -73,8 +74,12 @@ class AveragerConfig(Options):
         """Return the config in a mapping, or say in words what is wrong with it.
 
         Raises:
+            ArgumentError: If ``data`` is no mapping.
             ConfigError: A wrong key or value: its location, what was got, what is allowed and the nearest known name.
         """
+        if not isinstance(data, Mapping):
+            message = f"{where}: got {shown(data)}; expected a mapping with 'strategy' and options"
+            raise ArgumentError(message)
         try:
             return cls.model_validate(dict(data))
         except ValidationError as error:
@@ -134,6 +139,9 @@ class AveragerConfig(Options):
             >>> AveragerConfig(strategy="swa", start=76).profile(100).effective_size
             25.0
         """
+        if not isinstance(step, Integral):
+            message = f"step: got {shown(step)}; expected the count of optimiser steps so far"
+            raise ArgumentError(message)
         least = 0 if counted_from <= 0 else self.every
         first = max(least, -(-self.start // self.every) * self.every)
         n = max(0, (step - first) // self.every + 1)

@@ -17,7 +17,7 @@ import yaml
 
 from polyak import atomic
 from polyak.config.yaml12 import dump_yaml, load_yaml
-from polyak.errors import ConfigError
+from polyak.errors import ArgumentError, ConfigError
 from polyak.shown import brief, shown
 
 __all__ = ["read", "render", "write"]
@@ -37,7 +37,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ConfigError: If the file is missing, malformed, too large, no regular file, of another type, or holds no table.
     """
-    file = Path(path)
+    file = _path(path)
     suffix = _suffix(file)
     text = _text(file)
     try:
@@ -108,7 +108,7 @@ def render(path: str | os.PathLike[str], data: Mapping[str, Any]) -> str:
     Raises:
         ConfigError: The file type is another, or TOML, which has no null, and the strategy needs one.
     """
-    suffix = _suffix(Path(path))
+    suffix = _suffix(_path(path))
     options = {key: value for key, value in data.items() if value is not None}
     if suffix == ".json":
         return json.dumps(options, indent=2) + "\n"
@@ -133,6 +133,14 @@ def write(path: str | os.PathLike[str], text: str) -> None:
     except OSError as error:
         message = f"the file {os.fspath(path)!r} cannot be written: {error}"
         raise ConfigError(message) from error
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path)
+    except TypeError:
+        message = f"a config file is named by its path; got {shown(path)}"
+        raise ArgumentError(message) from None
 
 
 def _named(file: Path) -> str:

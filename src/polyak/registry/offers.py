@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from inspect import isabstract
 from typing import NamedTuple
 
-from polyak.errors import PluginError
+from polyak.errors import PluginError, UnknownStrategyError
+from polyak.shown import listed, shown
 from polyak.strategy import Strategy
 
 __all__ = ["Offer", "Plugin", "Strategies", "checked", "normal"]
@@ -47,7 +48,7 @@ class Strategies(Mapping[str, type[Strategy]]):
         self._offers = dict(offers)
 
     def __getitem__(self, name: str) -> type[Strategy]:
-        return self._offers[name].strategy
+        return self._offer(name).strategy
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._offers)
@@ -60,7 +61,13 @@ class Strategies(Mapping[str, type[Strategy]]):
 
     def distribution(self, name: str) -> str:
         """Return the distribution that offers a name."""
-        return self._offers[name].distribution
+        return self._offer(name).distribution
+
+    def _offer(self, name: str) -> Offer:
+        if name not in self._offers:
+            message = f"no strategy is called {shown(name)}. Known: {listed(self._offers)}"
+            raise UnknownStrategyError(message)
+        return self._offers[name]
 
 
 def normal(name: str) -> str:
