@@ -9,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import polyak
 from models import ZOO, Conv, average_bits, drifting, mlp
-from polyak.tensors import watch
+from polyak.tensors import located
 
 
 def _is_current(averager):
@@ -17,19 +17,17 @@ def _is_current(averager):
     return binding.plan.is_current(binding.model)
 
 
-# Tensors are looked at in a compiled pass or in several of torch's; dictionaries by their versions, or compared.
-@pytest.fixture(params=["auto", "foreach", "no versions"])
+@pytest.fixture(params=["auto", "foreach", "no guard"])
 def kernel(request, monkeypatch):
-    if request.param != "no versions":
+    if request.param != "no guard":
         return request.param
-    monkeypatch.setattr(watch, "contents_of", lambda dicts: None)  # as where Python keeps none
-    return "foreach"
+    monkeypatch.setattr(located, "_guard", lambda tensors: located._refuses)  # as where torch has none
+    return "auto"
 
 
 def _averager(model=None, kernel="auto"):
     model = mlp() if model is None else model
     averager = polyak.average(model, "ema", decay=0.5, kernel=kernel)
-    assert (averager._binding.plan.watch._readings is not None) == (kernel == "auto")
     averager.update()
     assert _is_current(averager)
     return model, averager
@@ -54,8 +52,50 @@ def deleted_and_registered_again(model):
     model[0].bias = model[0]._parameters.pop("bias")  # the order of the dictionary as it was
 
 
+def filled_with_eights():
+    layer = nn.Linear(3, 5)
+    nn.init.constant_(layer.weight, 8.0)
+    return layer
+
+
+def another_dictionary_of_parameters(model):
+    model[0]._parameters = dict(filled_with_eights()._parameters)
+
+
+def another_dictionary_of_modules(model):
+    model._modules = {**model._modules, "0": filled_with_eights()}
+
+
+def updated_attributes(model):
+    model[0].__dict__.update(filled_with_eights().__dict__)
+
+
+def replaced_attributes(model):
+    model[0].__dict__ = filled_with_eights().__dict__
+
+
+def set_state(model):
+    model[0].__setstate__(filled_with_eights().__getstate__())
+
+
+def a_copy_of_the_dictionary_that_was_written_to(model):
+    model[0]._parameters = {**model[0]._parameters, "weight": filled_with_eights().weight}
+
+
 @pytest.mark.parametrize(
-    "change", [replaced_parameter, assigned_state_dict, replaced_module, deleted_and_registered_again]
+    "change",
+    [
+        replaced_parameter,
+        assigned_state_dict,
+        replaced_module,
+        deleted_and_registered_again,
+        another_dictionary_of_parameters,
+        another_dictionary_of_modules,
+        updated_attributes,
+        replaced_attributes,
+        set_state,
+        a_copy_of_the_dictionary_that_was_written_to,
+    ],
 )
 def test_a_replaced_tensor_is_noticed_and_followed(change, kernel):
     model, averager = _averager(kernel=kernel)
@@ -274,3 +314,149 @@ def test_what_a_wrapper_inside_wraps_is_watched():
     before = averager.averages["0.weight"].clone()
     averager.update()
     assert torch.equal(averager.averages["0.weight"], before.lerp(torch.full((2, 2), 7.0), 0.5))
+
+
+def test_an_equal_dictionary_in_the_place_of_another_is_watched_from_then_on(kernel):
+    model, averager = _averager(kernel=kernel)
+    model[0]._parameters = dict(model[0]._parameters)
+    averager.update()
+    before = averager.averages["0.weight"].clone()
+    model[0]._parameters["weight"] = filled_with_eights().weight
+    averager.update()
+    assert torch.allclose(averager.averages["0.weight"], (before + 8.0) / 2)
+
+
+class Scales(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
+        self.register_buffer("count", torch.ones(()))
+
+
+def equal_parameter(model):
+    model.one = nn.Parameter(torch.ones(()))
+
+
+def exchanged_names(model):
+    model._parameters = {"two": model.one, "one": model.two}
+
+
+def equal_buffer(model):
+    model.count = torch.ones(())
+
+
+@pytest.mark.parametrize("change", [equal_parameter, exchanged_names, equal_buffer])
+def test_another_tensor_of_the_same_single_value_is_noticed_and_followed(change, kernel):
+    model, averager = _averager(Scales(), kernel=kernel)
+    change(model)
+    assert not _is_current(averager)
+    averager.update()
+    with torch.no_grad():
+        model.one.fill_(3.0)
+    averager.update()
+    assert averager.averages["one"].item() == 2.0
+    assert averager.averages["two"].item() == 1.0
+
+
+class Alike(nn.Linear):
+    """Equal to every layer of its kind."""
+
+    def __eq__(self, other):
+        return isinstance(other, Alike)
+
+    __hash__ = nn.Module.__hash__
+
+
+def test_another_module_that_calls_itself_equal_is_noticed(kernel):
+    model, averager = _averager(nn.Sequential(Alike(3, 5)), kernel=kernel)
+    before = averager.averages["0.weight"].clone()
+    model[0] = Alike(3, 5)
+    averager.update()
+    assert torch.allclose(averager.averages["0.weight"], (before + model[0].weight) / 2)
+
+
+def negative_view(weight):
+    return torch._neg_view(weight)
+
+
+def conjugate_view(weight):
+    return weight.conj()
+
+
+def view_of_another_shape_and_back(weight):
+    return weight.t().contiguous().t()
+
+
+@pytest.mark.parametrize(
+    ("view", "dtype"),
+    [
+        (negative_view, torch.float32),
+        (negative_view, torch.complex64),
+        (conjugate_view, torch.complex64),
+        (view_of_another_shape_and_back, torch.float32),
+    ],
+)
+def test_another_view_of_the_same_numbers_is_averaged_as_it_reads(view, dtype, kernel):
+    model = nn.ParameterDict({"w": nn.Parameter(torch.randn(4, 3, dtype=dtype))})
+    averager = polyak.average(model, "ema", decay=0.5, kernel=kernel)
+    averager.update()
+    own = model["w"].data
+    for data in (view(own), own, view(own)):
+        before = averager.averages["w"].clone()
+        model["w"].data = data
+        averager.update()
+        assert torch.allclose(averager.averages["w"], (before + model["w"].detach()) / 2)
+
+
+def transposed(weight):
+    weight.t_()
+
+
+def flattened(weight):
+    weight.requires_grad_(False).resize_(15)
+
+
+def another_storage(weight):
+    weight.set_(torch.ones(3, 5))
+
+
+@pytest.mark.parametrize("change", [transposed, flattened, another_storage])
+def test_a_weight_that_is_reshaped_in_place_is_refused_before_anything_is_written(change, kernel):
+    model, averager = _averager(kernel=kernel)
+    before = average_bits(averager)
+    with torch.no_grad():
+        change(model[0].weight)
+    with pytest.raises(polyak.MismatchError):
+        averager.update()
+    assert (average_bits(averager), averager.n) == (before, 1)
+
+
+def test_frozen_tensors_are_compared_as_fast_as_before():
+    model, averager = _averager()
+    model.requires_grad_(False)
+    for _ in range(2):
+        averager.update()
+    located_now = averager._binding.plan.watch._located
+    assert located_now._guards[True](*located_now.tensors)
+
+
+@pytest.mark.parametrize("tie", ["made", "undone"])
+def test_a_tie_of_memory_is_noticed_where_one_of_its_ends_is_left_out(tie, kernel):
+    model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in ("one", "two")})
+    if tie == "undone":
+        model["two"].weight.data = model["one"].weight.data
+    averager = polyak.average(model, "ema", exclude="two.*" if tie == "made" else None, kernel=kernel)
+    averager.update()
+    model["two"].weight.data = model["one"].weight.data if tie == "made" else torch.ones(2, 2)
+    assert not _is_current(averager)
+
+
+def test_a_mapping_whose_order_or_names_change_is_noticed():
+    weights = {"a": torch.ones(2), "b": torch.ones(2)}
+    averager = polyak.average(weights, "ema", decay=0.5)
+    weights["a"], weights["b"] = weights["b"], weights["a"]
+    assert not _is_current(averager)
+    averager.update()
+    weights["c"] = weights.pop("b")
+    with pytest.raises(polyak.MismatchError):
+        averager.update()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from polyak.engine import Engine
-from polyak.tensors.kernels import reads
+from polyak.tensors.kernels import compiles
 from polyak.tensors.kernels.adamw import works
 from polyak.tensors.kernels.cpu import fits_copy
 
@@ -38,7 +38,7 @@ def of_averager(averager: object) -> str:
         )
     if options.capturable or options.kernel in {"foreach", "loop"}:
         return f"the averager has kernel={options.kernel!r}, capturable={options.capturable}"
-    if not (reads(options.kernel) and works()):
+    if not (compiles(options.kernel) and works()):
         return 'Numba is not installed or does not work here: pip install "polyak[fast]"'
     return ""
 

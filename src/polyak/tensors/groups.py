@@ -20,7 +20,7 @@ __all__ = ["Group", "Lane", "grouped"]
 
 
 class Located(Protocol):
-    """Knows whether live tensors were given other memory."""
+    """Knows whether tensors were given other memory."""
 
     @property
     def epoch(self) -> int:
@@ -34,7 +34,7 @@ class Lane(NamedTuple):
         stored: Its stored tensors.
         live: The live tensor of each.
         kernel: The kernel it asks for.
-        watch: Knows where the live tensors are.
+        watch: Knows whether the tensors were given other memory; it looks at the beginning of each call.
         agree: Makes one answer of all ranks' to whether the weights are finite; None where each decides alone.
     """
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from polyak.tensors.groups import Lane
 from polyak.tensors.kernels.eager import copy_all
 from polyak.tensors.kernels.threads import background
 from polyak.tensors.layout import dense
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
     from polyak.strategy import Move
     from polyak.tensors.generators import OwnGenerators
+    from polyak.tensors.groups import Lane
 
 __all__ = ["Offload", "crosses"]
 
@@ -28,12 +28,6 @@ __all__ = ["Offload", "crosses"]
 def crosses(average: Tensor, live: Tensor) -> bool:
     """Return whether a tensor on an accelerator is averaged on the CPU."""
     return average.is_cpu and not (live.is_cpu or live.is_meta)
-
-
-class _Unmoved:
-    """Stands for a watch: staging memory stays where it is."""
-
-    epoch = 0
 
 
 class Offload:
@@ -50,7 +44,7 @@ class Offload:
 
     def __init__(self, lane: Lane) -> None:
         self.staged = _staging(lane.live)
-        self.moves = Moves(Lane(lane.stored, self.staged, lane.kernel, _Unmoved(), lane.agree))
+        self.moves = Moves(lane._replace(live=self.staged))
         self._pairs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         # Buffers first: the next forward overwrites them, long before the optimiser overwrites the parameters.
         ordered = sorted(zip(lane.stored, self.staged, lane.live, strict=True), key=lambda one: one[0].kind != "buffer")

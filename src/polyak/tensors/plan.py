@@ -46,7 +46,7 @@ class Plan:
         self.live = [entry.tensor for entry in entries]
         self.adapter = adapter
         self._kernel, self._agree = kernel, adapter.agree(entries)
-        self.watch = Watch(model, self.live, kernel)
+        self.watch = Watch(model, self.live, [t for s in self.stored for t in (s.average, *s.slots.values())])
         pairs = zip(self.stored, self.live, strict=True)
         self.offload = Offload(self.lane) if any(crosses(s.average, t) for s, t in pairs) else None
         if self.offload is None:

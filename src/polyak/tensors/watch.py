@@ -1,195 +1,160 @@
-"""Notices every change of a model's structure without walking it."""
+"""Notices every change of a model's structure, and of where its tensors and the averages are, without a walk."""
 
 from __future__ import annotations
 
 from itertools import chain
-from operator import attrgetter, getitem, is_
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from polyak.errors import ModelError
 from polyak.tensors.entries import PLAIN, STRIDED, Model
-from polyak.tensors.kernels import KernelName, reads
-from polyak.tensors.kernels.readings import Contents, Layouts, contents_of, layouts_of
-from polyak.tensors.wrappers import dtensor
+from polyak.tensors.located import Located, Storages, plain, refuse_freed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["Watch"]
 
-_EMPTY: dict[str, Any] = {}  # for most modules hold nothing in most of their dictionaries
+_HOLDERS = attrgetter("_parameters", "_buffers", "_modules")
 _LAYOUT = (attrgetter("dtype"), attrgetter("device"), attrgetter("shape"))
 
 
 class Watch:
-    """Remembers a model's dictionaries and the layout of its tensors; comparing them is a few passes in C.
+    """Remembers what a model holds, in which memory, and where the averages are; a look is a few passes in C.
 
     Args:
         model: The model.
         live: Its tensors that are averaged or copied, as the adapter gives them.
-        kernel: The kernel that was asked for: whether a compiled pass may be made.
+        stored: What the averager keeps of them.
 
     Attributes:
         epoch: How often ``unchanged`` found tensors in other memory, as ``parameter.data = ...`` leaves them.
+
+    Raises:
+        ModelError: If tensors of the model have no memory.
+        StateError: If averages have none.
     """
 
-    def __init__(self, model: Model, live: Sequence[Tensor], kernel: KernelName = "auto") -> None:
-        holders = _holders(model)
-        # What TorchScript modules hold tensors in is no dict and cannot be watched: such a model is walked anew.
-        self._watchable = not isinstance(model, nn.Module) or all(isinstance(holder, dict) for holder in holders)
-        self._holders = holders if self._watchable else []
-        filled = [holder for holder in self._holders if holder]
-        self._copies = [dict(holder) if holder else _EMPTY for holder in self._holders]
-        # Comparing dictionaries finds equal keys with the same objects. Where a value is another object it is compared
-        # with the old one, and only tensors of several elements, which have no truth value, surely differ from it.
-        doubtful = [
-            (holder, key, value)
-            for holder in filled
-            for key, value in holder.items()
-            if not (_differs_from_others(value) and isinstance(holder, dict))
-        ]
-        self._doubtful = [*zip(*doubtful, strict=True)] or [(), (), ()]
-        # Two DTensors are compared by asking the other ranks, which may not be here: such models by their objects only.
-        kind = dtensor()
-        self._spread = kind is not None and any(isinstance(v, kind) for holder in filled for v in holder.values())
-        self._live = live
-        self._layouts = _layouts(live)
-        self._guard: Callable[..., bool] | None = None
-        held = [value for holder in filled for value in holder.values()]
-        known = {*map(id, held)}
-        everywhere = [*held, *(tensor for tensor in live if id(tensor) not in known)]
-        self._addressed = [t for t in everywhere if type(t) in PLAIN and t.layout is STRIDED]
-        self._addresses = [*map(Tensor.data_ptr, self._addressed)]
-        _refuse_freed(self._addressed)
-        everything = {*map(id, self._addressed)}.issuperset(map(id, live))
-        self._contents = contents_of(self._holders)
-        self._readings = layouts_of(self._addressed) if reads(kernel) and everything and self._addressed else None
+    def __init__(self, model: Model, live: Sequence[Tensor], stored: Sequence[Tensor]) -> None:
+        self._contents = _Contents(model) if isinstance(model, nn.Module) else _Items(model)
+        held = [value for value in self._contents.values if isinstance(value, Tensor)]
+        self._located = Located(plain([*held, *live]))
+        known = {*map(id, self._located.tensors)}
+        self._others = [tensor for tensor in live if id(tensor) not in known]
+        self._layouts = _layouts(self._others)
+        refuse_freed(self._located.tensors)
+        self._storages = Storages(stored)
         self.epoch = 0
-        for readings in (self._contents, self._readings):
-            if readings is not None:
-                readings.same()
-                readings.confirm()  # it is what was remembered above
 
     def unchanged(self) -> bool:
-        """Return whether the same places hold the same tensors in the same layout, and the same ones share memory."""
+        """Return whether the same places hold the same tensors in the same layout, and the same ones share memory.
+
+        Raises:
+            ModelError: If the memory of the model's tensors was freed.
+            StateError: If that of the averages was.
+        """
+        self.epoch += self._storages.moved()
         return (
-            self._watchable
-            and _confirmed(self._contents, self._same_objects)
-            and _confirmed(self._readings, lambda: self._compare_layouts() and self._same_ties())
+            self._contents.unchanged()
+            and self._located.same_layouts()
+            and (not self._others or _layouts(self._others) == self._layouts)
+            and self._same_ties()
         )
 
     def _same_ties(self) -> bool:
-        addresses = [*map(Tensor.data_ptr, self._addressed)]
-        if addresses != self._addresses:
+        known, now = self._located.addresses, self._located.look()
+        if now != known:
             # `head.weight.data = emb.weight.data` ties two tensors, or unties them, and leaves all objects as they are.
-            pairs = {*zip(self._addresses, addresses, strict=True)}
-            if not len({*addresses}) == len({*self._addresses}) == len(pairs):
+            if not len({*now}) == len({*known}) == len({*zip(known, now, strict=True)}):
                 return False
-            _refuse_freed(self._addressed)
-            self._addresses = addresses
+            refuse_freed(self._located.tensors)
+            self._located.addresses = now
             self.epoch += 1
         return True
 
-    def _same_objects(self) -> bool:
-        if self._spread:
-            now, then = chain(*map(_items, self._holders)), chain(*map(_items, self._copies))
-            return [*map(len, self._holders)] == [*map(len, self._copies)] and all(map(is_, now, then))
-        try:
-            same = self._holders == self._copies
-        except (RuntimeError, TypeError, ValueError):  # tensors of several elements have no truth value
-            return False
-        owners, keys, values = self._doubtful
-        return same and all(map(is_, map(getitem, owners, keys), values))
 
-    def _compare_layouts(self) -> bool:
-        if self._guard is not None and self._guard(*self._live):
-            return True
-        same = _layouts(self._live) == self._layouts
-        if same and self._guard is None:
-            self._guard = _guard(self._live, *self._layouts[-2:])  # of tensors that are as they were
-        return same
+class _Contents:
+    """What a module and those inside of it hold as parameters, buffers and modules.
 
-
-def _confirmed(readings: Contents | Layouts | None, looked: Callable[[], bool]) -> bool:
-    """Return whether nothing changed, by readings where there are any; what these find is looked at."""
-    if readings is not None and readings.same():
-        return True
-    same = looked()
-    if same and readings is not None:
-        readings.confirm()
-    return same
-
-
-def _items(holder: Mapping[str, Any]) -> Iterator[Any]:
-    return chain(holder, holder.values())
-
-
-def _holders(model: Model) -> list[Mapping[str, Any]]:
-    if not isinstance(model, nn.Module):
-        return [model]
-    holders: list[Mapping[str, Any]] = []
-    seen, waiting = {id(model)}, [model]
-    while waiting:
-        module = waiting.pop()  # wrappers, too: what they wrap may be replaced
-        holders += (module._parameters, module._buffers, module._modules)  # noqa: SLF001 - see entries.py
-        children = [child for child in module._modules.values() if child is not None and id(child) not in seen]  # noqa: SLF001 - see entries.py
-        seen.update(map(id, children))
-        waiting += children
-    return holders
-
-
-def _refuse_freed(tensors: Sequence[Tensor]) -> None:
-    # torch and compiled kernels alike would read memory that belongs to others.
-    storages = map(Tensor.untyped_storage, tensors)
-    ends = [(t.storage_offset() + t.numel()) * t.itemsize for t in tensors]
-    lacking = [t for t, s, end in zip(tensors, storages, ends, strict=True) if s.nbytes() < end or not t.data_ptr()]
-    freed = [t for t in lacking if t.numel() and not t.is_meta and not _has_memory(t)]
-    if freed:
-        message = (
-            f"{len(freed)} of the model's tensors (the first of shape {tuple(freed[0].shape)}) have no memory now: it "
-            "was freed, as sharded engines do between steps; update where they have their values. Nothing was changed."
-        )
-        raise ModelError(message)
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    if not tensor.data_ptr():
-        return False
-    last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    return bool((tensor.storage_offset() + last + 1) * tensor.itemsize <= tensor.untyped_storage().nbytes())
-
-
-def _differs_from_others(value: object) -> bool:
-    if isinstance(value, Tensor):
-        return type(value) in PLAIN and value.numel() > 1
-    return value is None or (isinstance(value, nn.Module) and type(value).__eq__ is object.__eq__)
-
-
-def _layouts(live: Sequence[Tensor]) -> list[list[Any]]:
-    strided = [tensor for tensor in live if tensor.layout is STRIDED]
-    return [*([*map(part, live)] for part in _LAYOUT), [*map(Tensor.stride, strided)]]
-
-
-def _guard(live: Sequence[Tensor], shapes: Sequence[Any], strides: Sequence[Any]) -> Callable[..., bool]:
-    """Return torch.compile's own check of many tensors' layouts, in one call where Python would need several each.
-
-    It may refuse what is unchanged (under autocast, or where a tensor was frozen), and a torch without it loses nothing
-    but its speed.
+    Attributes:
+        values: What they hold.
     """
-    if len(strides) < len(live):  # sparse tensors have none
-        return _refuses
-    try:
-        from torch._C._dynamo import guards
 
-        made: Any = guards.TensorGuards  # the stub tells the type of one tensor's sizes, not of all
-        expected = {"dynamic_dims_sizes": [*map(list, shapes)], "dynamic_dims_strides": [*map(list, strides)]}
-        check: Callable[..., bool] = made(*live, **expected).check
-    except Exception:  # noqa: BLE001 - private, so that anything may have become of it
-        return _refuses
-    return check
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = _modules(model)
+        now = [*map(_HOLDERS, self._modules)]
+        holders = [*chain.from_iterable(now)]
+        # What TorchScript modules hold tensors in is no dict, and made anew for each look: they are walked each time.
+        self._watchable = all(isinstance(holder, dict) for holder in holders)
+        self.values = [value for holder in holders for value in holder.values()]
+        self._copies = [tuple(map(dict, own)) for own in now] if self._watchable else []
+        self._keys = [*map(list, holders)]
+        # Comparing dictionaries takes the same object for equal, and asks others whether they are.
+        self._comparable = all(map(_is_ordinary, self.values))
+        self._small = [
+            (i, j, key, value)
+            for i, own in enumerate(now)
+            for j, holder in enumerate(own)
+            for key, value in holder.items()
+            if isinstance(value, Tensor) and value.numel() <= 1
+        ]
+
+    def unchanged(self) -> bool:
+        """Return whether the same modules hold the same objects under the same names."""
+        if not self._watchable:
+            return False
+        now = [*map(_HOLDERS, self._modules)]  # anew: the dictionaries themselves may be others
+        if not self._comparable:
+            holders = [*chain.from_iterable(now)]
+            return [*map(list, holders)] == self._keys and all(
+                map(is_, chain.from_iterable(map(dict.values, holders)), self.values)
+            )
+        try:
+            same = now == self._copies
+        except Exception:  # noqa: BLE001 - two tensors of several elements have no truth value, nor need others compare
+            return False
+        return same and all(now[i][j][key] is value for i, j, key, value in self._small)
 
 
-def _refuses(*_: Tensor) -> bool:
-    return False
+class _Items:
+    """The items of a mapping that is averaged instead of a module.
+
+    Attributes:
+        values: Its tensors.
+    """
+
+    def __init__(self, model: Mapping[str, Tensor]) -> None:
+        self._model = model
+        self._keys, self.values = [*model.keys()], [*model.values()]
+
+    def unchanged(self) -> bool:
+        """Return whether the same tensors have the same names, in the same order."""
+        return [*self._model.keys()] == self._keys and all(map(is_, self._model.values(), self.values))
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """Return each module once, wrappers included: what they wrap may be replaced."""
+    found: dict[int, nn.Module] = {id(model): model}
+    waiting = [model]
+    while waiting:
+        children = [child for child in waiting.pop()._modules.values() if child is not None and id(child) not in found]  # noqa: SLF001 - see entries.py
+        found.update(zip(map(id, children), children, strict=True))
+        waiting += children
+    return [*found.values()]
+
+
+def _is_ordinary(value: object) -> bool:
+    """Return whether what is put in the place of a value is either the same object or not equal to it.
+
+    For tensors of one element that is looked at beside. Two DTensors are compared by asking other ranks.
+    """
+    if isinstance(value, nn.Module):
+        return type(value).__eq__ is object.__eq__
+    return value is None or type(value) in PLAIN
+
+
+def _layouts(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    """Return how tensors of subclasses and of other layouts lie in memory, as far as these can say it."""
+    strided = [tensor for tensor in tensors if tensor.layout is STRIDED]
+    return [*([*map(part, tensors)] for part in _LAYOUT), [*map(Tensor.stride, strided)]]

@@ -32,8 +32,8 @@ __all__ = [
     "KernelName",
     "bind",
     "check_available",
+    "compiles",
     "kernel_for",
-    "reads",
 ]
 
 Binder = Callable[[Lanes, "Sequence[Tensor]"], Kernel]
@@ -99,8 +99,8 @@ def check_available(wanted: KernelName) -> None:
         raise MissingExtraError(message)
 
 
-def reads(wanted: KernelName) -> bool:
-    """Return whether compiled loops may read where tensors are."""
+def compiles(wanted: KernelName) -> bool:
+    """Return whether Numba may compile what moves tensors of a CPU, and works here."""
     return wanted in {"auto", "fused"} and _works("numba")
 
 

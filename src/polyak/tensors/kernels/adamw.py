@@ -18,9 +18,9 @@ from polyak.tensors.entries import PLAIN, STRIDED
 from polyak.tensors.kernels import cpu
 from polyak.tensors.kernels.intervals import Intervals, freed
 from polyak.tensors.kernels.pieces import Cut
-from polyak.tensors.kernels.readings import layouts_of
 from polyak.tensors.kernels.threads import Slices
 from polyak.tensors.layout import dense
+from polyak.tensors.located import Located, plain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,12 +89,9 @@ class AdamWCPU:
         self.params, self.firsts, self.seconds, self.steps = params, firsts, seconds, steps
         self._compiled, self._threads = compiled_adamw, torch.get_num_threads()
         if found := _hindrance(params, firsts, seconds, steps):
-            self.hindrance, self._readings = found, None
+            self.hindrance, self._located = found, None
             return
-        self._readings = layouts_of([*params, *firsts, *seconds, *steps])
-        if self._readings is not None:
-            self._readings.same()
-            self._readings.confirm()
+        self._located = Located(plain([*params, *firsts, *seconds, *steps]))
         self._strides, self._sizes = [*map(Tensor.stride, params)], [*map(Tensor.numel, params)]
         self._starts = np.array([[*map(Tensor.data_ptr, part)] for part in (params, firsts, seconds)], np.uint64)
         self._counters = np.array([*map(Tensor.data_ptr, steps)], np.uint64)
@@ -106,16 +103,18 @@ class AdamWCPU:
         self.hindrance = "some of the tensors share memory" if self._written.overlap() else ""
         if len({*self._counters.tolist()}) < len(steps):
             self.hindrance = "some of the parameters share their count of steps"
-        if freed(self._starts, self._sizes):
+        if any(freed(part, self._sizes) for part in (params, firsts, seconds)) or freed(steps, [1] * len(steps)):
             self.hindrance = "some of the tensors have no memory"
         self._like, self._vector = np.empty(0, np.float32), _VECTORS.get(torch.backends.cpu.get_cpu_capability(), 8)
         self._compile()
 
     def current(self) -> bool:
         """Return whether all tensors lie where they did, in the same layout."""
-        if self._readings is None:
-            return bool(self.hindrance)  # what was refused stays so, for as long as it is the same tensors
-        return self._readings.same() and self._threads == torch.get_num_threads()
+        located = self._located
+        if located is None:
+            return True  # what was refused stays so, for as long as it is the same tensors
+        unmoved = located.same_layouts() and located.look() == located.addresses
+        return unmoved and self._threads == torch.get_num_threads()
 
     def unfit(self, grads: Sequence[Tensor]) -> str:
         """Return what keeps a step with these gradients from being made here; empty where nothing does."""
@@ -127,7 +126,7 @@ class AdamWCPU:
         if not alike or any(map(Tensor.is_neg, grads)):
             return "not all gradients lie in memory as their parameters do"
         self._grads = np.array([*map(Tensor.data_ptr, grads)], np.uint64)
-        if freed(self._grads, self._sizes):
+        if freed(grads, self._sizes):
             return "some of the gradients have no memory"
         return "some of the tensors share memory" if self._written.meet(self._grads, self._sizes) else ""
 

@@ -100,7 +100,8 @@ class FusedCPU(Checking):
 
     @override
     def prepare(self, *, moved: bool) -> None:
-        self._places.look(moved=moved)
+        if moved:
+            self._places.look()
         self._moving.reset()
         self._checking.reset()
         self._replaced = self._drawn = False
@@ -165,7 +166,8 @@ class CopyCPU(Kernel):
 
     @override
     def prepare(self, *, moved: bool) -> None:
-        self._places.look(moved=moved)
+        if moved:
+            self._places.look()
         self._copying.reset()
 
     @override

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor, UntypedStorage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +38,9 @@ class Intervals:
         return bool(((before > 0) & (self._ends[before - 1] > starts) & (ends > starts)).any())
 
 
-def freed(starts: NDArray[np.uint64], sizes: Sequence[int]) -> bool:
-    """Return whether any tensor that has elements has no memory for them."""
-    return bool(((starts == 0) & (np.array(sizes) > 0)).any())
+def freed(tensors: Sequence[Tensor], sizes: Sequence[int]) -> bool:
+    """Return whether any tensor without holes has too little memory for its elements."""
+    elements = np.array(sizes)
+    ends = np.array([*map(Tensor.storage_offset, tensors)]) + elements
+    reach = np.array([*map(UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors))])
+    return bool(((reach < ends * _BYTES) & (elements > 0)).any())

@@ -34,7 +34,7 @@ class Kernel(Protocol):
         """Look where the tensors are and begin anew; called at the beginning of each update.
 
         Args:
-            moved: Whether any weight may have other memory than at the last call.
+            moved: Whether any tensor may have other memory than at the last call.
         """
 
     def __call__(self, rates: Sequence[float], generators: Sequence[Generators], done: int) -> None:

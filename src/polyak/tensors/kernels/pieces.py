@@ -74,22 +74,16 @@ class Places:
     def __init__(self, lanes: Lanes, weights: Sequence[Tensor], *, in_bytes: bool = False) -> None:
         self._weights, self._averages = list(weights), [average for lane in lanes for average in lane]
         self._units = (1, 1) if in_bytes else (weights[0].itemsize, self._averages[0].itemsize)
-        # One tensor of each storage tells where all in it are, and views of one tensor count their writes once.
-        self._anchors = [*{t.untyped_storage().data_ptr(): t for t in self._averages}.values()]
+        # Views of one tensor count their writes once.
         self.counted = [*{id(t) if t._base is None else id(t._base): t for t in self._averages}.values()]  # noqa: SLF001 - torch has no public way to read it
-        self._anchored: list[int] = []
         self.sources, self.targets = np.empty(0, np.uint64), np.empty((len(lanes), 0), np.uint64)
         self._cut = Cut([tensor.nbytes if in_bytes else tensor.numel() for tensor in weights])
         self.sizes, self.bounds = self._cut.sizes, self._cut.bounds
 
-    def look(self, *, moved: bool) -> None:
-        """Find the tensors anew, where the weights moved or the averages did."""
-        # Sharing a tensor with another process moves its memory, too.
-        anchored = [*map(Tensor.data_ptr, self._anchors)]
-        if moved or anchored != self._anchored:
-            self.sources = self._addresses(self._weights, self._units[0])[0]
-            self.targets = self._addresses(self._averages, self._units[1])
-            self._anchored = anchored
+    def look(self) -> None:
+        """Find the tensors anew."""
+        self.sources = self._addresses(self._weights, self._units[0])[0]
+        self.targets = self._addresses(self._averages, self._units[1])
 
     def _addresses(self, tensors: Sequence[Tensor], unit: int) -> NDArray[np.uint64]:
         """Return where each piece begins, lanes × pieces."""
