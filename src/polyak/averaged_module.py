@@ -228,7 +228,8 @@ def _signature(plan: Plan) -> tuple[object, ...]:
         for entry in walk(model)
         if id(entry.tensor) not in averaged
     )
-    layouts = ((s.aliases, t.shape, t.dtype, t.device) for s, t in zip(plan.stored, plan.live, strict=True))
+    # A buffer may change shape, and the module's follows.
+    layouts = ((s.aliases, t.dtype, t.device) for s, t in zip(plan.stored, plan.live, strict=True))
     return tuple(model.modules()), others, *layouts
 
 

@@ -74,6 +74,24 @@ def test_a_mask_that_grows_with_the_sequence_trains_evaluates_and_resumes(strate
         assert torch.equal(resumed.averages[name], tensor)
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float64"])
+def test_a_module_that_was_handed_out_follows_a_buffer_that_grows(dtype):
+    torch.manual_seed(0)
+    model = Attention()
+    model(torch.randn(1, 3, 4))
+    averager = polyak.average(model, "ema", decay=0.5, dtype=dtype)
+    module = averager.module
+    for length in (5, 2, 7):
+        with torch.no_grad():
+            model.qkv.weight.add_(0.1)
+        model(torch.randn(1, length, 4))
+        averager.update()
+        with torch.no_grad(), averager.applied():
+            wanted = model(torch.ones(1, length, 4))
+        assert torch.equal(module(torch.ones(1, length, 4)), wanted)
+        assert averager.module is module
+
+
 @pytest.mark.parametrize("options", [{"exclude": "bias"}, {"exclude": "*bias"}, {"buffers": {"bias": "skip"}}])
 def test_a_buffer_can_be_named_before_it_is_filled(options):
     model = Attention()
