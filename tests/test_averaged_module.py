@@ -522,3 +522,76 @@ def test_a_module_outlives_its_averager_and_keeps_no_averager_alive():
     del averager
     assert alive() is None
     assert torch.equal(teacher(x), expected)
+
+
+# Other people's models
+
+
+def _timm():
+    timm = pytest.importorskip("timm")
+    x = torch.randn(1, 3, 32, 32)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=4, img_size=32, depth=2)
+    return model, lambda model, dtype: model.forward_features(x.to(dtype))
+
+
+def _torchvision():
+    torchvision = pytest.importorskip("torchvision")
+    x = torch.randn(1, 3, 32, 32)
+    return torchvision.models.resnet18(num_classes=4), lambda model, dtype: model.layer1(model.conv1(x.to(dtype)))
+
+
+def _t5():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    ids = torch.arange(1, 9)[None]
+    model = transformers.T5ForConditionalGeneration(config)
+    return model, lambda model, dtype: model.generate(ids, max_new_tokens=6, do_sample=False)
+
+
+def _fx():
+    model, run = Conv().eval(), torch.randn(2, 3, 8, 8)
+    return torch.fx.symbolic_trace(model), lambda model, dtype: model.forward(run.to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("build", [_timm, _torchvision, _t5, _fx])
+def test_libraries_models_are_fresh_by_their_own_methods(build, dtype):
+    model, run = build()
+    model.to(dtype).eval()
+    averager = polyak.average(model, "ema", decay=0.5)
+    teacher = averager.module
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        averager.update()
+    before = everything(model, averager)
+    expected = applied(averager, lambda: run(model, dtype))
+    with torch.no_grad():
+        for mode in (False, True, False):
+            teacher.train(mode)
+            assert mode or torch.equal(run(teacher, dtype), expected)
+    assert averager.module is teacher
+    assert everything(model, averager) == before
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("include", [None, "*lora_*"])
+def test_merging_adapters_into_the_module_leaves_the_model_and_the_average_alone(include):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+    model, x = peft.get_peft_model(mlp(), config).eval(), torch.randn(2, 3)
+    averager = polyak.average(model, "ema", decay=0.5, include=include)
+    for _ in drifting(model, 2):
+        averager.update()
+    model.base_model.model[0].scaling["default"] = 0.3
+    before, expected = everything(model, averager), applied(averager, lambda: model(x))
+    teacher = averager.module
+    teacher.merge_adapter()
+    torch.testing.assert_close(teacher(x), expected)
+    assert everything(model, averager) == before
+    averager.update()
+    torch.testing.assert_close(teacher(x), applied(averager, lambda: model(x)))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from contextlib import contextmanager
+from operator import attrgetter
 from sys import getrefcount
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from polyak.module_attributes import Attributes
 from polyak.module_build import built, copyable, rewriting, version
 from polyak.module_copy import Copier
+from polyak.module_hooks import RootHooks
 from polyak.tensors.entries import PLAIN, modules_of, walk
 from polyak.tensors.kernels.eager import copy_all
 
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from polyak.module_build import Held
     from polyak.tensors.plan import Plan
 
-__all__ = ["AveragedModule", "undisturbed"]
+__all__ = ["AveragedModule"]
+
+_WRITES = attrgetter("_version")
 
 
 class _Read(NamedTuple):
@@ -41,7 +43,7 @@ class AveragedModule:
 
     A parameter shares the memory of its average where that is stored in the model's dtype and on its device. All else
     is a copy: converted averages; buffers, which a forward in train mode writes; tensors that are not averaged; and
-    all tensors below a module with its own ``train()`` or ``eval()``, which may merge weights in place.
+    all tensors below a module with its own ``train()``, ``eval()`` or ``merge()``, which may write weights in place.
 
     Args:
         plan: The plan of the averager's own model.
@@ -67,12 +69,13 @@ class AveragedModule:
         self._shared = [one for one in held if one.shares]
         self._own = [one for one in held if one.average and not one.shares]
         self._kept = [one for one in held if not one.average]
+        self._buffers = [one.tensor for one in self._own if one.buffer]
         self._read: dict[int, _Read] = {}
         self._written: list[int] = []
         # TorchScript takes no hooks: such a module is brought up to date only where the averager is asked for it.
         if not isinstance(self.root, torch.jit.ScriptModule):
             hooks = self.root._forward_pre_hooks  # noqa: SLF001 - a registered hook would be copied, pickled and scripted
-            self.root._forward_pre_hooks = _Hooks(hooks, look)  # noqa: SLF001 - as above
+            self.root._forward_pre_hooks = RootHooks(hooks, look)  # noqa: SLF001 - as above
         self._tensors = [one.tensor for one in held]
         self._form = self._formed()
         self._counted = [*self._parts, *self._tensors]
@@ -103,11 +106,12 @@ class AveragedModule:
         with torch.inference_mode(mode=False), torch.no_grad():
             changed = self._attributes.follow()
             if moment is None or moment != self.moment or (changed and self._rewriting):
+                self.moment = None
                 self._write(averages())
                 self.moment = moment
             elif not self.root.training and self._written != self._versions():
                 self._take([one for one in self._own if one.buffer], averages())  # a forward in train mode wrote them
-            self._take(self._kept, {})
+            self._take([one for one in self._kept if one.buffer or not self._rewriting], {})
         self._written = self._versions()
 
     def _write(self, averages: Mapping[str, Tensor]) -> None:
@@ -124,16 +128,18 @@ class AveragedModule:
             yield
             return
         modes = {part: part.training for part in self._parts}
-        self._attributes.reset({part for top in self._rewriting for part in top.modules()})
-        for one in self._kept:
-            if not one.buffer:
-                self._read.pop(id(one.tensor), None)
-        yield
-        self._take(self._kept, {})
-        for top in self._rewriting:
-            top.train(modes[top])
-        for part, training in modes.items():
-            part.training = training
+        try:
+            self._attributes.reset({part for top in self._rewriting for part in top.modules()})
+            for one in self._kept:
+                if not one.buffer:
+                    self._read.pop(id(one.tensor), None)
+            yield
+            self._take(self._kept, {})
+            for top in self._rewriting:
+                top.train(modes[top])
+        finally:
+            for part, training in modes.items():
+                part.training = training
 
     def _take(self, held: Sequence[Held], averages: Mapping[str, Tensor]) -> None:
         """Copy averages, or what changed of the model's own tensors, into tensors of the module."""
@@ -167,7 +173,7 @@ class AveragedModule:
         return None if same else live
 
     def _versions(self) -> list[int]:
-        return [version(one.tensor) for one in self._own if one.buffer]
+        return [*map(_WRITES, self._buffers)]
 
     def _formed(self) -> list[object]:
         """Return the modules and parameters of the module and their forms, which tools in place change."""
@@ -177,47 +183,6 @@ class AveragedModule:
             *map(type, self._parts),
             *((tensor.dtype, tensor.device) for tensor in self._tensors),
         ]
-
-
-class _Hooks(OrderedDict[int, Any]):
-    """The forward pre-hooks of a module with one more that only its own forward sees: copies and scripts have none."""
-
-    def __init__(self, hooks: Mapping[int, Any], look: Callable[[], Callable[[], None] | None]) -> None:
-        super().__init__(hooks)
-        self.look = look
-        self.paused = False
-
-    def __bool__(self) -> bool:
-        return True
-
-    @override
-    def items(self) -> Any:
-        return ((-1, self._before), *super().items())
-
-    def _before(self, module: nn.Module, _: object) -> None:
-        # What compiles, exports or traces the module must not see the averager too.
-        if self.paused or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]  # torch's own
-            return
-        if (look := self.look()) is not None and not getattr(module, "_is_replica", False):  # nn.DataParallel's
-            look()
-
-    @override
-    def __reduce__(self) -> tuple[type[OrderedDict[int, Any]], tuple[list[tuple[int, Any]]]]:
-        return OrderedDict, ([*super().items()],)
-
-
-@contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Let the forwards of an averager's module leave its tensors as they are."""
-    hooks = module._forward_pre_hooks  # noqa: SLF001 - as in AveragedModule
-    if not isinstance(hooks, _Hooks):
-        yield
-        return
-    hooks.paused = True
-    try:
-        yield
-    finally:
-        hooks.paused = False
 
 
 def _signature(plan: Plan) -> tuple[object, ...]:

@@ -71,8 +71,22 @@ class Averager(Protocol):
     def module(self) -> nn.Module:
         """A module in eval mode that computes with the average; made on first use and kept in step.
 
-        It has the model's dtypes and devices. Where the average is stored alike it shares the stored tensors and
-        costs no memory; tensors that are not averaged are the model's own.
+        Hold it, or a part of it: after each update it computes what ``applied()`` would, by any method, submodule or
+        compiled form. Using it changes neither the model nor the average.
+
+        A parameter shares the memory of its average if that has the model's dtype and device, and costs nothing then.
+        Do not write such parameters in place: take ``copy.deepcopy(averager.module)`` to train or edit it. Copied are
+        averages in another dtype or on another device, buffers, tensors that are not averaged, and all tensors below
+        a module with its own ``train()``, ``eval()`` or ``merge()``. Copies are written at an update only while
+        something refers to the module, a submodule or a tensor of it; an offloaded update is waited for then.
+
+        - Attributes are those of the model at the last update, access, or call of the module. Containers are copied;
+          other objects (a config, a replay buffer, an optimiser) are shared, unless they refer to the model.
+        - In train mode it moves buffers of its own. The average's are restored by the next update or call in eval
+          mode. Buffers that are skipped follow the model's until the module writes them, and are its own afterwards.
+        - It has the forward hooks that the model's own classes made. Others stay on the model, with a warning.
+        - Once ``half()`` or another tool changed its structure in place, the next access builds another module.
+        - Copies, pickles, scripts and exports of it are plain modules and need no polyak.
 
         Raises:
             UnboundError: There is no model, or a mapping of tensors, which has no forward.

@@ -68,7 +68,7 @@ class Attributes:
     def _differs(self, key: str, value: object, seen: dict[str, Any]) -> bool:
         if key in INTERNAL or _computed(value):
             return False
-        held = self._held.get(id(value)) if type(value) in CONTAINERS else None
+        held = self._held.get(id(value)) if _mutable(value) else None
         return seen.get(key, _ABSENT) is not value or (held is not None and not _same(held, [*contents(value)]))
 
     def _note(self) -> None:
@@ -77,8 +77,14 @@ class Attributes:
         self._values = [None if _computed(value) else value for value in chain.from_iterable(map(dict.values, dicts))]
         self._seen = [{k: v for k, v in d.items() if k not in INTERNAL and not _computed(v)} for d in dicts]
         settings = chain.from_iterable(map(dict.values, self._seen))
-        self._containers = [(value, [*contents(value)]) for value in settings if type(value) in CONTAINERS]
+        self._containers = [(value, [*contents(value)]) for value in settings if _mutable(value)]
         self._held = {id(container): held for container, held in self._containers}
+
+
+def _mutable(value: object) -> bool:
+    if type(value) is tuple:
+        return any(map(_mutable, value))
+    return type(value) in CONTAINERS
 
 
 def _computed(value: object) -> bool:

@@ -128,13 +128,13 @@ def built(plan: Plan, model: nn.Module) -> tuple[nn.Module, list[Held]]:
 
 
 def rewriting(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the outermost modules whose own ``train()`` or ``eval()`` may write weights in place."""
+    """Yield the outermost modules that may write their weights in place: by ``train()``, ``eval()`` or ``merge()``."""
     waiting = [model]
     while waiting:
         module = waiting.pop()
         kind = type(module)
         defined = {getattr(getattr(kind, name), "__module__", None) for name in ("train", "eval")}
-        if defined <= _HARMLESS:
+        if defined <= _HARMLESS and not hasattr(kind, "merge"):
             waiting += reversed([*module.children()])
         else:
             yield module

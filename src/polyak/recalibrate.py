@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from polyak.averaged_module import undisturbed
 from polyak.averager import refuse_other
 from polyak.engine import Engine
 from polyak.errors import ConfigError, ModelError
+from polyak.module_hooks import undisturbed
 from polyak.moments import Moments, joined
 from polyak.progress import track
 from polyak.tensors.entries import walk
