@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 
 import jsonschema
 import pytest
+import torch
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -22,7 +23,8 @@ from scratch import distribute, environment, installed, offering
 
 SETTINGS_OF_V3 = (
     "decay=0.9999, min_decay=0.0, update_after_step=0, use_warmup=False, warmup_gamma=1.0, "
-    "warmup_power=0.6666666666666666, foreach=True, exclude_buffers=False"
+    "warmup_power=0.6666666666666666, foreach=True, exclude_buffers=False, "
+    "origin='initial', match='order'"
 )
 
 
@@ -64,11 +66,57 @@ def test_strategies_are_listed_with_distribution_source_and_all_settings(polyak_
     table = rows(out)
     assert table.pop("strategy") == ["offered by", "source", "settings"]
     assert list(table) == list(polyak.strategies())
-    assert table["ema_v3"] == ["polyak", "timm 1.0.31, ModelEmaV3", SETTINGS_OF_V3]
-    assert table["swa"] == ["polyak", "Izmailov et al. 2018, arXiv:1803.05407", "-"]
+    assert table["ema_v3"] == [
+        "polyak",
+        "timm 1.0.31, ModelEmaV3",
+        SETTINGS_OF_V3,
+    ]
+    assert table["swa"] == ["polyak", "Izmailov et al. 2018, arXiv:1803.05407", "origin='first'"]
     assert table["byol"][0] == "polyak-byol"
-    assert table["byol"][2] == "decay=0.996, steps=100000"
-    assert table["lr_weighted"] == ["polyak-lr-weighted", "Defazio et al. 2024, arXiv:2405.15682", "power=2.0"]
+    assert table["byol"][2] == "decay=0.996, steps=100000, origin='initial'"
+    assert table["lr_weighted"] == [
+        "polyak-lr-weighted",
+        "Defazio et al. 2024, arXiv:2405.15682",
+        "power=2.0, origin='first'",
+    ]
+
+
+def test_the_listed_settings_are_those_that_average_uses(polyak_says):
+    for name, (*_, settings) in rows(polyak_says("strategies")[1]).items():
+        if name == "strategy" or "(required)" in settings:
+            continue
+        averager = polyak.average({"w": torch.zeros(1)}, name)
+        used = {**averager.options.model_dump(), **averager.strategy.model_dump()}
+        listed = dict(part.split("=", 1) for part in settings.split(", "))
+        assert {key: repr(used[key]) for key in listed} == listed
+        assert {*type(averager.strategy).model_fields} - {"name"} < {*listed}
+        assert "origin" in listed
+
+
+MISTAKES = [
+    ["schema", "-o", "/no/such/x.json"],
+    ["snapshots", "/no/such"],
+    ["plan", "--params", "x"],
+    ["plan", "--params", "1e9", "--ranks", "0"],
+    ["profile", "emma", "--steps", "100"],
+    ["profile", "ema", "decay=2", "--steps", "100"],
+    ["profile", "ema", "--steps", "x"],
+    ["profile", "ema", "momentum=0.1", "--steps", "100"],
+    ["convert", "ema", "--steps", "0"],
+    ["convert", "ema", "--steps", "100", "--to", "emma"],
+    ["sweep", "/no/such"],
+    ["synthesize", "/no/such", "ema"],
+    ["no-such-command"],
+]
+
+
+@pytest.mark.parametrize("words", MISTAKES, ids=" ".join)
+def test_a_mistake_exits_with_2_and_words_whichever_the_command(words, polyak_says):
+    status, _, err = polyak_says(*words)
+    assert status == 2
+    assert err
+    assert "Traceback" not in err
+    assert ".tmp" not in err
 
 
 def test_every_strategy_names_its_source():

@@ -199,7 +199,7 @@ def test_everything_that_is_wrong_is_said_at_once():
 
 FILES = [
     ("absent.toml", None, r"cannot be read: .*No such file"),
-    ("folder.yaml", ..., r"cannot be read: .*directory"),
+    ("folder.yaml", ..., r"cannot be read: .*folder"),
     ("binary.json", b"\xff\xfe\x00", r"cannot be read: .*utf-8"),
     ("broken.toml", b"strategy = \n", r"is not valid TOML: .*line 1"),
     ("broken.yaml", b"strategy: [", r"is not valid YAML: (.*\n)+.*line 1"),

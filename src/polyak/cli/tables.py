@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polyak import __version__
+from polyak.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -89,12 +90,16 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
-def _settings(strategy: type[Strategy]) -> list[str]:
-    fields = {name: field for name, field in strategy.model_fields.items() if name != "name"}
-    return [
-        f"{name} (required)" if field.is_required() else f"{name}={field.get_default(call_default_factory=True)!r}"
-        for name, field in fields.items()
-    ]
+def _settings(cls: type[Strategy]) -> list[str]:
+    """Return what ``polyak.average(model, name)`` would use: the settings, then the options the strategy chooses."""
+    needed = [name for name, field in cls.model_fields.items() if field.is_required()]
+    made = cls.model_construct() if needed else cls.model_validate({})
+    settings = {name: getattr(made, name) for name in cls.model_fields if name not in {"name", *needed}}
+    chosen = Options().completed(made)
+    usual = {**Options().model_dump(), "match": "name", "origin": None}
+    options = {name: value for name, value in chosen.model_dump().items() if value != usual[name]}
+    values = [f"{key}={value!r}" for key, value in {**settings, **options}.items()]
+    return [*(f"{name} (required)" for name in needed), *values]
 
 
 def _show_table(listing: Listing, console: Console) -> None:

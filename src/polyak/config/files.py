@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
@@ -60,25 +59,19 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _text(file: Path) -> str:
     try:
-        about = file.stat()
-        if not stat.S_ISREG(about.st_mode):
-            kind = "a directory" if file.is_dir() else "no regular file"
-            message = f"the config file {_named(file)} cannot be read: it is {kind}"
-            raise ConfigError(message)
-        with file.open("rb") as opened:
+        with atomic.open_regular(file) as opened:
             content = opened.read(_LARGEST + 1)
-        if len(content) > _LARGEST:
-            message = (
-                f"the config file {_named(file)} has {about.st_size:,} bytes; expected a config of at most "
-                f"{_LARGEST // 1024} KiB"
-            )
-            raise ConfigError(message)
-        return content.decode("utf-8-sig")
+            size = os.fstat(opened.fileno()).st_size
+        text = content.decode("utf-8-sig") if len(content) <= _LARGEST else ""
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a null byte
-        if isinstance(error, ConfigError):
-            raise
-        message = brief(f"the config file {_named(file)} cannot be read: {getattr(error, 'strerror', error)}")
+        message = brief(f"the config file {_named(file)} cannot be read: {getattr(error, 'strerror', None) or error}")
         raise ConfigError(message) from error
+    if len(content) > _LARGEST:
+        message = (
+            f"the config file {_named(file)} has {size:,} bytes; expected a config of at most {_LARGEST // 1024} KiB"
+        )
+        raise ConfigError(message)
+    return text
 
 
 def _toml(text: str) -> Any:  # noqa: ANN401 - whatever the file holds
