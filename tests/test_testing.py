@@ -165,6 +165,8 @@ def test_all_broken_laws_are_named_at_once():
 
 @pytest.mark.parametrize(("wrong", "found"), [("loop", "foreach"), ("foreach", "foreach"), ("fused", "auto")])
 def test_a_kernel_that_disagrees_is_found(wrong, found, monkeypatch):
+    if wrong == "fused" and not kernels.compiles("auto"):
+        pytest.skip("there is no compiler here")
     bind = kernels.KERNELS[wrong]
 
     def bind_wrongly(lanes, weights):

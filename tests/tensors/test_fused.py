@@ -16,7 +16,10 @@ import polyak
 from interrupts import at_line
 from models import average_bits, bits, drifting, mlp
 from polyak.tensors import mover
-from polyak.tensors.kernels import KERNELS, cpu, eager, kernel_for, threads
+from polyak.tensors.kernels import KERNELS, compiles, cpu, eager, kernel_for, threads
+
+if not compiles("auto"):
+    pytest.skip("there is no compiler here", allow_module_level=True)
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHORT = [torch.bfloat16, torch.float16]
@@ -344,3 +347,12 @@ def test_a_broken_numba_warns_once_and_the_kernels_of_torch_are_used():
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("PolyakWarning: numba is installed but compiles no kernel (ImportError") == 1
     assert done.stdout.count("foreach") == 4
+
+
+def test_a_numba_that_is_not_to_compile_is_as_none():
+    done = _python(USE.format("auto"), NUMBA_DISABLE_JIT="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "fused" not in done.stdout
+    done = _python(USE.format("fused"), NUMBA_DISABLE_JIT="1")
+    assert "MissingExtraError" in done.stderr
+    assert "without NUMBA_DISABLE_JIT" in done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from polyak.tensors.kernels import PIECEWISE, Kernel, KernelName, bind, kernel_for
+from polyak.tensors.kernels import PIECEWISE, CompilerError, Kernel, KernelName, bind, kernel_for
 from polyak.tensors.kernels.kernel import SHORT
 from polyak.tensors.layout import dense
 
@@ -81,6 +81,14 @@ def grouped(lanes: Sequence[Lane]) -> list[Group]:
 
     Where there is too little of it, nothing has moved yet.
     """
+    while True:
+        try:
+            return sorted(_bound(lanes), key=_scratch, reverse=True)
+        except CompilerError:  # it is not asked again: at most once for each compiler
+            continue
+
+
+def _bound(lanes: Sequence[Lane]) -> list[Group]:
     kinds = _Kinds(lanes)
     rows: dict[tuple[_Kind, tuple[int, ...]], tuple[list[Tensor], list[list[Stored]]]] = {}
     for moves, (weights, columns) in kinds.moves().items():
@@ -99,7 +107,7 @@ def grouped(lanes: Sequence[Lane]) -> list[Group]:
         one = own[0][0]
         draws = f"{one.name} {one.spread.replicas}" if kind.alone == id(one) and one.spread else ""
         groups.append(Group(bind(kind.kernel, averages, weights), moved, averages, weights, kind.policy, draws))
-    return sorted(groups, key=_scratch, reverse=True)
+    return groups
 
 
 class _Kinds:

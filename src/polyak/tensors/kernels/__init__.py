@@ -6,16 +6,14 @@ CPUs and by Triton for CUDA; where it cannot be had, ``foreach`` and the others 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 
-from polyak.errors import MissingExtraError, PolyakWarning
+from polyak.errors import MissingExtraError
 from polyak.tensors.kernels import cpu, cuda, eager, piecewise
+from polyak.tensors.kernels.compiler import CompilerError, works
 from polyak.tensors.kernels.kernel import SHORT, Checking, Generators, Kernel, KernelName, Lanes
 
 if TYPE_CHECKING:
@@ -27,6 +25,7 @@ __all__ = [
     "KERNELS",
     "PIECEWISE",
     "Checking",
+    "CompilerError",
     "Generators",
     "Kernel",
     "KernelName",
@@ -69,7 +68,7 @@ def bind(name: str, lanes: Lanes, weights: Sequence[Tensor]) -> Kernel:
 def kernel_for(average: Tensor, weight: Tensor, wanted: KernelName, *, copied: bool) -> str:
     """Return the name of the fastest kernel that a pair fits, among those that were asked for."""
     if copied:
-        compiled = wanted in {"auto", "fused"} and cpu.fits_copy(average, weight) and _works("numba")
+        compiled = wanted in {"auto", "fused"} and cpu.fits_copy(average, weight) and _numba()
         return "compiled copy" if compiled else "copy"
     if wanted in {"auto", "fused"} and _fused_fits(average, weight):
         return "fused"
@@ -82,7 +81,7 @@ def kernel_for(average: Tensor, weight: Tensor, wanted: KernelName, *, copied: b
 
 
 def _fused_fits(average: Tensor, weight: Tensor) -> bool:
-    return (cpu.fits(average, weight) and _works("numba")) or (cuda.fits(average, weight) and _works("triton"))
+    return (cpu.fits(average, weight) and _numba()) or (cuda.fits(average, weight) and _triton())
 
 
 def check_available(wanted: KernelName) -> None:
@@ -91,38 +90,22 @@ def check_available(wanted: KernelName) -> None:
     Raises:
         MissingExtraError: The fused kernel was asked for by name, and no compiler for it is installed or works.
     """
-    if wanted == "fused" and not (_works("numba") or (torch.cuda.is_available() and _works("triton"))):
+    if wanted == "fused" and not (_numba() or (torch.cuda.is_available() and _triton())):
         message = (
             "kernel='fused' needs Numba for CPUs (or Triton for CUDA, which comes with torch), and neither works here: "
-            'pip install "polyak[fast]", or take kernel="auto", which uses what there is'
+            'pip install "polyak[fast]", without NUMBA_DISABLE_JIT, or take kernel="auto", which uses what there is'
         )
         raise MissingExtraError(message)
 
 
 def compiles(wanted: KernelName) -> bool:
     """Return whether Numba may compile what moves tensors of a CPU, and works here."""
-    return wanted in {"auto", "fused"} and _works("numba")
+    return wanted in {"auto", "fused"} and _numba()
 
 
-_TRIALS = {"numba": cpu.try_out, "triton": cuda.try_out}
+def _numba() -> bool:
+    return works("numba", cpu.try_out)
 
 
-@cache
-def _works(compiler: str) -> bool:
-    """Return whether a compiler makes kernels that run on this machine; where it is there and does not, warn once."""
-    try:
-        if find_spec(compiler) is None:
-            return False
-    except ValueError:  # it is imported, and nobody knows from where
-        return False
-    try:
-        _TRIALS[compiler]()
-    except Exception as error:  # noqa: BLE001 - whatever a compiler can raise, averaging goes on without it
-        said = str(error).partition("\n")[0]
-        message = (
-            f"{compiler} is installed but compiles no kernel ({type(error).__name__}: {said}); "
-            'kernels of plain torch are used, which are slower. Silence this with kernel="foreach".'
-        )
-        warnings.warn(message, PolyakWarning, stacklevel=2)
-        return False
-    return True
+def _triton() -> bool:
+    return works("triton", cuda.try_out)

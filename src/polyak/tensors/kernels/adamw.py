@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from functools import cache, partial
 from operator import attrgetter
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from polyak.errors import PolyakWarning
 from polyak.tensors.entries import PLAIN, STRIDED
 from polyak.tensors.kernels import cpu
+from polyak.tensors.kernels.compiler import CompilerError, compiling
 from polyak.tensors.kernels.intervals import Intervals, freed
 from polyak.tensors.kernels.pieces import Cut
 from polyak.tensors.kernels.threads import Slices
@@ -31,7 +30,6 @@ __all__ = ["AdamWCPU", "Hyper", "pairs", "works"]
 
 _KIND = attrgetter("dtype", "layout", "is_cpu")
 _FITS = {(torch.float32, STRIDED, True)}
-_VECTORS = {"AVX512": 16}  # elements that torch's kernel computes with at once; 8 elsewhere
 _BYTES = 4
 
 
@@ -105,8 +103,12 @@ class AdamWCPU:
             self.hindrance = "some of the parameters share their count of steps"
         if any(freed(part, self._sizes) for part in (params, firsts, seconds)) or freed(steps, [1] * len(steps)):
             self.hindrance = "some of the tensors have no memory"
-        self._like, self._vector = np.empty(0, np.float32), _VECTORS.get(torch.backends.cpu.get_cpu_capability(), 8)
-        self._compile()
+        self._like = np.empty(0, np.float32)
+        try:
+            with compiling("numba"):
+                self._compile()
+        except CompilerError:
+            self.hindrance = "Numba compiles no step of AdamW here"
 
     def current(self) -> bool:
         """Return whether all tensors lie where they did, in the same layout."""
@@ -168,7 +170,7 @@ class AdamWCPU:
         self._step(*self._cut.bounds[number], self._slices.done[number : number + 1])
 
     def _step(self, first: int, last: int, done: NDArray[np.bool_]) -> None:
-        self._compiled.step(*self._work, first, last, self._rate, self._vector, self._like, done)
+        self._compiled.step(*self._work, first, last, self._rate, self._like, done)
 
     def _rows(self, hypers: Sequence[Hyper]) -> NDArray[np.float32]:
         rows = np.empty((len(self._made), len(self._compiled.COLUMNS)), np.float32)
@@ -193,19 +195,12 @@ class AdamWCPU:
 @cache
 def works() -> bool:
     """Return whether the loops can be compiled here; where Numba works and they do not, warn once."""
-    param, gradient, moment, step = (
-        [torch.zeros(shape, dtype=torch.float32, device="cpu")] for shape in ((1,), (1,), (1,), ())
-    )
+    ones = [[torch.zeros(shape, dtype=torch.float32, device="cpu")] for shape in ((1,), (1,), (1,), ())]
     try:
-        AdamWCPU(param, gradient, moment, step)
-    except Exception as error:  # noqa: BLE001 - whatever a compiler can raise, training goes on without it
-        message = (
-            f"Numba compiles no step of AdamW here ({type(error).__name__}: {str(error).partition(chr(10))[0]}); torch "
-            "makes the steps, and the average follows behind"
-        )
-        warnings.warn(message, PolyakWarning, stacklevel=4)
+        with compiling("numba"):
+            return not AdamWCPU(*ones).hindrance
+    except CompilerError:
         return False
-    return True
 
 
 def pairs(average: Tensor, param: Tensor) -> bool:

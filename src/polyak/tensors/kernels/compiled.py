@@ -9,29 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]  # it ships no types
-from numba import carray, njit, types
+from llvmlite import binding, ir  # type: ignore[import-untyped]  # it ships no types
+from numba import carray, types
 from numba.extending import intrinsic, overload
 
-__all__ = ["copy", "fetch", "finite", "jit", "move", "pointer"]
+from polyak.tensors.kernels.compiled_cache import jit
+from polyak.tensors.kernels.rounding import rounds_once
+
+__all__ = ["add_product", "copy", "fetch", "finite", "jit", "move", "pointer"]
 
 _AHEAD = 4  # pieces: where they are short, memory takes longer than the work on several
 _LINES = (np.uint64(0), np.uint64(64), np.uint64(128), np.uint64(192))  # bytes: what is asked for of a piece ahead
 _ROUNDS = (np.uint32(0x7FEB352D), np.uint32(0x846CA68B))  # lowbias32, a public-domain hash of 32 bits
-
-
-def jit(**options: Any) -> Any:
-    """Return what compiles a function without Python's lock and caches it on disk."""
-
-    # "contract" allows one rounding for a product and a sum, as torch's own kernels do.
-    def decorate(function: Any) -> Any:
-        settings = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}, **options}
-        try:
-            return njit(cache=True, **settings)(function)
-        except RuntimeError:  # no folder to cache in can be written
-            return njit(**settings)(function)
-
-    return decorate
 
 
 @intrinsic
@@ -59,6 +48,22 @@ def fetch(_: Any, address: Any) -> Any:
         return None
 
     return signature, generate
+
+
+@intrinsic
+def add_product(_: Any, a: Any, b: Any, c: Any) -> Any:
+    """Return ``a * b + c``, rounded as often as torch rounds it on this processor."""
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        if not rounds_once():
+            return builder.fadd(builder.fmul(args[0], args[1]), args[2])
+        kind = args[0].type
+        # Processors without such an instruction call the C library, which must be at hand.
+        name = "llvm.fma" if all(map(binding.address_of_symbol, ("fma", "fmaf"))) else "llvm.fmuladd"
+        function = ir.FunctionType(kind, [kind, kind, kind])
+        return builder.call(builder.module.declare_intrinsic(name, (kind,), function), args)
+
+    return a(a, b, c), generate
 
 
 def _wide(bits: Any) -> Any:
@@ -154,13 +159,13 @@ def _move_piece(average: Any, weight: Any, rate: Any, seed: Any) -> None:
     if abs(rate) < wide(0.5):
         for i in range(average.size):
             old, new = wide(_wide(average[i])), wide(_wide(weight[i]))
-            value = old + rate * (new - old)
+            value: Any = add_product(rate, new - old, old)
             average[i] = _narrow(value, _noise_for(seed, i, average[i]), average[i])
     else:
         back = rate - wide(1)
         for i in range(average.size):
             old, new = wide(_wide(average[i])), wide(_wide(weight[i]))
-            value = new + back * (new - old)
+            value = add_product(back, new - old, new)
             average[i] = _narrow(value, _noise_for(seed, i, average[i]), average[i])
 
 

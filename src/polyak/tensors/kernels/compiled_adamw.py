@@ -13,7 +13,7 @@ from llvmlite import ir  # type: ignore[import-untyped]  # it ships no types
 from numba import types
 from numba.extending import intrinsic
 
-from polyak.tensors.kernels.compiled import jit, pointer
+from polyak.tensors.kernels.compiled import add_product, jit, pointer
 
 __all__ = ["COLUMNS", "get", "put", "step"]
 
@@ -22,21 +22,10 @@ COLUMNS = ("sign", "kept", "first", "second", "square", "root", "eps", "minus")
 ``1 - beta2``, the root of the second moment's bias correction, ``eps``, and minus the step's size."""
 
 _HALF, _ONE = np.float32(0.5), np.float32(1)
+_VECTOR = 8  # elements: what torch's kernel is compiled to compute at once, and on AVX-512 the least of it
 _VECTORS, _REST = True, False  # whether torch makes vectors of the elements
 # The streams: no address of one is an address of another.
 _PARAM, _GRAD, _FIRST, _SECOND, _AVERAGE = range(5)
-
-
-@intrinsic
-def _sum(_: Any, a: Any, b: Any, c: Any) -> Any:
-    """Return ``a * b + c``, rounded once where the processor can."""
-
-    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
-        kind = args[0].type
-        function = ir.FunctionType(kind, [kind, kind, kind])
-        return builder.call(builder.module.declare_intrinsic("llvm.fmuladd", (kind,), function), args)
-
-    return a(a, b, c), generate
 
 
 def _alone(module: Any, instruction: Any, stream: int) -> None:
@@ -69,16 +58,16 @@ def _write(_: Any, place: Any, i: Any, value: Any, stream: Any) -> Any:
     return types.void(place, i, value, stream), generate
 
 
-@jit(fastmath=False, inline="always")
+@jit(inline="always")
 def _moved(param: Any, grad: Any, first: Any, second: Any, i: Any, row: Any, whole: Any) -> Any:
     """Move element ``i`` of a parameter and of its moments; return its new value."""
     slope = _read(grad, i, _GRAD) * row[0]
     old: Any = _read(first, i, _FIRST)
     was: Any = _read(second, i, _SECOND)
     near = row[2] < _HALF  # as torch's lerp, from the nearer end
-    mean = _sum(row[2] if near else row[2] - _ONE, slope - old, old if near else slope)
+    mean = add_product(row[2] if near else row[2] - _ONE, slope - old, old if near else slope)
     scaled = row[4] * slope
-    square = _sum(scaled, slope, was * row[3]) if whole else _sum(was, row[3], scaled * slope)
+    square = add_product(scaled, slope, was * row[3]) if whole else add_product(was, row[3], scaled * slope)
     _write(first, i, mean, _FIRST)
     _write(second, i, square, _SECOND)
     value = _read(param, i, _PARAM) * row[1] + (row[7] * mean) / (np.sqrt(square) / row[5] + row[6])
@@ -86,36 +75,36 @@ def _moved(param: Any, grad: Any, first: Any, second: Any, i: Any, row: Any, who
     return value
 
 
-@jit(fastmath=False)
-def _step_piece(param: Any, grad: Any, first: Any, second: Any, row: Any, size: Any, vector: Any) -> None:
-    whole = size - size % vector
+@jit()
+def _step_piece(param: Any, grad: Any, first: Any, second: Any, row: Any, size: Any) -> None:
+    whole = size - size % _VECTOR
     for i in range(whole):
         _moved(param, grad, first, second, i, row, _VECTORS)
     for i in range(whole, size):
         _moved(param, grad, first, second, i, row, _REST)
 
 
-@jit(fastmath=False, inline="always")
+@jit(inline="always")
 def _follow(average: Any, i: Any, new: Any, rate: Any) -> None:
     """Move element ``i`` of an average."""
     near = rate < _HALF
     old: Any = _read(average, i, _AVERAGE)
-    value = _sum(rate if near else rate - _ONE, new - old, old if near else new)
+    value = add_product(rate if near else rate - _ONE, new - old, old if near else new)
     _write(average, i, new if rate == _ONE else value, _AVERAGE)  # a sum would keep a NaN of the average
 
 
-@jit(fastmath=False)
+@jit()
 def _average_piece(
-    param: Any, grad: Any, first: Any, second: Any, average: Any, row: Any, size: Any, vector: Any, rate: Any
+    param: Any, grad: Any, first: Any, second: Any, average: Any, row: Any, size: Any, rate: Any
 ) -> None:
-    whole = size - size % vector
+    whole = size - size % _VECTOR
     for i in range(whole):
         _follow(average, i, _moved(param, grad, first, second, i, row, _VECTORS), rate)
     for i in range(whole, size):
         _follow(average, i, _moved(param, grad, first, second, i, row, _REST), rate)
 
 
-@jit(fastmath=False)
+@jit()
 def step(
     places: Any,
     sizes: Any,
@@ -124,7 +113,6 @@ def step(
     first: int,
     last: int,
     rate: Any,
-    vector: int,
     like: Any,
     done: Any,
 ) -> None:
@@ -138,7 +126,6 @@ def step(
         first: The first piece.
         last: The piece to stop before.
         rate: The rate of the average, a float32.
-        vector: How many elements torch's kernel computes with at once.
         like: An empty array of float32.
         done: One flag, set at the end.
     """
@@ -149,10 +136,10 @@ def step(
         square: Any = pointer(places[3, piece], like)
         row, size = rows[tensors[piece]], sizes[piece]
         if places[4, piece] == 0:
-            _step_piece(param, grad, mean, square, row, size, vector)
+            _step_piece(param, grad, mean, square, row, size)
         else:
             average = pointer(places[4, piece], like)
-            _average_piece(param, grad, mean, square, average, row, size, vector, rate)
+            _average_piece(param, grad, mean, square, average, row, size, rate)
     done[0] = True
 
 

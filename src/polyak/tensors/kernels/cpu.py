@@ -15,6 +15,7 @@ from torch.autograd.graph import increment_version
 from typing_extensions import override
 
 from polyak.tensors.kernels import eager
+from polyak.tensors.kernels.compiler import compiling
 from polyak.tensors.kernels.kernel import SHORT, Checking, Kernel
 from polyak.tensors.kernels.pieces import Places
 from polyak.tensors.kernels.threads import Slices
@@ -95,8 +96,9 @@ class FusedCPU(Checking):
         self._finite = True
         self.prepare(moved=True)
         # Compiled when the averager is made, and not in the first update.
-        self._move_pieces(0, 0, np.zeros(1, np.bool_))
-        self._check_pieces(0, 0)
+        with compiling("numba"):
+            self._move_pieces(0, 0, np.zeros(1, np.bool_))
+            self._check_pieces(0, 0)
 
     @override
     def prepare(self, *, moved: bool) -> None:
@@ -162,7 +164,8 @@ class CopyCPU(Kernel):
         self._places = Places(lanes, weights, in_bytes=True)
         self._copying = Slices(self._copy, len(self._places.bounds))
         self.prepare(moved=True)
-        self._copy_pieces(0, 0, np.zeros(1, np.bool_))
+        with compiling("numba"):
+            self._copy_pieces(0, 0, np.zeros(1, np.bool_))
 
     @override
     def prepare(self, *, moved: bool) -> None:
@@ -192,7 +195,19 @@ def _seed(generators: Generators) -> int:
     return int(torch.randint(1 << 32, (), generator=generators(cpu), device=cpu))
 
 
-def try_out() -> None:
-    """Import the compiler and compile for float32, whatever that raises."""
-    one = torch.zeros(1, dtype=torch.float32, device="cpu")
-    FusedCPU([[one]], [torch.zeros_like(one)])
+def try_out() -> bool:
+    """Compile for float32 and move a number; return whether it is where it belongs, or raise what the compiler raises.
+
+    Without a word it is not where NUMBA_DISABLE_JIT is set.
+    """
+    from numba import config
+
+    if config.DISABLE_JIT:
+        return False
+    with torch.inference_mode(mode=False):
+        average, weight = (torch.full((1,), value, dtype=torch.float32, device="cpu") for value in (0.0, 1.0))
+        FusedCPU([[average]], [weight])([0.5], [], 0)
+    if average.item() != 0.5:  # noqa: PLR2004 - half of the way
+        message = f"half of the way from 0 to 1 is {average.item()}"
+        raise ArithmeticError(message)
+    return True

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from polyak.errors import RateError
+from polyak.tensors.kernels.compiler import compiling
 from polyak.tensors.kernels.kernel import SHORT
 from polyak.tensors.layout import dense
 
@@ -97,8 +98,9 @@ class FusedCUDA:
         self._finished = 0
         # Compiled and loaded before any graph is captured. As long as the table is empty, nothing moves.
         self._count = min(1, len(self._blocks))
-        self._move()
-        self.look(self._found)
+        with compiling("triton"):
+            self._move()
+            self.look(self._found)
         self._count = len(self._blocks)
         self.prepare(moved=True)
 
@@ -184,10 +186,11 @@ class FusedCUDA:
             raise RateError(message)
 
 
-def try_out() -> None:
+def try_out() -> bool:
     """Import the compiler and compile for float32, whatever that raises; needs a GPU."""
     one = torch.zeros(1, dtype=torch.float32, device="cuda")
     FusedCUDA([[one]], [torch.zeros_like(one)])
+    return True
 
 
 def _blocks(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

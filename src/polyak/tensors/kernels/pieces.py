@@ -51,8 +51,8 @@ class Cut:
 
     def addresses(self, starts: NDArray[np.uint64], unit: int) -> NDArray[np.uint64]:
         """Return where each piece begins, lanes × pieces; ``unit`` is the bytes of an element."""
-        addresses: NDArray[np.uint64] = starts[:, self.tensors] + self._offset * np.uint64(unit)
-        return addresses
+        # In one order of memory, whatever their number: for another one the loops would be compiled again.
+        return np.ascontiguousarray(starts[:, self.tensors] + self._offset * np.uint64(unit))
 
 
 class Places:
