@@ -213,7 +213,9 @@ class Binding:
         """Return the plan of a model that is ready for values written into its tensors."""
         plan = planned()
         plan.adapter.before_swap(plan.model)
-        return planned()  # to be ready may be to have other memory
+        plan = planned()  # to be ready may be to have other memory
+        plan.refuse_read_only()
+        return plan
 
     def _enter(self, swap: Swap, plan: Plan, user: object) -> None:
         if swap not in in_force:

@@ -21,6 +21,7 @@ from polyak.history import History
 from polyak.settings import Settings, resumed
 from polyak.state import State, dump, parse
 from polyak.tensors.generators import OwnGenerators
+from polyak.tensors.located import refuse_lost
 from polyak.tensors.storage import Stored
 from polyak.validation import SavedState
 
@@ -146,6 +147,7 @@ class Engine(Computing):
     @override
     def state_dict(self) -> dict[str, Any]:
         self._settle()
+        refuse_lost([tensor for s in self._state.stored for tensor in s.tensors])
         return dump(self._state, self._binding.holding(self._state.stored), self._strategy, self.options)
 
     @override

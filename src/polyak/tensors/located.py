@@ -14,7 +14,7 @@ from polyak.tensors.entries import PLAIN, STRIDED
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Located", "Storages", "lacking", "plain", "refuse_freed"]
+__all__ = ["Located", "Storages", "lacking", "plain", "refuse_freed", "refuse_lost", "span"]
 
 _LAYOUT = (
     attrgetter("dtype"),
@@ -76,8 +76,8 @@ class Storages:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
+        refuse_lost(tensors)
         self._tensors = plain(tensors)
-        self._refuse_freed()
         # Averages are handed out as aliases: what changes is the storage, and never where in it a tensor is.
         self._storages = [*{s.data_ptr(): s for s in map(Tensor.untyped_storage, self._tensors)}.values()]
         self._known = self._look()
@@ -91,20 +91,26 @@ class Storages:
         now = self._look()
         if now == self._known:
             return False
-        self._refuse_freed()
+        refuse_lost(self._tensors)
         self._known = now
         return True
 
     def _look(self) -> tuple[list[int], list[int]]:
         return [*map(UntypedStorage.data_ptr, self._storages)], [*map(UntypedStorage.nbytes, self._storages)]
 
-    def _refuse_freed(self) -> None:
-        if freed := lacking(self._tensors):
-            message = (
-                f"the memory of {len(freed)} averages (the first of shape {tuple(freed[0].shape)}) was freed, and with "
-                "it their values. Build a new averager, load a saved state, and free copies of averages only."
-            )
-            raise StateError(message)
+
+def refuse_lost(stored: Sequence[Tensor]) -> None:
+    """Refuse averages that have no memory.
+
+    Raises:
+        StateError: If any of ``stored`` has none.
+    """
+    if freed := lacking(plain(stored)):
+        message = (
+            f"the memory of {len(freed)} averages (the first of shape {tuple(freed[0].shape)}) was freed, and with it "
+            "their values. Build a new averager, load a saved state, and free copies of averages only."
+        )
+        raise StateError(message)
 
 
 def refuse_freed(tensors: Sequence[Tensor]) -> None:
@@ -126,9 +132,15 @@ def lacking(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t for t in tensors if t.numel() and not t.is_meta and not (t.data_ptr() and _reaches_end(t))]
 
 
-def _reaches_end(tensor: Tensor) -> bool:
+def span(tensor: Tensor) -> int:
+    """Return how many bytes lie between the beginning of a tensor that has elements and the end of its last one."""
     last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    return bool((tensor.storage_offset() + last + 1) * tensor.itemsize <= tensor.untyped_storage().nbytes())
+    return int(last + 1) * tensor.itemsize
+
+
+def _reaches_end(tensor: Tensor) -> bool:
+    end = tensor.storage_offset() * tensor.itemsize + span(tensor)
+    return bool(end <= tensor.untyped_storage().nbytes())
 
 
 def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from polyak.errors import ModelError
 from polyak.tensors.entries import Entry, Model, address
 from polyak.tensors.groups import Lane
 from polyak.tensors.modes import Untracked
 from polyak.tensors.moves import Moves
 from polyak.tensors.offload import Offload, crosses
 from polyak.tensors.watch import Watch
+from polyak.tensors.writing import read_only
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,11 +48,12 @@ class Plan:
         self.live = [entry.tensor for entry in entries]
         self.adapter = adapter
         self._kernel, self._agree = kernel, adapter.agree(entries)
-        self.watch = Watch(model, self.live, [t for s in self.stored for t in (s.average, *s.slots.values())])
+        self.watch = Watch(model, self.live, [tensor for s in self.stored for tensor in s.tensors])
         pairs = zip(self.stored, self.live, strict=True)
         self.offload = Offload(self.lane) if any(crosses(s.average, t) for s, t in pairs) else None
         if self.offload is None:
             self.moves  # noqa: B018 - compiled now, and not in the first update
+        self._written: int | None = None
         self._memory = [address(entry.tensor) for entry in entries]
         self._fresh = [(s, t) for s, t in zip(self.stored, self.live, strict=True) if s.fresh]
 
@@ -85,6 +88,23 @@ class Plan:
         for stored, _ in self._fresh:
             stored.fresh = False
         self._fresh = []
+
+    def refuse_read_only(self) -> None:
+        """Refuse to write into a model whose memory is read-only; looked at once for each memory it has.
+
+        Raises:
+            ModelError: If it is.
+        """
+        if self._written == self.watch.epoch:
+            return
+        if found := {*map(id, read_only(self.live))}:
+            names = [s.name for s, live in zip(self.stored, self.live, strict=True) if id(live) in found]
+            message = (
+                f"{len(names)} of the model's tensors (the first is {names[0]}) lie in read-only memory, as that of "
+                "np.load(..., mmap_mode='r'). Copy them first: parameter.data = parameter.data.clone()."
+            )
+            raise ModelError(message)
+        self._written = self.watch.epoch
 
     def bound(self) -> dict[int, int]:
         """Return the address of each stored tensor's live one when it was bound, by the stored one's id."""

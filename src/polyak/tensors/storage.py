@@ -103,7 +103,12 @@ class Stored:
     @property
     def nbytes(self) -> int:
         """The memory of all its tensors, in bytes."""
-        return sum(tensor.nbytes for tensor in (self.average, *self.slots.values()))
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The average, and what is kept beside it."""
+        return self.average, *self.slots.values()
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
