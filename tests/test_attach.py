@@ -304,6 +304,41 @@ def test_an_optimiser_whose_step_runs_no_hooks_is_refused(model, averager):
     assert not optimizer._optimizer_step_post_hooks
 
 
+class Sole(Optimizer):
+    """Steps by itself, by methods that run no hooks."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def second_step(self):
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.sub_(param.grad, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("how", ["applied", "module", "averaged_state_dict"])
+def test_an_optimiser_that_trains_without_its_step_is_told_when_the_average_is_evaluated(model, averager, how):
+    def evaluate():
+        if how == "applied":
+            with averager.applied():
+                model(torch.ones(2, 3))
+        else:
+            getattr(averager, how)
+
+    optimizer = Sole(model.parameters())
+    polyak.attach(optimizer, averager)
+    model.load_state_dict(mlp().state_dict())
+    for _ in range(20):
+        evaluate()
+    for _ in range(10):
+        backward(model)
+        optimizer.second_step()
+    with pytest.warns(polyak.PolyakWarning, match=r"attached to Sole, whose step\(\) has never run"):
+        averager.averaged_state_dict() if how == "averaged_state_dict" else evaluate()
+    evaluate()
+
+
 # Two that update one averager
 
 

@@ -26,7 +26,7 @@ class Computing(Configurable):
     @property
     @override
     def module(self) -> nn.Module:
-        plan = self._current()
+        plan = self._evaluated()
         if self._averaged is None or not self._averaged.fits(plan):
             self._averaged = AveragedModule(plan, WeakMethod(self.refresh))
             self._averaged.is_held()  # counts the references that are its own
@@ -36,6 +36,7 @@ class Computing(Configurable):
 
     @override
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._evaluated()
         return self.module(*args, **kwargs)
 
     def refresh(self) -> None:

@@ -1,4 +1,4 @@
-"""The engine's part that holds its settings: changed by ``configure`` only, and recorded."""
+"""The engine's part that holds its settings: changed by ``configure`` only, recorded, and doubted."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from polyak.updating import Updating
 
 if TYPE_CHECKING:
     from polyak.strategy import Strategy
+    from polyak.tensors.plan import Plan
 
 __all__ = ["Configurable"]
 
 _OWN = frozenset({"options", "listeners"})
 """The attributes without an underscore that only an instance has."""
+
+_UPDATES, _SHARE = 100, 0.5
+"""From so many updates on, an average with a larger share of the start is warned of."""
 
 
 class Configurable(AttributeHints, Updating):
@@ -55,3 +59,28 @@ class Configurable(AttributeHints, Updating):
             message = f"the averager's {name!r} cannot be set; {advice(self._settings, name)}"
             raise AttributeAccessError(message)
         super().__setattr__(name, value)
+
+    def _evaluated(self, level: int = 4) -> Plan:
+        """Return the plan for reading the average; warn once where it is hardly one."""
+        plan = self._current()
+        progress = self._state.progress
+        if not progress.calls and self._sources is not None and (name := self._sources.idle()):
+            message = (
+                f"the averager is attached to {name}, whose step() has never run though its parameters were changed "
+                "many times: nothing was averaged. Attach to the optimiser that steps, or call averager.update()."
+            )
+            self._warn("idle", message, level)
+        if progress.n >= _UPDATES and "start" not in self._warned:
+            self._doubt_start(progress.n, level + 1)
+        return plan
+
+    def _doubt_start(self, n: int, level: int) -> None:
+        several = bool(self._strategy.slots())
+        share = abs(self.profile().start) if several else self._state.history.start
+        if share > _SHARE:
+            message = (
+                f"after {n} updates the average is still {share:.0%} the weights that it started from; the strategy "
+                "'ema_debiased' and origin='first' replace them by the first update, and a smaller decay forgets them"
+            )
+            self._warn("start", message, level)
+        self._warned.add("start")  # the share of the start only falls

@@ -116,7 +116,7 @@ class Engine(Computing):
     @override
     @contextmanager
     def applied(self) -> Iterator[None]:
-        self._current()
+        self._evaluated(level=5)
         try:
             with self._binding.applied(self._current):
                 self.keep_in_step()
@@ -133,14 +133,14 @@ class Engine(Computing):
             message = "copy_to() while the model holds the average: it gets its own weights back; leave applied() first"
             raise AppliedError(message)
         if self._binding.model is not None:
-            self._current()
+            self._evaluated()
         own = root is self._binding.model
         plan = self._binding.ready(lambda: self._binding.planned(root, self._state, adopt=own))
         overwrite_model(plan, self._binding.holding(plan.stored))
 
     @override
     def averaged_state_dict(self, *, full: bool = False) -> dict[str, Any]:
-        plan = self._current()
+        plan = self._evaluated()
         state = averaged_state_dict(plan, self._binding.holding(plan.stored), self.applied)
         return gathered(state) if full else state
 

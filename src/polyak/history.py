@@ -77,6 +77,12 @@ class History:
         self.strides.append(stride)
         self.last.append(n)
 
+    @property
+    def start(self) -> float:
+        """The share of the start in an average of one running tensor."""
+        rates, ends = np.array(self.rates[: len(self.last)], np.float64), np.array([0, *self.last], np.float64)
+        return float(np.prod((1.0 - rates) ** np.diff(ends)))
+
     def profile(self, strategy: Strategy, last_step: int) -> Profile:
         """Return the profile of all updates so far, the last of which was made at ``last_step``."""
         runs = len(self.last)
