@@ -249,6 +249,15 @@ def test_a_glob_that_matches_nothing_shows_names_that_exist(option):
     assert ("norm.running_mean" if option == "buffers" else "head.weight") in str(caught.value)
 
 
+@pytest.mark.parametrize("start", [0.75, 0.1])
+def test_a_start_that_is_a_part_of_the_run_says_where_that_works_and_what_to_write(start):
+    words = rf"start: .*command line only.*start=round\({start} \* steps\) \+ 1"
+    with pytest.raises(polyak.ConfigError, match=words):
+        polyak.average(mlp(), "swa", start=start)
+    with pytest.raises(polyak.ConfigError, match=r"start: (?!.*command line)"):
+        polyak.average(mlp(), "swa", start=1.5)
+
+
 # Updates with another model
 
 

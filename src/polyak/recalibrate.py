@@ -37,7 +37,8 @@ def recalibrate(
 
     Averaged weights produce other activations than those whose statistics were averaged with them. Every row counts
     the same, whatever batch it is in; the layers' momenta are not used, and their modes are restored. All ranks of a
-    sharded model call it, each with as many batches of its own, and the rows of all ranks count.
+    sharded model call it, each with as many batches of its own, and the rows of all ranks count. Recalibrate right
+    before you evaluate or export: the next ``update()`` averages the model's running statistics into the measured ones.
 
     Args:
         target: An averager (its average gets the statistics, the model is left alone) or a module.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
 
 from polyak.errors import ConfigError, StateError
+from polyak.frozen import line, nearest
 from polyak.history import Change
 from polyak.missing import MissingStrategy
 from polyak.options import Options
@@ -59,11 +59,7 @@ class Settings(NamedTuple):
             strategy = type(self.strategy).model_validate({**mine, **own}) if own else self.strategy
             options = Options.model_validate({**self.options.model_dump(), **rest}) if rest else self.options
         except ValidationError as error:
-            lines = "\n".join(
-                f"  {'.'.join(map(str, detail['loc']))}: {detail['msg'].removeprefix('Value error, ')} "
-                f"(got {detail['input']!r})"
-                for detail in error.errors()
-            )
+            lines = "\n".join(f"  {line(detail, str)}" for detail in error.errors())
             message = f"the settings cannot be used:\n{lines}"
             raise ConfigError(message) from error
         return self._replace(strategy=strategy, options=options)
@@ -113,7 +109,7 @@ def _refuse_fixed(old: Settings, name: str) -> None:
         raise ConfigError(message)
     if name not in {*own, *CONFIGURABLE}:
         known = [*own, *CONFIGURABLE]
-        message = f"{name}: there is no such setting.{_near(name, known)} Known: {', '.join(known)}"
+        message = f"{name}: there is no such setting.{nearest(name, known)} Known: {', '.join(known)}"
         raise ConfigError(message)
 
 
@@ -188,12 +184,7 @@ def advice(settings: Settings, name: str) -> str:
         return f"call averager.configure({name}=...), which records the change"
     if name in type(settings.strategy).model_fields or name in Options.model_fields:
         return "it is fixed when an averager is built; build a new one"
-    return f"its settings are changed by averager.configure(...).{_near(name, sorted(_changing(settings)))}"
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    return f"its settings are changed by averager.configure(...).{nearest(name, sorted(_changing(settings)))}"
 
 
 def _shown(new: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from polyak.strategy import Strategy
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
 
 __all__ = ["explain"]
 
@@ -38,7 +39,19 @@ def explain(error: ValidationError, data: Mapping[str, Any]) -> list[str]:
             hint = f" It is a setting of {listed(map(repr, others))}."
         return f"{hint} Known: {listed(settings)}."
 
-    return [line(detail, setting if len(detail["loc"]) > 1 else option) for detail in error.errors()]
+    return [
+        line(detail, setting if len(detail["loc"]) > 1 else option) + _part_of_run(detail) for detail in error.errors()
+    ]
+
+
+def _part_of_run(detail: ErrorDetails) -> str:
+    start = detail["input"]
+    if detail["loc"] != ("start",) or not isinstance(start, float) or not 0 < start < 1:
+        return ""
+    return (
+        f" A part of the run works on the command line only, where its length is known (polyak profile, sweep). "
+        f"Here give the optimiser step: start=round({start} * steps) + 1."
+    )
 
 
 def _strategy(data: Mapping[str, Any]) -> type[Strategy] | None:
