@@ -13,7 +13,10 @@ import polyak
 
 from .race import Network, distance, floats, named_parameters
 
-pytestmark = pytest.mark.parity
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore:after 300 updates the average is still:polyak.PolyakWarning"),
+]
 
 WARM_UPS = [
     {"min_decay": 0.0, "update_after_step": 0, "power": 2 / 3},

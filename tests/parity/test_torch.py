@@ -12,7 +12,10 @@ import polyak
 
 from .race import Network, distance, floats, ulps
 
-pytestmark = pytest.mark.parity
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore:after 300 updates the average is still:polyak.PolyakWarning"),
+]
 
 
 @pytest.mark.parametrize(
