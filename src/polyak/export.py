@@ -81,9 +81,9 @@ def averaged_state_dict(
     model = unwrap(model)
     # Filled in place: it carries the versions of its modules, which load_state_dict reads.
     result: dict[str, Any] = model.state_dict(keep_vars=True) if _keeps_variables(model) else {}
-    result.update({key: copied(value) for key, value in result.items() if id(value) in own})
-    # Of what is no tensor of the model, a hook or the model's own state_dict() made it, perhaps of its weights.
+    # A hook or the model's own state_dict() made all other tensors, perhaps of its weights.
     computed = [key for key, value in result.items() if id(value) not in own and _has_tensors(value)]
+    result.update({key: copied(value) for key, value in result.items() if id(value) in own})
     if computed or not result:
         made: dict[object, Tensor] = {}
         with applied(), torch.no_grad():

@@ -52,6 +52,12 @@ def test_a_tied_model_is_saved_no_larger_than_its_own_state_dict(build, options)
     assert averager.averaged_state_dict()[head].max() < 2.0
 
 
+def test_the_average_is_put_into_the_model_only_for_what_is_computed_from_its_weights(monkeypatch):
+    averager = moved(Tied())
+    monkeypatch.setattr(type(averager), "applied", None)
+    assert len(averager.averaged_state_dict()) == len(Tied().state_dict())
+
+
 def test_two_views_of_one_memory_that_differ_have_a_copy_each():
     model = {"whole": torch.ones(4), "start": torch.ones(1)}
     model["start"] = model["whole"][:1]
