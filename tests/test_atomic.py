@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 import polyak
 from polyak.atomic import remove_stale, scratch_folder, write_whole
+from polyak.distributed.place import Place
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="locks, FIFOs and devices are POSIX's")
 SUFFIXES = (".pt", ".safetensors")
@@ -179,3 +181,18 @@ def test_a_fifo_among_snapshots_and_in_the_place_of_a_synthesis_is_refused_at_on
     os.mkfifo(tmp_path / "made.safetensors")
     with pytest.raises(polyak.WriteError, match="a FIFO"):
         made.save(tmp_path / "made.safetensors")
+
+
+def test_two_writers_of_one_folder_leave_the_last_one_whole_and_nothing_else(tmp_path):
+    target = tmp_path / "average"
+    for _ in range(2):
+        with ExitStack() as held:
+            places = Place(target), Place(target)
+            scratches = [place.prepare(held) for place in places]
+            for number, scratch in enumerate(scratches):
+                scratch.mkdir()
+                (scratch / "__0_0.distcp").write_text(str(number))
+            for place, scratch in zip(places, scratches, strict=True):
+                place.publish(scratch)
+        assert [path.read_text() for path in target.iterdir()] == ["1"]
+        assert [path.name for path in tmp_path.iterdir()] == ["average"]

@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows has no such locks: stale folders stay there
     fcntl = None  # type: ignore[assignment]  # it stands for a module
 
-__all__ = ["check_target", "open_regular", "remove_stale", "scratch_folder", "write_whole"]
+__all__ = ["check_target", "exclusive", "open_regular", "remove_stale", "scratch_folder", "write_whole"]
 
 _SCRATCH = ".polyak-"
 _LOCK = ".lock"
@@ -91,6 +91,21 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         yield folder
     finally:
         _remove(folder, lock)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the same context for this folder; best effort."""
+    opened = None
+    try:
+        if fcntl is not None:
+            with suppress(OSError):  # a disk without locks of folders
+                opened = os.open(folder, os.O_RDONLY)
+                fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        if opened is not None:
+            os.close(opened)
 
 
 def remove_stale(parent: Path) -> None:

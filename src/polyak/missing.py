@@ -8,6 +8,7 @@ from pydantic import ConfigDict, PrivateAttr
 from typing_extensions import override
 
 from polyak.errors import UnknownStrategyError
+from polyak.shown import shown
 from polyak.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class MissingStrategy(Strategy):
 
     def _missing(self) -> UnknownStrategyError:
         message = (
-            f"the loaded state was made by the strategy {self.name!r}, which is not installed here. The average can be "
+            f"the loaded state was made by the strategy {shown(self.name)}, which is not installed here. The average can be "
             "evaluated and saved; to go on updating it, install the plugin that offers it (see `polyak plugins`)."
         )
         return UnknownStrategyError(message)

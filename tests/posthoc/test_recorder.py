@@ -465,6 +465,20 @@ def test_a_state_of_something_else_is_refused(tmp_path):
         with_blocks.load_state_dict(without.state_dict())
 
 
+@pytest.mark.parametrize("steps", [None, [1], {"average": "x"}, {5: 1}, {"average": True}], ids=str)
+@pytest.mark.parametrize("part", ["seen", "written"])
+def test_a_damaged_state_of_a_recorder_is_refused_whole(tmp_path, part, steps):
+    model, averager = fresh(decay=0.9)
+    with Recorder(averager, tmp_path / "run", every=5) as recorder:
+        run_of(model, averager, range(1, 4))
+        state, other = recorder.state_dict(), polyak.average(model, "ema", decay=0.9)
+        with Recorder(other, tmp_path / "other", every=5) as later:
+            before = later.state_dict()
+            with pytest.raises(StateError, match="expected what Recorder"):
+                later.load_state_dict({**state, part: steps})
+            assert later.state_dict()["blocks"]["n"] == before["blocks"]["n"] == 0
+
+
 def test_a_state_is_tensors_and_plain_types(tmp_path):
     import io
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from polyak.bank import Bank
 
 __all__ = ["load", "save"]
+
+T = TypeVar("T")
 
 _SHOWN = 6
 
@@ -68,12 +71,13 @@ def save(averager: Averager | Bank, folder: str | os.PathLike[str], *, group: Pr
     check_counters(averager, f"save to {str(folder)!r}", group)
     check_one_average(averager, f"save to {str(folder)!r}", group)
     place, ranks = Place(Path(folder).absolute()), members(group)
-    _on_first(place.prepare, f"prepare {str(folder)!r}", group)
-    with translated(f"write {str(folder)!r}", DistributedError, "It is what it was before.", ranks):
-        # By default replicated tensors are spread over ranks by size: one layer's statistics would be of two ranks.
-        planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-        dcp_save({KEY: averager.state_dict()}, checkpoint_id=place.scratch, planner=planner, process_group=group)
-    _on_first(place.publish, f"name {str(folder)!r}", group)
+    with ExitStack() as held:
+        scratch = _on_first(lambda: place.prepare(held), f"prepare {str(folder)!r}", group)
+        with translated(f"write {str(folder)!r}", DistributedError, "It is what it was before.", ranks):
+            # By default replicated tensors are spread over ranks by size: one layer's statistics would be of two ranks.
+            planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+            dcp_save({KEY: averager.state_dict()}, checkpoint_id=scratch, planner=planner, process_group=group)
+        _on_first(lambda: place.publish(scratch), f"name {str(folder)!r}", group)
 
 
 def load(averager: Averager | Bank, folder: str | os.PathLike[str], *, group: ProcessGroup | None = None) -> None:
@@ -166,17 +170,20 @@ def _put(state: dict[str, Any], path: tuple[Any, ...], value: object) -> None:
     state[path[-1]] = value
 
 
-def _on_first(act: Callable[[], None], purpose: str, group: ProcessGroup | None) -> None:
-    """Let the first rank do something that the others wait for.
+def _on_first(act: Callable[[], T], purpose: str, group: ProcessGroup | None) -> T:
+    """Return on all ranks what the first one does, which the others wait for.
 
     Raises:
-        DistributedError: It could not, or a rank does not answer.
+        DistributedError: If it cannot, or a rank does not answer.
     """
-    first, problem = (members(group) or [0])[0], ""
+    first, problem, done = (members(group) or [0])[0], "", None
     if rank() == first:
         try:
-            act()
+            done = act()
         except Exception as error:  # noqa: BLE001 - the others wait to be told
             problem = f"rank {first} could not {purpose}: {type(error).__name__}: {error}"
-    if problem := "".join(asked(problem, group, purpose)):
+    answers = asked((problem, done), group, purpose)
+    if problem := "".join(problem for problem, _ in answers):
         raise DistributedError(problem)
+    found: T = answers[0][1]
+    return found

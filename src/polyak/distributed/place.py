@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
+from polyak.atomic import exclusive, scratch_folder
 from polyak.distributed.translated import metadata
 
 if TYPE_CHECKING:
+    from contextlib import ExitStack
     from pathlib import Path
 
 __all__ = ["KEY", "Place"]
@@ -16,22 +18,24 @@ KEY = "averager"
 
 
 class Place:
-    """A folder, and what is beside it while it is written; one rank calls.
+    """A folder that is replaced in one step; one rank calls.
 
     Attributes:
         target: The folder.
-        scratch: Where the new one is written.
     """
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        self.scratch, self._old = (target.with_name(f".{target.name}.{what}") for what in ("new", "old"))
+        self._old, self._earlier = (target.with_name(f".{target.name}.{what}") for what in ("old", "new"))
 
-    def prepare(self) -> None:
-        """Make room for a new folder.
+    def prepare(self, held: ExitStack) -> Path:
+        """Return where a new folder is to be written.
+
+        Args:
+            held: Keeps the place until it is closed; what is still there then is removed.
 
         Raises:
-            FileExistsError: What is there is no folder of averages, or holds more.
+            FileExistsError: If what is there is no folder of averages, or holds more.
         """
         self.recover()
         if others := self._others():
@@ -39,18 +43,26 @@ class Place:
                 f"{str(self.target)!r} holds {others[0]!r}, which is no average and would be lost; give another folder"
             )
             raise FileExistsError(message)
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        shutil.rmtree(self._earlier, ignore_errors=True)  # where earlier versions left halves
         self.target.parent.mkdir(parents=True, exist_ok=True)
+        return held.enter_context(scratch_folder(self.target.parent)) / self.target.name
 
-    def publish(self) -> None:
-        """Give the new folder its name."""
-        if self.target.exists():
-            self.target.rename(self._old)
-        self.scratch.rename(self.target)
-        shutil.rmtree(self._old, ignore_errors=True)
+    def publish(self, scratch: Path) -> None:
+        """Give a new folder its name; of several writers the last one wins."""
+        with exclusive(self.target.parent):
+            self._recover()
+            if self.target.exists():
+                self.target.rename(self._old)
+            scratch.rename(self.target)
+            shutil.rmtree(self._old, ignore_errors=True)
 
     def recover(self) -> None:
         """Finish what was cut off between the two steps of ``publish``."""
+        if self._old.exists():
+            with exclusive(self.target.parent):
+                self._recover()
+
+    def _recover(self) -> None:
         if self._old.exists() and not self.target.exists():
             self._old.rename(self.target)
         shutil.rmtree(self._old, ignore_errors=True)

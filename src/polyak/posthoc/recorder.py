@@ -144,9 +144,9 @@ class Recorder:
         """Go on exactly where the state was taken; without it, the first block after a resume is a shorter one.
 
         Raises:
-            StateError: It is no state of such a recorder.
+            StateError: If it is no state of such a recorder. Nothing is changed then.
         """
-        if not isinstance(state, dict) or {*state} != {"seen", "written", BLOCKS}:
+        if not isinstance(state, dict) or {*state} != {"seen", "written", BLOCKS} or not _are_steps(state):
             message = "expected what Recorder.state_dict() returned"
             raise StateError(message)
         if (state[BLOCKS] is None) != (self._blocks is None):
@@ -230,3 +230,11 @@ class Recorder:
             nothing = Profile(np.empty(0), np.empty(0, np.int64), start=1.0)
             self._folder.put(START, 0, self._at_start, nothing, engine.strategy)
             self._at_start = None
+
+
+def _are_steps(state: Mapping[str, Any]) -> bool:
+    """Return whether the series that were seen and written are names with optimiser steps."""
+    return all(
+        isinstance(steps, dict) and all(type(name) is str and type(step) is int for name, step in steps.items())
+        for steps in (state["seen"], state["written"])
+    )

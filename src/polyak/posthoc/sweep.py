@@ -185,13 +185,7 @@ def _saved(made: Synthesis, file: Path) -> Path | None:
 
 
 def _metric(evaluate: Callable[[dict[str, Tensor]], float], made: Synthesis, rows: Sequence[Row]) -> float:
-    """Return what an average is worth.
-
-    Args:
-        evaluate: Returns it.
-        made: The average.
-        rows: What was evaluated before.
-    """
+    """Return what an average is worth; errors get a note of what was evaluated before."""
     state = {key: tensor.clone() for key, tensor in made.state_dict.items()}  # to do with as it likes
     try:
         value = evaluate(state)

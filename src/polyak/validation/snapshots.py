@@ -123,7 +123,7 @@ def check_profile(shares: NDArray[Any], steps: NDArray[Any], start: float, last:
     if not abs(float(shares.sum()) + start - 1.0) <= _TOLERANCE:  # also if it is NaN
         message = "its shares do not add up to 1"
         raise ValueError(message)
-    if len(steps) and (int(steps[-1]) != last or (steps[1:] <= steps[:-1]).any()):
+    if (int(steps[-1]) if len(steps) else 0) != last or (steps[1:] <= steps[:-1]).any():
         message = f"its steps do not increase up to step {last}"
         raise ValueError(message)
     if len(steps) and (last > _LONGEST or last - int(steps[0]) > _LONGEST):
