@@ -64,6 +64,7 @@ class MissingStrategy(Strategy):
     def _missing(self) -> UnknownStrategyError:
         message = (
             f"the loaded state was made by the strategy {shown(self.name)}, which is not installed here. The average "
-            "can be evaluated and saved; to go on updating it, install the plugin that offers it (see `polyak plugins`)."
+            "can be evaluated and saved; to go on updating it, install the plugin that offers it "
+            "(see `polyak plugins`)."
         )
         return UnknownStrategyError(message)
