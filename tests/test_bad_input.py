@@ -616,6 +616,17 @@ def test_a_state_with_other_settings_loads_with_a_warning():
     assert averager.strategy == polyak.EMA(decay=0.9)
 
 
+def test_a_setting_that_a_plugin_renamed_is_told_when_a_state_is_loaded():
+    def version(setting, default):
+        body = {"__annotations__": {"name": Literal["odd"], setting: float}, "name": "odd", setting: default}
+        return type("Odd", (polyak.Strategy,), {**body, "__module__": __name__, "rate": lambda self, clock: 0.5})
+
+    old, new = version("power", 0.5), version("exponent", 0.9)
+    averager = _used(mlp(), new())
+    with pytest.warns(polyak.PolyakWarning, match=r"no 'power' \(saved: 0.5\), exponent=0.9 \(not saved\)"):
+        averager.load_state_dict(_used(mlp(), old()).state_dict())
+
+
 # Rates
 
 

@@ -248,6 +248,18 @@ def test_a_file_has_the_permissions_of_any_other(tmp_path):
     assert stat.S_IMODE((tmp_path / "average.toml").stat().st_mode) == 0o644
 
 
+def test_a_subclass_that_kept_the_name_is_not_written_as_the_class_it_came_from(tmp_path):
+    class Mine(EMA):
+        def rate(self, clock):
+            return super().rate(clock) / 2
+
+    config = AveragerConfig(strategy=Mine(decay=0.9))
+    with pytest.raises(ConfigError, match=r"Mine has the name 'ema' of another strategy"):
+        config.to_file(tmp_path / "a.yaml")
+    assert list(tmp_path.iterdir()) == []
+    assert type(config.build({"w": torch.zeros(1)}).strategy) is Mine
+
+
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
 def test_a_null_that_is_no_default_is_written(optional, suffix, tmp_path):
     config = AveragerConfig(strategy=Optional(most=None))

@@ -6,7 +6,7 @@ import logging
 import sys
 from importlib.metadata import entry_points
 from types import SimpleNamespace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -312,6 +312,50 @@ def test_a_registered_plugin_that_cannot_be_used_raises_and_leaves_nothing(site)
     assert list(names.strategies()) == BUILT_IN
     names.register(Notebook(), "my-notebook")
     assert "own" in names.strategies()
+
+
+def _cell(power):
+    class Rerun(polyak.Strategy):
+        name: Literal["rerun"] = "rerun"
+        share: float = power
+
+        def rate(self, clock):
+            return self.share
+
+    class Cell:
+        heard: ClassVar[list[int]] = []
+
+        @polyak.hookimpl
+        def polyak_strategies(self):
+            return [Rerun]
+
+        @polyak.hookimpl
+        def polyak_updated(self, clock):
+            self.heard.append(clock.n)
+
+    return Cell()
+
+
+def test_a_cell_that_runs_again_replaces_what_it_registered(site):
+    first, second = _cell(0.25), _cell(0.5)
+    registry().register(first, "my-notebook")
+    registry().register(second, "my-notebook")
+    registry().register(Notebook(), "another-notebook")
+    averager = polyak.average({"w": torch.ones(1)}, "rerun")
+    averager.update()
+    assert averager.rate == 0.5
+    assert (first.heard, second.heard) == ([], [1])
+    assert "own" in polyak.strategies()
+
+
+def test_a_cell_that_fails_leaves_what_it_registered_before(site):
+    names = Registry([])
+    names.register(_cell(0.25), "my-notebook")
+    with pytest.raises(polyak.PluginError, match="implements no hook"):
+        names.register(SimpleNamespace(), "my-notebook")
+    assert names.resolve("rerun")().share == 0.25
+    names.register(_cell(0.5), "my-notebook")
+    assert names.resolve("rerun")().share == 0.5
 
 
 def test_without_its_plugin_a_state_loads_and_only_the_next_update_raises(site):

@@ -167,6 +167,10 @@ def resumed(state: SavedState, own: Settings, knows: Callable[[str], bool]) -> t
         for key in mine
         if key in counted and key in theirs and key not in alike and theirs[key] != mine[key]
     ]
+    # A plugin of another version may have renamed a setting.
+    fields = type(own.strategy).model_fields
+    words += [f"no {shown(key)} (saved: {shown(value)})" for key, value in saved.items() if key not in fields]
+    words += [f"{key}={mine[key]!r} (not saved)" for key in fields if key not in saved]
     return settings._replace(changes=(*since, *kept)), words
 
 

@@ -106,9 +106,17 @@ class AveragerConfig(Options):
         """Write the config as ``.toml``, ``.yaml`` or ``.json``; the file is whole or absent.
 
         Raises:
-            ConfigError: The file type is another, or the file cannot be written.
+            ConfigError: If the file type is another, the strategy's name belongs to another class, or the file cannot
+                be written.
         """
-        data, fields = self.model_dump(mode="json"), type(self.strategy).model_fields
+        own, names = type(self.strategy), registry()
+        if names.called(self.strategy) in names.strategies() and own not in names.strategies().values():
+            message = (
+                f"the class {own.__name__} has the name {self.strategy.name!r} of another strategy, and a file would mean "
+                f"that one; give it its own:  name: Literal['my_name'] = 'my_name'"
+            )
+            raise ConfigError(message)
+        data, fields = self.model_dump(mode="json"), own.model_fields
         # Only a null that is no default must be written, and TOML cannot.
         defaults = {key for key, field in fields.items() if field.default is None and data["strategy"][key] is None}
         data["strategy"] = {key: value for key, value in data["strategy"].items() if key not in defaults}

@@ -62,6 +62,7 @@ class Registry:
         self.manager.add_hookspecs(hookspecs)
         self.plugins: list[Plugin] = []
         self._offers: list[Offer] = []
+        self._added: dict[str, object] = {}
         self._strict = os.environ.get("POLYAK_STRICT_PLUGINS", "") not in {"", "0"} if strict is None else strict
         named = os.environ.get("POLYAK_DISABLE_PLUGINS", "").split(",")
         self._disabled = {normal(name) for name in (named if disabled is None else disabled)}
@@ -72,13 +73,23 @@ class Registry:
     def register(self, plugin: object, distribution: str) -> None:
         """Add a plugin that is no entry point: in notebooks and tests.
 
+        One that was added before under the same distribution is replaced, so that a cell can run again.
+
         Raises:
             PluginError: It offers what is no strategy, or misspells a hook.
         """
+        known, former = self._offers, self._added.get(distribution)
+        if former is not None and former is not plugin:
+            self.manager.unregister(former)
+            self._offers = [offer for offer in known if offer.distribution != distribution]
         problem = self._admit(plugin, distribution)
         if problem:
+            if former is not None and former is not plugin:
+                self._offers = known
+                self.manager.register(former, f"{distribution} ({id(former)})")
             message = f"the plugin {distribution!r} cannot be used: {problem}"
             raise PluginError(message)
+        self._added[distribution] = plugin
 
     def _load(self, point: EntryPoint) -> None:
         distribution = point.dist.name if point.dist else point.name
@@ -104,7 +115,7 @@ class Registry:
         if self.manager.is_registered(plugin):
             return "another entry point has loaded it already"
         # A name of our own: pluggy would refuse two plugins whose classes are called the same.
-        name = f"{distribution} ({len(self.manager.get_plugins())})"
+        name = f"{distribution} ({id(plugin)})"
         try:
             self.manager.register(plugin, name)
             self.manager.check_pending()
