@@ -112,8 +112,8 @@ class AveragerConfig(Options):
         own, names = type(self.strategy), registry()
         if names.called(self.strategy) in names.strategies() and own not in names.strategies().values():
             message = (
-                f"the class {own.__name__} has the name {self.strategy.name!r} of another strategy, and a file would mean "
-                f"that one; give it its own:  name: Literal['my_name'] = 'my_name'"
+                f"the class {own.__name__} has the name {self.strategy.name!r} of another strategy, and a file would "
+                f"mean that one; give it its own:  name: Literal['my_name'] = 'my_name'"
             )
             raise ConfigError(message)
         data, fields = self.model_dump(mode="json"), own.model_fields
