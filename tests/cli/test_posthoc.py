@@ -214,3 +214,40 @@ def test_a_function_that_raises_shows_its_own_traceback(says, stores):
     assert 'task.py", line' in done.stderr
     assert done.stderr.endswith("KeyError: 'mine alone'\n")
     assert not (stores / "blocks" / "best.safetensors").exists()
+
+
+ENDING = """
+import sys, typer
+
+def exits(state):
+    sys.exit(0)
+
+def leaves(state):
+    raise typer.Exit(0)
+"""
+
+
+@pytest.mark.parametrize("name", ["exits", "leaves"])
+def test_an_evaluation_that_ends_the_command_is_no_success(says, stores, name):
+    (stores / "ending.py").write_text(ENDING)
+    status, out, err = says(f"sweep blocks ending:{name}")
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"polyak: .*ended the (process|command).*\n", err), err
+    assert not (stores / "blocks" / "best.safetensors").exists()
+
+
+def test_a_module_that_ends_the_process_is_no_success(says, stores):
+    (stores / "script.py").write_text("import sys\nsys.exit(0)\n")
+    status, out, err = says("sweep blocks script:far")
+    assert (status, out) == (2, "")
+    assert "its module ends the process" in err
+
+
+def test_a_best_average_that_cannot_be_written_is_no_success_and_the_table_is_shown(says, stores):
+    (stores / "blocking.py").write_text(
+        "from pathlib import Path\ndef far(state):\n    Path('best.safetensors').mkdir(exist_ok=True)\n    return 1.0\n"
+    )
+    status, out, err = says("sweep blocks blocking:far --target swa -o best.safetensors")
+    assert status == 2
+    assert "swa" in out
+    assert "cannot be written" in err
