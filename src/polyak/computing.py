@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakMethod
+from weakref import WeakMethod, WeakSet
 
 from typing_extensions import override
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["Computing"]
 
 
+_with_modules: WeakSet[Computing] = WeakSet()
+
+
 class Computing(Configurable):
     """An averager with a module that computes with the average."""
 
@@ -30,6 +33,7 @@ class Computing(Configurable):
         if self._averaged is None or not self._averaged.fits(plan):
             self._averaged = AveragedModule(plan, WeakMethod(self.refresh))
             self._averaged.is_held()  # counts the references that are its own
+            _with_modules.add(self)
             self._warn_of_hooks(cast("nn.Module", plan.model))
         self.refresh()
         return self._averaged.root
@@ -59,6 +63,12 @@ class Computing(Configurable):
     def keep_in_step(self) -> None:
         if self.is_followed:
             self.refresh()
+
+    def swapped(self) -> None:
+        """Refresh the modules whose averages may be held elsewhere since this one's was put in or taken out."""
+        for other in [*_with_modules]:
+            if other is self or other.is_applied:
+                other.keep_in_step()
 
     def _warn_of_hooks(self, model: nn.Module) -> None:
         if hooks := foreign_hooks(model):

@@ -119,10 +119,10 @@ class Engine(Computing):
         self._evaluated(level=5)
         try:
             with self._binding.applied(self._current):
-                self.keep_in_step()
+                self.swapped()
                 yield
         finally:
-            self.keep_in_step()
+            self.swapped()
 
     # Saving
 
