@@ -6,9 +6,11 @@
 
 import importlib
 import os
+import secrets
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 BOOT = Path(__file__).resolve().parent / ".nox" / "boot"
@@ -42,6 +44,20 @@ BENCH = {
     "step": ["step", "--model=resnet18", "--model=gpt2"],
     "ranks": ["ranks", "--model=resnet50", "--model=gpt2", "--ranks=1", "--ranks=2", "--ranks=4"],
 }
+LEVELS = ["default", "avx2", "avx512"]  # kernels of torch for x86-64; a processor has all up to its own
+COMPILERS = [
+    {"NUMBA_CPU_NAME": "generic"},  # torch's variable does not change what Numba compiles
+    {"NUMBA_DISABLE_JIT": "1"},
+    {"PYTHONPATH": str(Path("tests/without_numba").resolve())},
+]
+PORTABLE = [
+    "tests/tensors",
+    "tests/parity",
+    "tests/laws/test_kernels_agree.py",
+    "tests/test_bank.py",
+    "tests/test_optim.py",
+    "tests/test_testing.py",
+]
 SMOKE = "import polyak as p, torch; m = torch.nn.Linear(2, 1); p.average(m, 'ema').update(); print(*p.strategies())"
 
 
@@ -50,19 +66,55 @@ def install(session: nox.Session, *args: str) -> None:
     session.install(*(f"--editable={path}" for path in (".[all]", *PLUGINS)), *args)
 
 
-def pytest(session: nox.Session, *args: str) -> None:
+def pytest(session: nox.Session, *args: str, env: Mapping[str, str] | None = None) -> None:
     """Run pytest on at most four cores, in an order that is shuffled and always the same."""
     # All tests of a module stay on one worker: many share what it makes once.
     workers = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadscope"]
-    options = [*workers, "--randomly-seed=1", *args, *session.posargs]
-    session.run("python", "-m", "pytest", *options, env={"OMP_NUM_THREADS": "1"})
+    options = [*workers, "--randomly-seed=1", *args]
+    session.run("python", "-m", "pytest", *options, env={"OMP_NUM_THREADS": "1", **(env or {})})
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests (default); pass pytest's arguments after ``--``."""
     install(session, "--group=test")
-    pytest(session)
+    pytest(session, *session.posargs)
+
+
+@nox.session
+def portable(session: nox.Session) -> None:
+    """Run kernels, optimiser and parity as on other processors, and without Numba; pytest's arguments follow --."""
+    install(session, "--group=test")
+    ask = "import torch; print(torch.backends.cpu.get_cpu_capability().lower())"
+    own = str(session.run("python", "-c", ask, silent=True)).strip()
+    levels = LEVELS[: LEVELS.index(own) + 1] if own in LEVELS else ["default"]
+    machines = [*({"ATEN_CPU_CAPABILITY": level} for level in levels), *COMPILERS]
+    failed = []
+    for machine in machines:
+        session.log(f"as with {machine}")
+        try:
+            pytest(session, *(session.posargs or PORTABLE), env=machine)
+        except nox.command.CommandFailed:
+            failed.append(machine)
+    if failed:
+        session.error(f"failed with {failed}")
+
+
+@nox.session
+def exhaustive(session: nox.Session) -> None:
+    """Run properties and fuzzers on many cases, by a seed that differs each time; or by that after --."""
+    install(session, "--group=test")
+    seed = session.posargs[0] if session.posargs else str(secrets.randbelow(1 << 32))
+    session.log(f"to repeat these cases: python3 noxfile.py -s exhaustive -- {seed}")
+    seeds = ["--hypothesis-profile=exhaustive", f"--hypothesis-seed={seed}", f"--randomly-seed={seed}"]
+    pytest(session, "-m", "(exhaustive or property) and not gpu and not distributed", "--timeout=3600", *seeds)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Run the tests that need CUDA."""
+    install(session, "--group=test")
+    session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs)
 
 
 @nox.session
@@ -80,7 +132,7 @@ def minimums(session: nox.Session) -> None:
     old = ["-W", "ignore::DeprecationWarning", "-W", "ignore:TypedStorage is deprecated:UserWarning"]
     # The compiler of torch 2.6 takes the page for the source of the function on it.
     page = "tests/test_docs.py::test_every_block_of_a_page_runs_and_prints_what_the_page_says[docs/performance.md]"
-    pytest(session, *old, f"--deselect={page}")
+    pytest(session, *old, f"--deselect={page}", *session.posargs)
 
 
 @nox.session

@@ -9,7 +9,8 @@ from hypothesis import settings
 from polyak.tensors.kernels import pieces
 
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=25, database=None)
-settings.load_profile("fixed")
+settings.register_profile("exhaustive", deadline=None, max_examples=500, database=None, print_blob=True)
+settings.load_profile("fixed")  # --hypothesis-profile=exhaustive comes later, and wins
 
 
 @pytest.fixture(autouse=True)

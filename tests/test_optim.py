@@ -504,6 +504,7 @@ def test_autograd_notices_that_weights_were_written():
         loss.backward()
 
 
+@needs_loops  # what torch makes in that mode cannot be trained afterwards
 def test_gradients_are_left_as_they_are_and_modes_too():
     twins = Twins(mlp, maximize=True)
     twins.give_gradients()

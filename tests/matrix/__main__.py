@@ -45,7 +45,7 @@ def main() -> int:
     torch.set_num_threads(1)  # a race measures the time of its own thread
     keep_freed_memory()
     cells = _measured(chosen, console)
-    console.print(table.terminal(cells))
+    console.print(table.terminal(cells, console.width))
     console.print(page.summary(cells), soft_wrap=True)
     assets = chosen.out / "assets"
     page.write(assets / "matrix.png", lambda path: picture.draw(cells, path, machine()))

@@ -8,7 +8,7 @@ from typing import Any
 import polyak
 
 EXACT = "float64"
-"""The name of the reference that is no library: the recursion in float64."""
+"""The name of the reference that is no library: the sum of shares times weights in float64."""
 AT_ODDS = 1e-4
 """From this relative difference on two averages are not the same."""
 SETTINGS: dict[str, Any] = {"decay": 0.98, "use_warmup": True}
@@ -21,7 +21,7 @@ class Cell:
 
     Attributes:
         error: The largest difference, as a share of the largest value of the tensor it is in; None: not comparable.
-        speed: The library's time per update over polyak's, above 1 polyak is faster; beside the float64 recursion
+        speed: The library's time per update over polyak's, above 1 polyak is faster; in the column float64
             the time of polyak with its defaults over that without the search for NaN.
         milliseconds: polyak's time per update in this comparison, without that search.
         remark: What a reader must know, in a word or two.

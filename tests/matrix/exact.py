@@ -1,35 +1,53 @@
-"""The recursion in float64, from nothing but a strategy's rates: what every average is measured against."""
+"""The sum of a strategy's own shares times the weights, in float64: what every average is measured against."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 import polyak
 
 from .architectures import distinct
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
 
 class Exact:
-    """``average += rate * (weights - average)`` in float64, for each distinct floating tensor of a model."""
+    """``sum(share * weights)`` in float64, for each distinct floating tensor of a model.
 
-    def __init__(self, model: nn.Module, strategy: polyak.Strategy) -> None:
-        self.strategy, self.mass = strategy, 0.0
+    The shares are those that the strategy states for its rates, whatever it keeps beside the average.
+
+    Args:
+        model: Its weights are taken in as they are, then after each step.
+        strategy: Gives the rates and the shares.
+        lrs: The learning rate of each step to come.
+    """
+
+    def __init__(self, model: nn.Module, strategy: polyak.Strategy, lrs: Sequence[float]) -> None:
+        updates, start = strategy.shares(np.array(_rates(strategy, lrs)))
+        self._shares = iter(np.asarray(updates).tolist())
         self.live = {name: tensor for name, tensor in distinct(model).items() if tensor.is_floating_point()}
-        self.averages = {name: tensor.detach().double() for name, tensor in self.live.items()}
-        self.first = strategy.engine().get("origin") == "first"
+        self.averages = {name: start * tensor.detach().double() for name, tensor in self.live.items()}
 
-    def update(self, step: int, lr: float) -> None:
-        """Move every average by the rate of this step."""
-        clock = polyak.Clock(n=step, step=step, lr=lr, mass=self.mass, counted=False)
-        rate = 1.0 if self.first and step == 1 else self.strategy.rate(clock)
-        self.mass += self.strategy.weight(clock)
+    def update(self) -> None:
+        """Add the weights of the next step with their share."""
+        share = next(self._shares)
         for name, average in self.averages.items():
-            average.add_(self.live[name].detach().double() - average, alpha=rate)
+            average.add_(self.live[name].detach().double(), alpha=share)
+
+
+def _rates(strategy: polyak.Strategy, lrs: Sequence[float]) -> list[float]:
+    rates, mass = [], 0.0
+    first = strategy.engine().get("origin") == "first"
+    for step, lr in enumerate(lrs, start=1):
+        clock = polyak.Clock(n=step, step=step, lr=lr, mass=mass, elapsed=step, counted=False)
+        rates.append(1.0 if first and step == 1 else strategy.rate(clock))
+        mass += strategy.weight(clock)
+    return rates
 
 
 def furthest(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> tuple[float, str]:

@@ -1,4 +1,4 @@
-"""Run one strategy on one architecture and fill its row: the float64 recursion first, then every library."""
+"""Run one strategy on one architecture and fill its row: the sum of shares in float64, then every library."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ def measure(strategy: str, architecture: str, steps: int) -> list[Cell]:
         remark = f"needs {', '.join(missing)}"
         return [Cell(strategy, architecture, reference, remark=remark) for reference in REFERENCES]
     model, chosen = build(architecture), settled(strategy)
-    exact, entrants = Exact(model, chosen), Entrants(model, chosen)
+    exact = Exact(model, chosen, [*map(learning_rate, range(1, steps + 1))])
+    entrants = Entrants(model, chosen)
     generator = torch.Generator().manual_seed(1)
-    for step in range(1, steps + 1):
+    for _ in range(steps):
         shake(model, generator)
-        exact.update(step, learning_rate(step))
+        exact.update()
         for update in entrants.updates.values():
             update()
     tied = tied_names(model)

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 HEAD = """\
 # The matrix
 
-Every strategy of polyak and of its installed plugins, beside the other libraries' real classes and beside its own
-formula in float64, on the same weights. This page and its picture are written by `python3 noxfile.py -s matrix` (or
-`python -m tests.matrix`, with `--strategies`, `--architectures`, `--steps` and `--out`); the code is in `tests/matrix`.
+Every strategy of polyak and of its installed plugins, compared with the other libraries' real classes and with the
+sum of its own shares in float64, on the same weights. `python3 noxfile.py -s matrix` (or `python -m tests.matrix`, with
+`--strategies`, `--architectures`, `--steps`, `--out`) writes this page and its picture; the code is in `tests/matrix`.
 
 ![How far polyak's averages are from each reference, and how long the references take](assets/matrix.png)
 """

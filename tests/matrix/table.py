@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from itertools import groupby
 from operator import attrgetter
 
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 import polyak
@@ -15,6 +18,7 @@ from .cell import SETTINGS, Cell, needed, settled
 from .entrants import UNGUARDED, beside
 from .subjects import LIBRARIES, REFERENCES
 
+_ROOMY = Console(width=1000)
 READING = """\
 Each cell compares polyak's average with the reference's after the same {steps} noisy steps of all weights and buffers.
 Strategies run with {settings} where they have these settings, and with their defaults otherwise.
@@ -25,8 +29,8 @@ Strategies run with {settings} where they have these settings, and with their de
 - **The factor** is the library's time per update over polyak's: above 1 polyak is faster. It is the median over
   rounds in which the two make one update each in turn, in one thread on the CPU. The libraries do not look for NaN
   and infinities in the weights, so here polyak does not either (`nonfinite="propagate"`).
-- **The column float64** is polyak with its defaults against the plain recursion in float64, computed from nothing but
-  the strategy's rates. Its factor is what the default search for NaN adds to polyak's own time.
+- **The column float64** is polyak with its defaults against the sum of all weights in float64, each with the share
+  that the strategy states for it. Its factor is what the default search for NaN adds to polyak's own time.
 - **tied twice**: the library moves a tensor that has two names twice per update; polyak moves it once, on purpose.
 - A cell without numbers says why the library cannot do it. torch's `AveragedModel` takes a function of your own, with
   which it could do any strategy whose rate depends on the number of updates alone; it ships none for these.
@@ -42,16 +46,47 @@ def text(cell: Cell) -> str:
     return " ".join(filter(None, [error, factor, cell.remark]))
 
 
-def terminal(cells: Sequence[Cell]) -> Table:
-    """Return the table for a terminal."""
-    table = Table(title="polyak against its references: largest relative difference, their time / polyak's")
+def terminal(cells: Sequence[Cell], width: int) -> Table:
+    """Return the table for a terminal: a column for each reference, or a row where so many columns are too wide."""
+    title = "polyak against its references: largest relative difference, their time / polyak's"
+    wide = _wide(cells)
+    wide.title = title
+    if Measurement.get(_ROOMY, _ROOMY.options, wide).minimum <= width:
+        return wide
+    narrow = _narrow(cells)
+    narrow.title = title
+    return narrow
+
+
+def _wide(cells: Sequence[Cell]) -> Table:
+    table = Table()
     for column in ("strategy", "architecture", *REFERENCES):
-        table.add_column(column, overflow="fold", no_wrap=column in {"strategy", "architecture"})
+        table.add_column(column, no_wrap=column in {"strategy", "architecture"})
     for strategy, rows in _rows(cells):
         for i, (architecture, row) in enumerate(rows):
             above = rows[i - 1][1] if i else [None] * len(row)
             styled = (f"[{_style(cell)}]{_ditto(cell, other)}[/]" for cell, other in zip(row, above, strict=True))
             table.add_row(strategy if i == 0 else "", architecture, *styled, end_section=i == len(rows) - 1)
+    return table
+
+
+def _narrow(cells: Sequence[Cell]) -> Table:
+    """Return one row for each reference that a strategy was compared with; the page says why others were not."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("strategy", "architecture", "reference", "difference", "time"):
+        table.add_column(column, overflow="fold")
+    for strategy, rows in _rows(cells):
+        compared = [cell for _, row in rows for cell in row if cell.error is not None]
+        if not compared:
+            table.add_row(strategy, "", "", rows[0][1][0].remark, "", end_section=True)
+        previous: Cell | None = None
+        for cell in compared:
+            same = previous is not None and cell.architecture == previous.architecture
+            error = f"{'0' if cell.error == 0 else f'{cell.error:.0e}'} {cell.remark}".rstrip()
+            factor = f"{cell.speed:.1f}×" if cell.speed is not None else ""
+            names = "" if previous else strategy, "" if same else cell.architecture, cell.reference
+            table.add_row(*names, f"[{_style(cell)}]{error}[/]", factor, end_section=cell is compared[-1])
+            previous = cell
     return table
 
 

@@ -23,7 +23,7 @@ def main() -> int:
     if not chosen.cases:
         return int(not report(chosen.out, console))
     done = cells(chosen.cases)
-    console.print(terminal(done))
+    console.print(terminal(done, console.width))
     for name, row in done.items():
         for title, verdict in row.items():
             console.print(f"{name}, {title}: {verdict.kind}; {verdict.note}; {verdict.option}", markup=False)

@@ -27,6 +27,8 @@ What goes wrong with averages in practice, run on the real classes of other libr
 written by `python3 noxfile.py -s matrix` (or by `python -m tests.matrix.hard` alone, which with `--cases` prints single
 rows); each cell is what the code in `tests/matrix/hard` came to.
 """
+MARKS = {"ok": "✓", "wrong": "✗", "error": "!", "no such feature": "–"}
+_ROOM = 16  # columns of a terminal, for each column of the table
 LEGEND = """\
 - **ok**: right.
 - **wrong (…)**: no exception, and this value instead of the right one.
@@ -62,18 +64,26 @@ def text(verdict: Verdict) -> str:
     return f"{verdict.kind}{f' ({detail})' if detail else ''}{' †' if verdict.option else ''}"
 
 
-def terminal(cells: Cells) -> Table:
-    """Return the table for a terminal."""
-    table = Table(title="hard cases")
-    for column in ("case", *_titles()):
-        table.add_column(column, overflow="fold")
+def terminal(cells: Cells, width: int) -> Table:
+    """Return the table for a terminal; a narrow one shows marks, and numbers in the place of titles."""
+    narrow = width < _ROOM * (1 + len(SUBJECTS))
+    table = Table(title="hard cases", caption=_key() if narrow else None, caption_justify="left")
+    table.add_column("case", overflow="fold")
+    for number, title in enumerate(_titles(), start=1):
+        table.add_column(str(number) if narrow else title, overflow="fold", no_wrap=narrow)
     for name, row in cells.items():
-        shown = (f"[{STYLES[verdict.kind]}]{text(verdict)}[/]" for verdict in row.values())
+        said = (MARKS[verdict.kind] if narrow else text(verdict) for verdict in row.values())
+        shown = (f"[{STYLES[verdict.kind]}]{each}[/]" for each, verdict in zip(said, row.values(), strict=True))
         table.add_row(CASES[name].title, *shown)
     table.add_section()
     for kind, counts in _counts(cells).items():
         table.add_row(kind, *counts)
     return table
+
+
+def _key() -> str:
+    titles = ", ".join(f"{number} {title}" for number, title in enumerate(_titles(), start=1))
+    return f"{titles}. {', '.join(f'{mark} {kind}' for kind, mark in MARKS.items())}."
 
 
 def page(cells: Cells) -> str:
@@ -89,7 +99,7 @@ def page(cells: Cells) -> str:
 def report(out: Path, console: Console) -> bool:
     """Run everything, print the table, write the page, and return whether polyak is right in every case."""
     done = cells()
-    console.print(terminal(done))
+    console.print(terminal(done, console.width))
     write(out / "hard-cases.md", lambda path: path.write_text(page(done)))
     console.print(f"written: {out / 'hard-cases.md'}", soft_wrap=True)
     return all(row["polyak"].kind == "ok" for row in done.values())
