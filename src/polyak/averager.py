@@ -107,7 +107,7 @@ class Averager(Protocol):
         Raises:
             ConfigError: If ``step`` is no integer from 0 to 2**63 - 1, or ``lr`` no finite number.
             AppliedError: The model holds the average now (inside ``applied()``).
-            MismatchError: The model lost, gained, renamed, reordered or reshaped tensors.
+            MismatchError: The model lost, gained, renamed, reordered or reshaped parameters, or averaged buffers.
             RateError: The strategy returned no finite number in [0, 1].
             NonFiniteError: NaN or infinities in the weights, under ``nonfinite="raise"``.
             UnboundError: No model was given and there is none.

@@ -78,6 +78,8 @@ class Plan:
 
     def refresh(self) -> None:
         """Let each average that no update has moved yet, of a buffer that the model filled since, be the live value."""
+        if not self._fresh:
+            return
         with Untracked():
             for stored, live in self._fresh:
                 for tensor in (stored.average, *stored.slots.values()):
