@@ -106,8 +106,8 @@ class AveragerConfig(Options):
         """Write the config as ``.toml``, ``.yaml`` or ``.json``; the file is whole or absent.
 
         Raises:
-            ConfigError: If the file type is another, the strategy's name belongs to another class, or the file cannot
-                be written.
+            ConfigError: If the file type is another, or the strategy's name belongs to another class.
+            WriteError: If the file cannot be written, as on a full disk.
         """
         own, names = type(self.strategy), registry()
         if names.called(self.strategy) in names.strategies() and own not in names.strategies().values():

@@ -119,13 +119,9 @@ def write(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file so that it is never seen in part: beside it first, then renamed.
 
     Raises:
-        ConfigError: It cannot be written.
+        WriteError: If it cannot be written, as on a full disk.
     """
-    try:
-        atomic.write_whole(Path(path), lambda scratch: scratch.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        message = f"the file {os.fspath(path)!r} cannot be written: {error}"
-        raise ConfigError(message) from error
+    atomic.write_whole(Path(path), lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
 def _path(path: str | os.PathLike[str]) -> Path:
