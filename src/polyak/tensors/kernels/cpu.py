@@ -202,7 +202,7 @@ def try_out() -> bool:
     """
     from numba import config
 
-    if config.DISABLE_JIT:
+    if config.DISABLE_JIT:  # type: ignore[attr-defined]  # it is made when Numba is imported
         return False
     with torch.inference_mode(mode=False):
         average, weight = (torch.full((1,), value, dtype=torch.float32, device="cpu") for value in (0.0, 1.0))
