@@ -557,9 +557,9 @@ def test_the_weights_are_released_before_the_optimiser_writes_and_averaged_after
 def test_a_bank_is_attached_like_an_averager(model, optimizer):
     bank = polyak.bank(model, {"a": "ema", "b": "swa"})
     with polyak.attach(optimizer, bank):
-        assert [averager._guards for averager in bank.values()] == [1, 1]
+        assert [averager.guards for averager in bank.values()] == [1, 1]
         train(model, optimizer, steps=3)
-    assert [(averager.n, averager._guards) for averager in bank.values()] == [(3, 0), (3, 0)]
+    assert [(averager.n, averager.guards) for averager in bank.values()] == [(3, 0), (3, 0)]
     other = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     with pytest.raises(polyak.MismatchError, match="belongs to the averager's model"):
         polyak.attach(other, bank)

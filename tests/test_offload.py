@@ -95,7 +95,7 @@ def test_update_does_not_wait_and_whatever_reads_the_average_does(offloaded, hel
         held.clear()
         averager = polyak.average(model, "ema", decay=0.5)
         averager.update()
-        assert averager._pending is not None, name
+        assert averager.pending is not None, name
         assert averager._settled.progress.n == 0, name
         threading.Timer(0.05, held.set).start()
         read(averager)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -14,8 +14,9 @@ from polyak.captured import recording
 from polyak.errors import AttributeAccessError, UnknownAverageError
 from polyak.shown import shown
 from polyak.sources import WithSources
-from polyak.tensors.modes import Untracked
 from polyak.tensors.mover import Mover
+from polyak.transaction import Joint, alone, carry_out, whole
+from polyak.turn import Seen, Turn
 from polyak.validation import FORMAT, check_bank
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from polyak.engine import Engine
     from polyak.tensors.entries import Model
     from polyak.tensors.plan import Plan
-    from polyak.turn import Turn
+    from polyak.transaction import Pass
 
 __all__ = ["Bank"]
 
@@ -107,23 +108,25 @@ class Bank(AttributeHints, WithSources, Mapping[str, "Averager"]):
             return
         if self._left_out():
             return
-        ended: list[tuple[Engine, Turn, bool]] = []
-        for due in _together(self._begin(model, step, lr)):
-            engine, turn = due[0]
-            done = engine.move(turn) if _alone(turn) else self._move(due, check=engine.checks)
-            if done is None:
-                continue
-            if not done and engine.options.nonfinite == "raise":
-                engine.end(turn, done=False)
-            ended += [(engine, turn, done) for engine, turn in due]
-        with ExitStack() as told:  # a listener that fails keeps none of the others from hearing
-            for engine, turn, done in reversed(ended):
-                told.callback(engine.end, turn, done=done)
+        with self._locked():
+            begun = [engine.begin(model, step, lr) for engine in self._averagers.values()]
+            due = [turn for turn in begun if isinstance(turn, Turn)]
+            passes = [self._passing(turns) for turns in _together(due)]
+            carry_out(passes, [seen for seen in begun if isinstance(seen, Seen)])
 
     def advance(self, *, step: int | None = None, lr: float | None = None) -> None:
         """Count the updates that a CUDA graph or a compiled step is about to make; see ``Averager.advance``."""
-        for engine in self._averagers.values():
-            engine.advance(step=step, lr=lr)
+        with self._locked():
+            ready = [(engine, *engine.advancing(step, lr)) for engine in self._averagers.values()]
+
+            def make() -> None:
+                for _, _, act in ready:
+                    act()
+
+            whole(make)
+            for engine, turn, _ in ready:
+                if isinstance(turn, Turn):
+                    engine.announce(turn)
 
     def synchronize(self) -> None:
         """Wait until the last update is done, where averages live on another device than the model."""
@@ -165,33 +168,27 @@ class Bank(AttributeHints, WithSources, Mapping[str, "Averager"]):
         """
         states = check_bank(state, self)
         received = [(engine, engine.receive(states[name])) for name, engine in self._averagers.items()]
-        self._movers.clear()
-        if self._sources is not None:
-            self._sources.forget()
-        for engine, one in received:
-            engine.adopt(one)
 
-    def _begin(self, model: Model | None, step: int | None, lr: float | None) -> list[tuple[Engine, Turn]]:
-        engines = [*self._averagers.values()]
-        before = [engine.progress for engine in engines]
-        try:
-            turns = [(engine, engine.begin(model, step, lr)) for engine in engines]
-        except BaseException:
-            for engine, progress in zip(engines, before, strict=True):
-                engine.progress = progress
-            raise
-        return [(engine, turn) for engine, turn in turns if turn is not None]
+        def adopt() -> None:
+            self._movers.clear()
+            if self._sources is not None:
+                self._sources.forget()
+            for engine, one in received:
+                engine.adopt(one)
 
-    def _move(self, due: Sequence[tuple[Engine, Turn]], *, check: bool) -> bool:
-        turns = [turn for _, turn in due]
+        whole(adopt)
 
-        def commit() -> None:
-            for turn in turns:
-                turn.commit()
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for engine in self._averagers.values():
+                stack.enter_context(engine.lock)
+            yield
 
-        rates, generators = [turn.rate for turn in turns], [turn.generators for turn in turns]
-        with Untracked():
-            return self._mover([turn.plan for turn in turns]).update(rates, generators, commit, check=check)
+    def _passing(self, turns: Sequence[Turn]) -> Pass:
+        if _alone(turns[0]):
+            return alone(turns[0])
+        return Joint(turns, self._mover([turn.plan for turn in turns]))
 
     def _mover(self, plans: list[Plan]) -> Mover:
         key = tuple(map(id, plans))
@@ -209,15 +206,14 @@ def _alone(turn: Turn) -> bool:
     return turn.plan.offload is not None or tuple(turn.moves) != (("average", "weights", turn.rate),)
 
 
-def _together(due: Sequence[tuple[Engine, Turn]]) -> list[list[tuple[Engine, Turn]]]:
-    """Return what is moved by one pass each; those that refuse by an exception come first: nothing has moved then.
+def _together(due: Sequence[Turn]) -> list[list[Turn]]:
+    """Return what is moved by one pass each.
 
     Only averages of the same weights are checked together: what one of them does not average cannot stop it.
     """
-    passes: dict[object, list[tuple[Engine, Turn]]] = {}
-    for engine, turn in due:
-        alone = id(engine) if _alone(turn) else 0
-        checked = turn.plan.averaged if engine.checks else None
-        passes.setdefault((engine.options.nonfinite, checked, alone), []).append((engine, turn))
-    order = ("raise", "skip", "propagate")
-    return sorted(passes.values(), key=lambda one: order.index(one[0][0].options.nonfinite))
+    passes: dict[object, list[Turn]] = {}
+    for turn in due:
+        alone = id(turn) if _alone(turn) else 0
+        checked = turn.plan.averaged if turn.averager.checks else None
+        passes.setdefault((turn.averager.options.nonfinite, checked, alone), []).append(turn)
+    return [*passes.values()]

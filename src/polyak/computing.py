@@ -76,4 +76,4 @@ class Computing(Configurable):
                 "forward hooks that the model's own classes did not make are not on averager.module: "
                 f"{', '.join(hooks[:5])}; register those that compute on averager.module too"
             )
-            self._warn("hooks", message, level=5)
+            self.warn("hooks", message, level=5)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Configurable"]
 
-_OWN = frozenset({"options", "listeners"})
+_OWN = frozenset({"options", "listeners", "pending", "guards", "warned"})
 """The attributes without an underscore that only an instance has."""
 
 _UPDATES, _SHARE = 100, 0.5

@@ -23,6 +23,7 @@ from polyak.state import State, dump, parse
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.located import refuse_lost
 from polyak.tensors.storage import Stored
+from polyak.transaction import whole
 from polyak.validation import SavedState
 
 if TYPE_CHECKING:
@@ -146,13 +147,16 @@ class Engine(Computing):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        self._settle()
-        refuse_lost([tensor for s in self._state.stored for tensor in s.tensors])
-        return dump(self._state, self._binding.holding(self._state.stored), self._strategy, self.options)
+        with self.lock:
+            self._settle()
+            refuse_lost([tensor for s in self._state.stored for tensor in s.tensors])
+            return dump(self._state, self._binding.holding(self._state.stored), self._strategy, self.options)
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.adopt(self.receive(state))
+        with self.lock:
+            received = self.receive(state)
+            whole(lambda: self.adopt(received))
 
     def receive(self, state: Mapping[str, Any]) -> Received:
         """Return what a state means here; nothing has changed."""
@@ -164,13 +168,13 @@ class Engine(Computing):
         optional = self._binding.optional(self._state)
         loaded = parse(saved, self._state, settings.strategy.slots(), optional)
         if changed:
-            self._warn(
+            self.warn(
                 "settings", f"the state was saved with other settings; from here on its own count: {', '.join(changed)}"
             )
         return Received(settings, loaded)
 
     def adopt(self, received: Received) -> None:
-        """Go on from a state."""
+        """Go on from a state; idempotent."""
         self._state, self._binding.plan = received.state, None
         self._settings = received.settings
         if self._averaged is not None:
@@ -187,8 +191,6 @@ class Engine(Computing):
         state.progress = Progress(calls=state.progress.calls, step=state.progress.step)
         state.history = History()
 
-    # Copying
-
     def __getstate__(self) -> dict[str, Any]:
         if any(s.spread for s in self._state.stored):
             message = (
@@ -204,9 +206,9 @@ class Engine(Computing):
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self._strategy, self.options = saved["strategy"], saved["options"]
-        self._knows, self._averaged, self._warned, self.listeners = bool, None, set(), []
+        self._knows, self._averaged, self.warned, self.listeners = bool, None, set(), []
         self.restored = True
-        self._pending, self._captured, self._outdated, self._guards = None, None, False, 0
+        self.pending, self._captured, self._outdated, self.guards = None, None, False, 0
         self._binding = Binding(None, self.options)
         raw = torch.load(io.BytesIO(saved["state"]), weights_only=False)  # a pickle within a pickle
         averages = raw["slots"]["average"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from polyak.errors import NonFiniteError
 from polyak.tensors.finite import FiniteCheck
 
 if TYPE_CHECKING:
@@ -16,16 +17,38 @@ if TYPE_CHECKING:
     from polyak.tensors.entries import Model
     from polyak.tensors.generators import OwnGenerators
     from polyak.tensors.plan import Plan
+    from polyak.updating import Updating
 
-__all__ = ["Turn"]
+__all__ = ["Seen", "Turn"]
 
 _SHOWN = 200  # characters
+
+
+class Seen(NamedTuple):
+    """A call of ``update`` that averages nothing.
+
+    Attributes:
+        averager: The averager that was called.
+        state: The state that counts it.
+        after: The progress once it is counted.
+    """
+
+    averager: Updating
+    state: State
+    after: Progress
+
+    def count(self) -> None:
+        """Count the call; idempotent."""
+        self.state.progress = self.after
+        if not self.after.n:
+            self.averager.keep_in_step()
 
 
 class Turn(NamedTuple):
     """An update that is due.
 
     Attributes:
+        averager: The averager that it updates.
         state: The state it changes.
         root: The model without wrappers.
         plan: What moves.
@@ -34,8 +57,11 @@ class Turn(NamedTuple):
         rate: The coefficient.
         moves: What it does to the average and the slots.
         after: The progress once it is made.
+        before: The progress before it.
+        skipped: How many updates were skipped before it.
     """
 
+    averager: Updating
     state: State
     root: Model
     plan: Plan
@@ -44,6 +70,8 @@ class Turn(NamedTuple):
     rate: float
     moves: Sequence[Move]
     after: Progress
+    before: Progress
+    skipped: int
 
     @property
     def generators(self) -> OwnGenerators:
@@ -52,15 +80,31 @@ class Turn(NamedTuple):
         return self.state.generators
 
     def commit(self) -> None:
-        """Count the update; twice is once."""
+        """Count the update; idempotent."""
         self.state.history.record(self.clock.n, self.rate, self.now.stride)
         self.state.progress = self.after
         self.plan.settle()
 
     def skip(self) -> None:
-        """Count the update as left out."""
-        self.state.progress = self.state.progress.seen(self.now)
-        self.state.skipped += 1
+        """Count the update as skipped; idempotent."""
+        self.state.progress = self.before.seen(self.now)
+        self.state.skipped = self.skipped + 1
+
+    def refuse(self) -> None:
+        """Raise for weights that are not finite, unless such updates are skipped.
+
+        Raises:
+            NonFiniteError: If ``nonfinite="raise"``.
+        """
+        if self.averager.options.nonfinite == "raise":
+            message = f"{self.complaint()}; the average is unchanged. nonfinite='skip' goes on without such updates."
+            raise NonFiniteError(message)
+
+    def warn(self) -> None:
+        """Warn of a skipped update, once."""
+        if "nonfinite" not in self.averager.warned:  # the names are looked for once only
+            what = f"{self.complaint()}; such updates are left out and counted in averager.skipped"
+            self.averager.warn("nonfinite", what, level=5)
 
     def complaint(self) -> str:
         """Return which of the weights that this update read are not finite."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from concurrent.futures import wait
 from typing import TYPE_CHECKING
 
 from typing_extensions import override
@@ -13,7 +11,7 @@ from polyak.averager import Averager
 from polyak.binding import Binding
 from polyak.cadence import Progress, given_lr, tick
 from polyak.captured import Captured, recording, refuse_recording
-from polyak.errors import AppliedError, ConfigError, MismatchError, NonFiniteError, PolyakWarning, StateError
+from polyak.errors import AppliedError, ConfigError, MismatchError, PolyakWarning
 from polyak.history import History
 from polyak.options import Options
 from polyak.sources import WithSources
@@ -21,11 +19,12 @@ from polyak.state import State
 from polyak.strategy import checked_moves, checked_rate, checked_weight
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.modes import Untracked
-from polyak.turn import Turn
+from polyak.transaction import Background, alone, carry_out, whole
+from polyak.turn import Seen, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from concurrent.futures import Future
+    from contextlib import AbstractContextManager
 
     from polyak.clock import Clock
     from polyak.strategy import Strategy
@@ -49,6 +48,8 @@ class Updating(WithSources, Averager):
     Attributes:
         options: The engine's options, completed by the strategy.
         listeners: Called after each averaged update.
+        pending: The update that is under way on another thread.
+        guards: How many optimisers call ``release`` before each step.
 
     Raises:
         ModelError: The model has nothing that can be averaged.
@@ -68,14 +69,14 @@ class Updating(WithSources, Averager):
         self.options = (options or Options()).completed(strategy)
         self._knows = knows
         self._binding = Binding(model, self.options, adapter)
-        self._pending: tuple[Turn, Future[bool], int] | None = None
+        self.pending: Background | None = None
         self._settled = State(
             self._binding.allocate(strategy.slots()), Progress(), History(), skipped=0, generators=OwnGenerators()
         )
         self._captured: Captured | None = None
-        self._outdated, self._guards = False, 0
+        self._outdated, self.guards = False, 0
         self._capture()
-        self._warned: set[str] = set()
+        self.warned: set[str] = set()
         self.listeners: list[Callable[[Averager, Clock], None]] = []
 
     @override
@@ -85,26 +86,25 @@ class Updating(WithSources, Averager):
             return
         if not self.options.capturable:
             refuse_recording()
-        turn = None if self._left_out() else self.begin(model, step, lr)
-        if turn is not None and (done := self.move(turn)) is not None:
-            self.end(turn, done=done)
-
-    def move(self, turn: Turn) -> bool | None:
-        """Move the tensors of an update; return whether it was made, None where that is done beside the training."""
-        generators, check = turn.generators, self.checks
-        with Untracked():
-            if turn.plan.offload is None:
-                return turn.plan.moves.update(turn.moves, generators, turn.commit, check=check)
-            moving = turn.plan.offload.start(turn.moves, generators, turn.commit, check=check)
-            self._pending = turn, moving, os.getpid()
-            if not self._guards:
-                turn.plan.offload.release()
-            if self.is_followed:
-                self.synchronize()
-            return None
+        if self._left_out():
+            return
+        with self.lock:
+            turn = self.begin(model, step, lr)
+            if isinstance(turn, Seen):
+                turn.count()
+            else:
+                carry_out([alone(turn)])
 
     @override
     def advance(self, *, step: int | None = None, lr: float | None = None) -> None:
+        with self.lock:
+            turn, make = self.advancing(step, lr)
+            whole(make)
+            if isinstance(turn, Turn):
+                self.announce(turn)
+
+    def advancing(self, step: int | None, lr: float | None) -> tuple[Turn | Seen, Callable[[], None]]:
+        """Return what ``advance`` is to do; idempotent, and nothing has changed."""
         if not self.options.capturable:
             message = "advance() is for updates in a captured graph; build the averager with capturable=True"
             raise ConfigError(message)
@@ -118,39 +118,39 @@ class Updating(WithSources, Averager):
                 "was captured with; build a new averager, load the state of this one, and capture the step again"
             )
             raise MismatchError(message)
-        turn = self.begin(None, step, lr)
-        with Untracked():
-            self._captured.put(None if turn is None else turn.rate)
-        if turn is not None:
-            turn.commit()
-            self.end(turn, done=True)
+        captured, turn = self._captured, self.begin(None, step, lr)
+
+        def make() -> None:
+            with Untracked():
+                captured.put(None if isinstance(turn, Seen) else turn.rate)
+            if isinstance(turn, Seen):
+                turn.count()
+            else:
+                turn.commit()
+
+        return turn, make
 
     @override
     def synchronize(self) -> None:
-        if self._pending is not None:
-            turn, moving, process = self._pending
-            if process != os.getpid():
-                self._pending = None
-                message = (
-                    "the process was forked while an update was under way on another thread, which is not there now; "
-                    "call averager.synchronize() before forking. This process has half an average."
-                )
-                raise StateError(message)
-            wait([moving])
-            self._pending = None
-            self.end(turn, done=moving.result())
+        if (pending := self.pending) is not None:
+            pending.wait()
 
     def release(self) -> None:
         """Let the weights be overwritten by what is enqueued from now on, once an offloaded update has read them."""
-        if self._pending is not None and (offload := self._pending[0].plan.offload) is not None:
-            offload.release()
+        if self.pending is not None:
+            self.pending.release()
 
     def guard(self, by: int) -> None:
         """Count one optimiser more, or less, that calls ``release`` before each step.
 
         Where there is none, an offloaded update lets whatever is enqueued after it wait until the weights were copied.
         """
-        self._guards += by
+        self.guards += by
+
+    @property
+    def lock(self) -> AbstractContextManager[object]:
+        """What a thread holds while it updates, saves or loads the average."""
+        return self._binding.lock
 
     @property
     def checks(self) -> bool:
@@ -159,12 +159,8 @@ class Updating(WithSources, Averager):
 
     @property
     def progress(self) -> Progress:
-        """How far it is; a bank that cannot begin all of its updates puts it back."""
+        """How far it is."""
         return self._state.progress
-
-    @progress.setter
-    def progress(self, progress: Progress) -> None:
-        self._state.progress = progress
 
     @property
     def _state(self) -> State:
@@ -185,8 +181,8 @@ class Updating(WithSources, Averager):
         """The last plan."""
         return self._binding.plan
 
-    def begin(self, model: Model | None, step: int | None, lr: float | None) -> Turn | None:
-        """Return what an update is to do, or None where none is due; nothing has moved."""
+    def begin(self, model: Model | None, step: int | None, lr: float | None) -> Turn | Seen:
+        """Return what an update is to do; nothing has changed."""
         root = self._binding.root(model)
         if self._binding.holds_average(root):
             message = "update() while the model holds the average would average the average; leave applied() first"
@@ -195,29 +191,18 @@ class Updating(WithSources, Averager):
         state = self._state
         now = tick(state.progress, step, start=self.options.start, every=self.options.every)
         if complaint := now.complaint(state.progress):
-            self._warn(now.order, complaint)
+            self.warn(now.order, complaint)
         if not now.due:
-            state.progress = state.progress.seen(now)
-            if not state.progress.n:
-                self.keep_in_step()
-            return None
+            return Seen(self, state, state.progress.seen(now))
         clock = state.progress.clock(now, lr)
         rate = self._rate(clock)
         after = state.progress.averaged_at(clock, rate, checked_weight(self._strategy, clock))
         moves = checked_moves(self._strategy, clock.n, rate)
-        return Turn(state, root, self._binding.planned(root, state), now, clock, rate, moves, after)
+        plan = self._binding.planned(root, state)
+        return Turn(self, state, root, plan, now, clock, rate, moves, after, state.progress, state.skipped)
 
-    def end(self, turn: Turn, *, done: bool) -> None:
-        """Tell of an update that was made, or left out because of weights that are not finite."""
-        if not done and self.options.nonfinite == "raise":
-            message = f"{turn.complaint()}; the average is unchanged. nonfinite='skip' goes on without such updates."
-            raise NonFiniteError(message)
-        if not done:
-            turn.skip()
-            if "nonfinite" not in self._warned:  # the names are looked for once only
-                what = f"{turn.complaint()}; such updates are left out and counted in averager.skipped"
-                self._warn("nonfinite", what, level=5)
-            return
+    def announce(self, turn: Turn) -> None:
+        """Call the listeners of an update that was made."""
         if self._binding.model is None:
             self._binding.model = turn.root
         self.keep_in_step()
@@ -236,9 +221,10 @@ class Updating(WithSources, Averager):
         first = clock.n == 1 and self.options.origin == "first"
         return 1.0 if first else checked_rate(self._strategy, clock)
 
-    def _warn(self, kind: str, message: str, level: int = 4) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
+    def warn(self, kind: str, message: str, level: int = 4) -> None:
+        """Warn of one kind of thing, once."""
+        if kind not in self.warned:
+            self.warned.add(kind)
             warnings.warn(message, PolyakWarning, stacklevel=level)
 
     def _capture(self) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from polyak.tensors.kernels.adamw import pairs
 from polyak.tensors.modes import Untracked
 from polyak.tensors.mover import Mover
+from polyak.turn import Seen, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from polyak.engine import Engine
     from polyak.tensors.kernels.adamw import AdamWCPU, Hyper
     from polyak.tensors.plan import Plan
-    from polyak.turn import Turn
 
 __all__ = ["OnePass"]
 
@@ -51,29 +51,27 @@ class OnePass:
         """
         if found := kernel.unfit(grads):
             return found
-        before = self._averager.progress
         averages: list[Tensor | None] = [None] * len(grads)
-        rest: Callable[[], None] = _nothing
         kernel.reset()
+        turn = self._averager.begin(None, None, lr)
+        if isinstance(turn, Seen):
+            rate, rest = 0.0, turn.count
+        else:
+            if found := _hindrance(turn):
+                return found
+            pairing = self._paired(turn.plan, kernel.params)
+            rate, averages, rest = turn.rate, pairing.averages, _rest(turn, pairing.rest)
         try:
-            turn = self._averager.begin(None, None, lr)
-            if turn is not None:
-                if found := _hindrance(turn):
-                    return found
-                pairing = self._paired(turn.plan, kernel.params)
-                averages, rest = pairing.averages, _rest(turn, pairing.rest)
-            kernel.prepare(averages, hypers, 0.0 if turn is None else turn.rate)
+            kernel.prepare(averages, hypers, rate)
             kernel()
             rest()
         except BaseException:
             if kernel.begun():
                 kernel()
                 rest()
-            else:
-                self._averager.progress = before
             raise
-        if turn is not None:
-            self._averager.end(turn, done=True)
+        if isinstance(turn, Turn):
+            self._averager.announce(turn)
         return ""
 
     def _paired(self, plan: Plan, params: Sequence[Tensor]) -> _Pairing:
@@ -118,7 +116,3 @@ def _rest(turn: Turn, mover: Mover | None) -> Callable[[], None]:
         turn.commit()
 
     return move
-
-
-def _nothing() -> None:
-    """What is left where no update is due."""

@@ -31,13 +31,40 @@ class Mover:
         others = [group for group in averaged if not isinstance(group.kernel, Checking)]
         self._others = FiniteCheck([weight for group in others for weight in group.weights])
 
+    def prepare(self, *, check: bool) -> bool:
+        """Begin an update; nothing moves yet.
+
+        Args:
+            check: Whether weights that are not finite are refused.
+
+        Returns:
+            Whether the update can be made; False if the weights are not finite.
+        """
+        epochs = [lane.watch.epoch for lane in self._lanes]
+        for group in self.groups:
+            group.kernel.prepare(moved=epochs != self._epochs)
+        self._epochs = epochs
+        return not check or self._finite()
+
+    def move(self, rates: Sequence[float], generators: Sequence[OwnGenerators]) -> None:
+        """Move every average by the rate of its lane and copy the copied, or the rest of it after an interruption.
+
+        Ctrl-C between two calls finds some tensors moved and others not. How far it came each kernel knows.
+
+        Args:
+            rates: The coefficient of this update for each lane.
+            generators: What each lane draws random numbers from.
+        """
+        self._move(rates, generators, [group.kernel.position() for group in self.groups])
+
+    def begun(self) -> bool:
+        """Return whether anything has moved since ``prepare``."""
+        return any(group.kernel.position() for group in self.groups)
+
     def update(
         self, rates: Sequence[float], generators: Sequence[OwnGenerators], commit: Callable[[], None], *, check: bool
     ) -> bool:
-        """Move every average by the rate of its lane, copy the copied, then commit.
-
-        Ctrl-C between two calls finds some tensors moved and others not. How far it came each kernel knows; the rest
-        is moved before the exception goes on. Where nothing has moved yet, nothing is.
+        """Make a whole update, then commit: all of it, or nothing if it is interrupted before anything has moved.
 
         Args:
             rates: The coefficient of this update for each lane.
@@ -46,21 +73,16 @@ class Mover:
             check: Whether weights that are not finite are refused.
 
         Returns:
-            Whether it was done; False where the weights are not finite, and nothing has changed.
+            Whether it was done; False if the weights are not finite, and nothing has changed.
         """
-        epochs = [lane.watch.epoch for lane in self._lanes]
-        for group in self.groups:
-            group.kernel.prepare(moved=epochs != self._epochs)
-        self._epochs = epochs
-        if check and not self._finite():
+        if not self.prepare(check=check):
             return False
         try:
-            self._move(rates, generators, [0] * len(self.groups))
+            self.move(rates, generators)
             commit()
         except BaseException:
-            done = [group.kernel.position() for group in self.groups]
-            if any(done):
-                self._move(rates, generators, done)
+            if self.begun():
+                self.move(rates, generators)
                 commit()
             raise
         return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from polyak.tensors.finite import FiniteCheck
@@ -32,16 +32,53 @@ class Moves:
         self.mover = Mover([lane])
         self._lane = lane
         self._movers: dict[tuple[str, str], Mover] = {}
+        self._todo: Sequence[tuple[Mover, float]] = ()
+        self._made, self._prepared = 0, -1
 
     @cached_property
     def _finite(self) -> FiniteCheck:
         lane = self._lane
         return FiniteCheck([live for s, live in zip(lane.stored, lane.live, strict=True) if s.policy == "average"])
 
+    def prepare(self, moves: Sequence[Move], *, check: bool) -> bool:
+        """Begin an update; nothing moves yet.
+
+        Args:
+            moves: The moves.
+            check: Whether weights that are not finite are refused.
+
+        Returns:
+            Whether the update can be made; False if the weights are not finite.
+        """
+        self._made, self._prepared = 0, -1
+        if len(moves) == 1 and moves[0][:2] == ("average", "weights"):
+            self._todo = [(self.mover, moves[0].rate)]
+            self._prepared = 0
+            return self.mover.prepare(check=check)
+        self._todo = [(self._mover(target, source), rate) for target, source, rate in [(*_COPIED, 1.0), *moves]]
+        if not check:
+            return True
+        finite = self._finite()
+        return finite if self._lane.agree is None else self._lane.agree(finite)
+
+    def move(self, generators: OwnGenerators) -> None:
+        """Make the moves one after the other, or the rest of them after an interruption."""
+        while self._made < len(self._todo):
+            mover, rate = self._todo[self._made]
+            if self._prepared < self._made:
+                mover.prepare(check=False)
+                self._prepared = self._made
+            mover.move([rate], [generators])
+            self._made += 1
+
+    def begun(self) -> bool:
+        """Return whether anything has moved since ``prepare``."""
+        return self._made > 0 or (self._prepared == 0 and self._todo[0][0].begun())
+
     def update(
         self, moves: Sequence[Move], generators: OwnGenerators, commit: Callable[[], None], *, check: bool
     ) -> bool:
-        """Make the moves in this order, copy the copied, then commit.
+        """Make a whole update, then commit: all of it, or nothing if it is interrupted before anything has moved.
 
         Args:
             moves: The moves.
@@ -50,29 +87,17 @@ class Moves:
             check: Whether weights that are not finite are refused.
 
         Returns:
-            Whether it was done; False where the weights are not finite, and nothing has changed.
+            Whether it was done; False if the weights are not finite, and nothing has changed.
         """
-        if len(moves) == 1 and moves[0][:2] == ("average", "weights"):
-            return self.mover.update([moves[0].rate], [generators], commit, check=check)
-        if check:
-            finite = self._finite()
-            if not (finite if self._lane.agree is None else self._lane.agree(finite)):
-                return False
-        done: set[int] = set()
-
-        def go_on() -> None:
-            for i, (target, source, rate) in enumerate([(*_COPIED, 1.0), *moves]):
-                if i not in done:
-                    # What interrupts a mover finds its move whole or not begun, and noted.
-                    mover, note = self._mover(target, source), partial(done.add, i)
-                    mover.update([rate], [generators], note, check=False)
-            commit()
-
+        if not self.prepare(moves, check=check):
+            return False
         try:
-            go_on()
+            self.move(generators)
+            commit()
         except BaseException:
-            if done:
-                go_on()
+            if self.begun():
+                self.move(generators)
+                commit()
             raise
         return True
 
