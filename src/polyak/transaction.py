@@ -51,7 +51,7 @@ class Pass:
             self._move()
             self.moved = True
 
-    def count(self) -> None:
+    def commit(self) -> None:
         """Count the updates; idempotent."""
         for turn in self.turns:
             if self.finite:
@@ -107,7 +107,7 @@ class Background(Pass):
         return self.turns[0].averager.pending is self
 
     @override
-    def count(self) -> None:
+    def commit(self) -> None:
         """The other thread counts, and who waits for it calls the listeners."""
 
     @override
@@ -174,10 +174,8 @@ def carry_out(passes: Sequence[Pass], others: Sequence[Seen] = ()) -> None:
             for turn in reversed(one.turns):
                 stack.callback(one.announce, turn)
         _make(passes, others)
-        for one in passes:
-            if not one.finite:
-                for turn in one.turns:
-                    turn.warn()
+        for turn in _skipped(passes):
+            turn.warn()
 
 
 def whole(act: Callable[[], None]) -> None:
@@ -189,6 +187,10 @@ def whole(act: Callable[[], None]) -> None:
         raise
 
 
+def _skipped(passes: Sequence[Pass]) -> list[Turn]:
+    return [turn for one in passes if not one.finite for turn in one.turns]
+
+
 def _make(passes: Sequence[Pass], others: Sequence[Seen]) -> None:
     counting: list[bool] = []
 
@@ -196,16 +198,16 @@ def _make(passes: Sequence[Pass], others: Sequence[Seen]) -> None:
         for one in passes:
             one.move()
         counting.append(True)
-        for one in (*passes, *others):
-            one.count()
+        for one in passes:
+            one.commit()
+        for seen in others:
+            seen.commit()
 
     with Untracked():
         for one in passes:
             one.prepare()
-        for one in passes:
-            if not one.finite:
-                for turn in one.turns:
-                    turn.refuse()
+        for turn in _skipped(passes):
+            turn.refuse()
         try:
             go_on()
         except BaseException:
@@ -221,5 +223,5 @@ def _finish(go_on: Callable[[], None], passes: Sequence[Pass]) -> None:
     except BaseException:
         for one in passes:
             if one.moved:
-                one.count()
+                one.commit()
         raise

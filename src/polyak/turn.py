@@ -37,7 +37,7 @@ class Seen(NamedTuple):
     state: State
     after: Progress
 
-    def count(self) -> None:
+    def commit(self) -> None:
         """Count the call; idempotent."""
         self.state.progress = self.after
         if not self.after.n:

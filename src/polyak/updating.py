@@ -91,7 +91,7 @@ class Updating(WithSources, Averager):
         with self.lock:
             turn = self.begin(model, step, lr)
             if isinstance(turn, Seen):
-                turn.count()
+                turn.commit()
             else:
                 carry_out([alone(turn)])
 
@@ -123,10 +123,7 @@ class Updating(WithSources, Averager):
         def make() -> None:
             with Untracked():
                 captured.put(None if isinstance(turn, Seen) else turn.rate)
-            if isinstance(turn, Seen):
-                turn.count()
-            else:
-                turn.commit()
+            turn.commit()
 
         return turn, make
 

@@ -55,7 +55,7 @@ class OnePass:
         kernel.reset()
         turn = self._averager.begin(None, None, lr)
         if isinstance(turn, Seen):
-            rate, rest = 0.0, turn.count
+            rate, rest = 0.0, turn.commit
         else:
             if found := _hindrance(turn):
                 return found

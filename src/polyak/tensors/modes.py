@@ -23,7 +23,7 @@ class Untracked(_C._InferenceMode):  # noqa: SLF001 - as above
     @override
     def __enter__(self) -> None:
         try:
-            super().__enter__()
+            super().__enter__()  # type: ignore[no-untyped-call]  # torch's own
             _C._set_grad_enabled(False)  # noqa: FBT003, SLF001 - torch's own, of one argument
         except BaseException:  # the frames of a traceback would keep the guard
             self.__exit__(None, None, None)
