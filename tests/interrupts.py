@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch.overrides import TorchFunctionMode
@@ -36,9 +37,9 @@ class AtOperation(TorchFunctionMode):
 
 
 @contextmanager
-def at_line(modules: tuple[ModuleType, ...], k: int | None = None) -> Iterator[list[str]]:
-    """Raise KeyboardInterrupt once, at the k-th line that is run in these modules; yields the lines seen."""
-    files = {module.__file__ for module in modules}
+def at_line(modules: tuple[ModuleType | Path, ...], k: int | None = None) -> Iterator[list[str]]:
+    """Raise KeyboardInterrupt once, at the k-th line that is run in these modules or folders; yields the lines seen."""
+    files = tuple(str(module) if isinstance(module, Path) else str(module.__file__) for module in modules)
     seen: list[str] = []
 
     def local(frame: FrameType, event: str, _: object):
@@ -50,7 +51,7 @@ def at_line(modules: tuple[ModuleType, ...], k: int | None = None) -> Iterator[l
         return local
 
     def tracer(frame: FrameType, event: str, arg: object):
-        return local if frame.f_code.co_filename in files else None
+        return local if frame.f_code.co_filename.startswith(files) else None
 
     before = sys.gettrace()
     sys.settrace(tracer)

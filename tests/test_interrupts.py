@@ -1,0 +1,216 @@
+"""Ctrl-C at any line of the package: a whole call or none of it, for every member of a bank."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import polyak
+from interrupts import at_line
+from models import mlp
+
+EVERYTHING = (Path(polyak.__file__).parent,)
+BANK = {
+    "ema": {"name": "ema", "decay": 0.9},
+    "plain": {"name": "ema", "decay": 0.5, "nonfinite": "propagate"},
+    "double": {"name": "dema", "decay": 0.9},
+    "rare": {"name": "ema", "decay": 0.9, "every": 3},
+}
+
+
+def trained(build, updates=2):
+    """Return an averager that was updated, of a model whose weights were changed since."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    averager = build(model)
+    for number in range(updates + 1):
+        if number:
+            averager.update()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+    return averager
+
+
+def seen(value):
+    """Return all of a state as something that can be compared, random generators excepted."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.tolist()
+    if isinstance(value, dict):
+        return {key: seen(one) for key, one in value.items() if key != "generators"}
+    return [*map(seen, value)] if isinstance(value, (list, tuple)) else value
+
+
+def members(averager):
+    return [*averager.values()] if isinstance(averager, Mapping) else [averager]
+
+
+def torn(build, act, updates=2, every=1):
+    """Interrupt a call at one line after another; return the lines that left something else than none or all of it."""
+    averager = trained(build, updates)
+    start = averager.state_dict()
+
+    def again():
+        averager.load_state_dict(start)
+        for one in members(averager):
+            one.averaged_state_dict()  # plans anew, outside of what is interrupted
+
+    act(averager)  # which warns and compiles once
+    again()
+    none = seen(averager.state_dict())
+    with at_line(EVERYTHING) as lines:
+        act(averager)
+    whole, wrong, outcomes = seen(averager.state_dict()), [], set()
+    assert none != whole
+    for k in range(0, len(lines), every):
+        again()
+        with pytest.raises(KeyboardInterrupt), at_line(EVERYTHING, k) as reached:
+            act(averager)
+        gradients = torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
+        now = seen(averager.state_dict())
+        if not gradients or now not in (none, whole):
+            wrong.append(reached[-1])
+        outcomes.add(now == whole)
+    assert outcomes == {False, True}
+    return wrong
+
+
+def update(averager):
+    averager.update()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"strategy": "ema"},
+        {"strategy": "ema", "kernel": "foreach"},
+        {"strategy": "ema", "kernel": "loop", "dtype": "float64"},
+        {"strategy": "dema", "kernel": "foreach"},
+        {"strategy": "ema", "every": 5},
+        {"strategy": "ema", "capturable": True, "nonfinite": "propagate"},
+    ],
+    ids=str,
+)
+def test_an_update_is_whole_or_absent(settings):
+    assert not torn(lambda model: polyak.average(model, **settings), update)
+
+
+def test_an_update_of_a_bank_is_whole_or_absent_for_every_member():
+    assert not torn(lambda model: polyak.bank(model, BANK, kernel="foreach"), update, every=5)
+
+
+@pytest.mark.filterwarnings("ignore:the weights hold NaN:polyak.PolyakWarning")
+def test_a_bank_skips_an_update_whole_or_not_at_all():
+    def spoilt(bank):
+        weight = bank["a"].model[0].weight
+        weight.data[0, 0] = torch.nan
+        try:
+            bank.update()
+        finally:
+            weight.data[0, 0] = 1.0
+
+    assert not torn(lambda model: polyak.bank(model, {"a": "ema", "b": "dema"}, kernel="foreach"), spoilt, every=5)
+
+
+def test_a_call_of_a_bank_that_averages_nothing_is_counted_by_all_or_none():
+    bank = {"a": {"name": "ema", "every": 7}, "b": {"name": "ema", "every": 5}}
+    assert not torn(lambda model: polyak.bank(model, bank), update)
+
+
+def test_a_bank_advances_whole_or_not_at_all():
+    options = {"capturable": True, "nonfinite": "propagate", "kernel": "foreach"}
+    assert not torn(lambda model: polyak.bank(model, {"a": "ema", "b": "ema"}, **options), lambda bank: bank.advance())
+
+
+@pytest.mark.parametrize("names", [["ema"], ["ema", "double", "rare"]])
+def test_a_state_is_loaded_whole_or_not_at_all(names):
+    def build(model):
+        chosen = {name: BANK[name] for name in names}
+        return polyak.bank(model, chosen, kernel="foreach")
+
+    state = trained(build, 5).state_dict()
+    assert not torn(build, lambda bank: bank.load_state_dict(state), every=5)
+
+
+def test_the_listeners_of_a_whole_update_are_called_once_whatever_interrupts_it():
+    def build(model):
+        return polyak.bank(model, {"a": "ema", "b": "dema"}, kernel="foreach")
+
+    bank = trained(build)
+    with at_line(EVERYTHING) as lines:
+        bank.update()
+    for k in range(0, len(lines), 23):
+        bank, heard = trained(build), []
+        for averager in bank.values():
+            averager.listeners.append(lambda averager, clock, heard=heard: heard.append(clock.n))
+        with pytest.raises(KeyboardInterrupt), at_line(EVERYTHING, k):
+            bank.update()
+        torch.set_grad_enabled(True)
+        assert heard == ([3, 3] if bank["a"].n == 3 else [])
+
+
+def test_what_cannot_be_finished_is_counted_where_it_was_made(monkeypatch):
+    from polyak.tensors.moves import Moves
+
+    bank = trained(lambda model: polyak.bank(model, {"a": "ema", "b": "dema"}))
+    first = bank["a"].averages["0.weight"].clone()
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Moves, "move", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            bank.update()
+    assert (bank["a"].n, bank["b"].n) == (3, 2)
+    assert not torch.equal(bank["a"].averages["0.weight"], first)
+    bank.update()
+    assert (bank["a"].n, bank["b"].n) == (4, 3)
+
+
+# Threads
+
+
+@pytest.mark.parametrize("settings", [{}, {"every": 3}, {"kernel": "foreach"}], ids=str)
+def test_updates_of_several_threads_are_all_counted(settings):
+    averager = polyak.average(mlp(), "swa", **settings)
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(averager.update) for _ in range(300)]:
+            future.result(60)
+    state = averager.state_dict()
+    assert state["progress"]["calls"] == 300
+    assert averager.n == len(averager.profile()) == 300 // settings.get("every", 1)
+
+
+def test_a_bank_and_one_of_its_averages_are_updated_by_two_threads():
+    bank = polyak.bank(mlp(), {"a": "swa", "b": "swa"})
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(one.update) for one in (bank, bank["a"]) for _ in range(100)]
+    assert [future.exception() for future in futures] == [None] * 200
+    assert (bank["a"].n, bank["b"].n) == (200, 100)
+
+
+def test_a_state_that_another_thread_takes_is_of_one_moment():
+    model = {"w": torch.zeros(4096)}
+    averager = polyak.average(model, "ema", decay=0.0)
+    stop = threading.Event()
+
+    def train():
+        for number in range(1, 400):
+            model["w"].fill_(float(number))
+            averager.update()
+        stop.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train)
+        while not stop.is_set():
+            state = averager.state_dict()
+            assert state["slots"]["average"]["w"].unique().tolist() == [float(state["n"])]
+        training.result(60)
