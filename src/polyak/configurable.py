@@ -69,8 +69,8 @@ class Configurable(AttributeHints, Updating):
                 f"the averager is attached to {name}, whose step() has never run though its parameters were changed "
                 "many times: nothing was averaged. Attach to the optimiser that steps, or call averager.update()."
             )
-            self._warn("idle", message, level)
-        if progress.n >= _UPDATES and "start" not in self._warned:
+            self.warn("idle", message, level)
+        if progress.n >= _UPDATES and "start" not in self.warned:
             self._doubt_start(progress.n, level + 1)
         return plan
 
@@ -82,5 +82,5 @@ class Configurable(AttributeHints, Updating):
                 f"after {n} updates the average is still {share:.0%} the weights that it started from; the strategy "
                 "'ema_debiased' and origin='first' replace them by the first update, and a smaller decay forgets them"
             )
-            self._warn("start", message, level)
-        self._warned.add("start")  # the share of the start only falls
+            self.warn("start", message, level)
+        self.warned.add("start")  # the share of the start only falls
