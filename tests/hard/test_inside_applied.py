@@ -344,6 +344,7 @@ def test_graphs_of_two_averagers_belong_to_their_own_values():
 def test_ctrl_c_in_a_swap_leaves_autograds_counts_alone(build):
     model, averager, _ = moved(build)
     before = versions(model)
+    enter(averager)  # plans
     with AtOperation() as counter:
         enter(averager)
     for k in range(0, counter.seen, 7):
