@@ -56,6 +56,7 @@ def taken(steps, every):
     return ROWS[[0, *(min(-(-step // every) * every, steps) for step in range(1, steps + 1))]]
 
 
+@pytest.mark.filterwarnings("ignore:after .* updates the average is still")  # a long one, on purpose
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("cadence", ["same", "each step"])
 def test_a_synthesised_average_is_as_near_to_the_one_that_ran_as_its_profile(run, name, cadence):
