@@ -27,7 +27,7 @@ def put_back(swap: Swap, plan: Plan) -> None:
     for number, entry in enumerate(plan.entries):
         for slot in entry.slots if entry.spread is None else ():
             for place in _places(slot.owner):
-                other = place.get(slot.key)
+                other = place[slot.key] if slot.key in place else None  # noqa: SIM401 - TorchScript's have no get()
                 if isinstance(other, Tensor) and other is not slot.tensor:
                     form = (other.shape, other.dtype) == (slot.tensor.shape, slot.tensor.dtype)
                     if entry.kind == "parameter":

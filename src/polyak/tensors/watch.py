@@ -89,7 +89,7 @@ class _Contents:
         self._watchable = all(isinstance(holder, dict) for holder in holders)
         self.values = [value for holder in holders for value in holder.values()]
         self._copies = [tuple(map(dict, own)) for own in now] if self._watchable else []
-        self._keys = [*map(list, holders)]
+        self._keys = [*map(list, holders)] if self._watchable else []
         # Comparing dictionaries takes the same object for equal, and asks others whether they are.
         self._comparable = all(map(_is_ordinary, self.values))
         self._small = [
