@@ -195,6 +195,7 @@ def _swap_in_and_out(averager):
 def test_ctrl_c_at_any_operation_of_a_swap_leaves_model_and_average_as_they_were(kind, options, when):
     model, averager = _moved(ZOO[kind].build, **options)
     own, stored = model_bits(model), average_bits(averager)
+    _swap_in_and_out(averager)  # the first one also looks whether the memory can be written
     total = _operations(lambda: _swap_in_and_out(averager))
     assert total > 8
     for k in range(total):
