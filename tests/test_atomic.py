@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import polyak
-from polyak.atomic import remove_stale, scratch_folder, write_whole
+from polyak.atomic import exclusive, remove_stale, scratch_folder, write_whole
 from polyak.distributed.place import Place
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="locks, FIFOs and devices are POSIX's")
@@ -196,3 +196,19 @@ def test_two_writers_of_one_folder_leave_the_last_one_whole_and_nothing_else(tmp
                 place.publish(scratch)
         assert [path.read_text() for path in target.iterdir()] == ["1"]
         assert [path.name for path in tmp_path.iterdir()] == ["average"]
+
+
+def test_a_process_that_was_forked_meanwhile_keeps_no_folder_locked(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    end, hold = os.pipe()
+    with exclusive(tmp_path):
+        child = os.fork()
+        if not child:
+            os.close(hold)
+            os.read(end, 1)
+            os._exit(0)
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(other)
+    os.close(hold)
+    os.waitpid(child, 0)

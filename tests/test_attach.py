@@ -339,6 +339,19 @@ def test_an_optimiser_that_trains_without_its_step_is_told_when_the_average_is_e
     evaluate()
 
 
+@pytest.mark.parametrize("how", ["applied", "averaged_state_dict"])
+def test_an_average_that_is_in_the_model_before_the_first_step_is_no_training(model, optimizer, averager, how):
+    polyak.attach(optimizer, averager)
+    other = polyak.average(model, "swa")
+    for outer in (averager, other):
+        with outer.applied():
+            if how == "applied":
+                with averager.applied():
+                    model(torch.ones(2, 3))
+            else:
+                averager.averaged_state_dict()
+
+
 # Two that update one averager
 
 

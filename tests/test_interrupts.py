@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from torch import nn
 import polyak
 from interrupts import at_line
 from models import mlp
+from polyak.transaction import carry_out
 
 EVERYTHING = (Path(polyak.__file__).parent,)
 BANK = {
@@ -214,3 +216,87 @@ def test_a_state_that_another_thread_takes_is_of_one_moment():
             state = averager.state_dict()
             assert state["slots"]["average"]["w"].unique().tolist() == [float(state["n"])]
         training.result(60)
+
+
+def test_the_state_of_a_bank_that_another_thread_takes_is_of_one_moment():
+    bank = polyak.bank(mlp(), {"a": "swa", "b": "swa"})
+    updating = threading.Thread(target=bank.update)
+    first = bank["a"].state_dict
+
+    def state_dict():  # another thread updates between the states of two averages
+        found = first()
+        updating.start()
+        updating.join(0.2)
+        return found
+
+    object.__setattr__(bank["a"], "state_dict", state_dict)
+    state = bank.state_dict()["bank"]
+    updating.join(60)
+    assert {name: one["n"] for name, one in state.items()} == {"a": 0, "b": 0}
+    assert bank["b"].n == 1
+
+
+def test_a_step_of_the_optimiser_and_a_state_that_another_thread_takes_wait_for_each_other():
+    model = mlp()
+    averager = polyak.average(model, "ema", nonfinite="propagate")  # one pass, where Numba is
+    optimizer = polyak.optim.AdamW(model.parameters(), averager=averager)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # compiles
+    before = [parameter.clone() for parameter in model.parameters()]
+    stepping = threading.Thread(target=optimizer.step)
+    with averager.lock:
+        stepping.start()
+        stepping.join(0.2)
+        assert averager.n == 1
+        assert not optimizer.one_pass or all(map(torch.equal, model.parameters(), before))
+    stepping.join(60)
+    assert averager.n == 2
+
+
+# Signal handlers
+
+
+@pytest.mark.parametrize("build", [lambda m: polyak.average(m, "dema"), lambda m: polyak.bank(m, BANK)])
+def test_a_signal_handler_gets_the_state_before_or_after_an_update_or_an_error(build):
+    handled = []
+
+    class Handler:  # at one line after another, as a signal would be handled there
+        def __init__(self, k):
+            self.k, self.carried_out = k, False
+
+        def __call__(self, frame, event, _):
+            if not frame.f_code.co_filename.startswith(str(EVERYTHING[0])):
+                return None
+            self.carried_out |= frame.f_code is carry_out.__code__
+            if event == "line" and self.carried_out:
+                self.k -= 1
+                if not self.k:
+                    sys.settrace(None)
+                    try:
+                        handled.append(seen(self.averager.state_dict()))
+                    except polyak.StateError as error:
+                        handled.append(str(error))
+                    return None
+            return self
+
+    moments = set()
+    for k in range(1, 1200, 5):
+        averager = trained(build)
+        before, count = seen(averager.state_dict()), len(handled)
+        handler = Handler(k)
+        handler.averager = averager
+        sys.settrace(handler)
+        averager.update()
+        sys.settrace(None)
+        if len(handled) == count:
+            break
+        states = {"before": before, "after": seen(averager.state_dict())}
+        if isinstance(handled[-1], str):
+            assert "from a signal handler" in handled[-1]
+            moments.add("error")
+        else:
+            moment = [name for name, state in states.items() if state == handled[-1]]
+            assert moment
+            moments.add(moment[0])
+    assert moments >= {"after", "error"}

@@ -14,7 +14,7 @@ import torch
 
 import polyak
 from models import ZOO, average_bits, drifting, mlp
-from polyak.tensors import mover, plan
+from polyak.tensors import mover, moves, plan
 
 
 @pytest.fixture
@@ -27,14 +27,14 @@ def offloaded(monkeypatch):
 def held(monkeypatch):
     """The other thread waits before it moves anything, until this event is set."""
     event = threading.Event()
-    move = mover.Mover.update
+    move = moves.Moves.update
 
     def late(self, *args, **kwargs):
         if threading.current_thread() is not threading.main_thread():
             assert event.wait(60)
         return move(self, *args, **kwargs)
 
-    monkeypatch.setattr(mover.Mover, "update", late)
+    monkeypatch.setattr(moves.Moves, "update", late)
     return event
 
 
@@ -185,6 +185,19 @@ def test_listeners_hear_of_an_update_when_it_is_done_and_in_the_calling_thread(o
     averager.update()
     averager.synchronize()
     assert heard == [(1, threading.main_thread())]
+
+
+def test_one_of_the_threads_that_wait_calls_the_listeners(offloaded, held):
+    averager, heard = polyak.average(mlp(), "ema"), []
+    averager.listeners.append(lambda _, clock: heard.append(clock.n))
+    averager.update()
+    waiting = [threading.Thread(target=averager.synchronize) for _ in range(8)]
+    for thread in waiting:
+        thread.start()
+    held.set()
+    for thread in waiting:
+        thread.join(60)
+    assert heard == [1]
 
 
 def test_a_replaced_parameter_is_followed(offloaded):

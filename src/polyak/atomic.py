@@ -105,6 +105,8 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
     finally:
         if opened is not None:
+            with suppress(OSError):
+                fcntl.flock(opened, fcntl.LOCK_UN)  # a process that was forked meanwhile has the file open, too
             os.close(opened)
 
 

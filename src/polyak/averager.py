@@ -200,7 +200,11 @@ class Averager(Protocol):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that an exact resume needs: copies of tensors and plain types, fit for ``weights_only=True``."""
+        """Return all that an exact resume needs: copies of tensors and plain types, fit for ``weights_only=True``.
+
+        Raises:
+            StateError: A signal handler calls it in the middle of an update; or the memory of an average was freed.
+        """
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where the state was taken; a tensor is never stored in a shorter dtype than it comes with.

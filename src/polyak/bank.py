@@ -158,7 +158,8 @@ class Bank(AttributeHints, WithSources, Mapping[str, "Averager"]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that an exact resume needs, of all averages: copies of tensors and plain types."""
-        return {"format": FORMAT, "bank": {name: averager.state_dict() for name, averager in self.items()}}
+        with self._locked():
+            return {"format": FORMAT, "bank": {name: averager.state_dict() for name, averager in self.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where the state was taken; all averages are loaded or none.
@@ -167,16 +168,17 @@ class Bank(AttributeHints, WithSources, Mapping[str, "Averager"]):
             StateError: It is no state of a bank of the same names, or one of its states does not fit.
         """
         states = check_bank(state, self)
-        received = [(engine, engine.receive(states[name])) for name, engine in self._averagers.items()]
+        with self._locked():
+            received = [(engine, engine.receive(states[name])) for name, engine in self._averagers.items()]
 
-        def adopt() -> None:
-            self._movers.clear()
-            if self._sources is not None:
-                self._sources.forget()
-            for engine, one in received:
-                engine.adopt(one)
+            def adopt() -> None:
+                self._movers.clear()
+                if self._sources is not None:
+                    self._sources.forget()
+                for engine, one in received:
+                    engine.adopt(one)
 
-        whole(adopt)
+            whole(adopt)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

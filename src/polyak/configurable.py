@@ -9,6 +9,7 @@ from typing_extensions import override
 from polyak.attributes import AttributeHints
 from polyak.errors import AttributeAccessError
 from polyak.settings import Settings, advice, configured
+from polyak.tensors.swap import in_force
 from polyak.updating import Updating
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ class Configurable(AttributeHints, Updating):
         """Return the plan for reading the average; warn once where it is hardly one."""
         plan = self._current()
         progress = self._state.progress
-        if not progress.calls and self._sources is not None and (name := self._sources.idle()):
+        # While an average is in a model, its parameters' counts of writes are numbers of the swap.
+        counted = bool(progress.calls) or bool(in_force)
+        if not counted and self._sources is not None and (name := self._sources.idle()):
             message = (
                 f"the averager is attached to {name}, whose step() has never run though its parameters were changed "
                 "many times: nothing was averaged. Attach to the optimiser that steps, or call averager.update()."

@@ -23,7 +23,7 @@ from polyak.state import State, dump, parse
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.located import refuse_lost
 from polyak.tensors.storage import Stored
-from polyak.transaction import whole
+from polyak.transaction import refuse_within, whole
 from polyak.validation import SavedState
 
 if TYPE_CHECKING:
@@ -147,6 +147,7 @@ class Engine(Computing):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        refuse_within(self)
         with self.lock:
             self._settle()
             refuse_lost([tensor for s in self._state.stored for tensor in s.tensors])

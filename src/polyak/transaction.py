@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     from polyak.tensors.mover import Mover
     from polyak.tensors.offload import Offload
     from polyak.turn import Seen, Turn
+    from polyak.updating import Updating
 
-__all__ = ["Background", "Joint", "Pass", "alone", "carry_out", "whole"]
+__all__ = ["Background", "Joint", "Pass", "alone", "carry_out", "refuse_within", "whole"]
 
 
 class Pass:
@@ -185,6 +187,25 @@ def whole(act: Callable[[], None]) -> None:
     except BaseException:
         act()
         raise
+
+
+def refuse_within(averager: Updating) -> None:
+    """Refuse a state that a signal handler takes in the middle of an update: some tensors would have moved.
+
+    Raises:
+        StateError: If this thread is in the middle of an update of the averager.
+    """
+    frame = sys._getframe()  # noqa: SLF001 - a flag could outlive an update that is interrupted
+    while (back := frame.f_back) is not None:
+        frame = back
+        if frame.f_code is _make.__code__:
+            passes, others = frame.f_locals["passes"], frame.f_locals["others"]
+            if any(turn.averager is averager for turn in (*others, *(turn for one in passes for turn in one.turns))):
+                message = (
+                    "state_dict() in the middle of an update, from a signal handler: half of the average has moved. "
+                    "Let the handler set a flag, and save behind the next update."
+                )
+                raise StateError(message)
 
 
 def _skipped(passes: Sequence[Pass]) -> list[Turn]:

@@ -129,8 +129,10 @@ class Updating(WithSources, Averager):
 
     @override
     def synchronize(self) -> None:
-        if (pending := self.pending) is not None:
-            pending.wait()
+        if self.pending is not None:
+            with self.lock:  # of several threads that wait one calls the listeners
+                if (pending := self.pending) is not None:
+                    pending.wait()
 
     def release(self) -> None:
         """Let the weights be overwritten by what is enqueued from now on, once an offloaded update has read them."""

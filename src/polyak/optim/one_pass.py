@@ -51,6 +51,10 @@ class OnePass:
         """
         if found := kernel.unfit(grads):
             return found
+        with self._averager.lock:
+            return self._made(kernel, grads, hypers, lr)
+
+    def _made(self, kernel: AdamWCPU, grads: Sequence[Tensor], hypers: Sequence[Hyper], lr: float) -> str:
         averages: list[Tensor | None] = [None] * len(grads)
         kernel.reset()
         turn = self._averager.begin(None, None, lr)
