@@ -82,10 +82,12 @@ def test_a_folder_that_nobody_locks_is_removed_and_others_are_not(tmp_path):
     (tmp_path / ".polyak-abc").mkdir()
     (tmp_path / ".polyakovitch").mkdir()
     (tmp_path / ".polyak-file").write_text("a file of somebody's")
+    (tmp_path / ".polyak-notes").mkdir()
+    (tmp_path / ".polyak-notes" / "one").write_text("a folder of somebody's")
     with scratch_folder(tmp_path) as own:
         remove_stale(tmp_path)
         assert own.is_dir()
-    assert {path.name for path in hidden(tmp_path)} == {".polyakovitch", ".polyak-file"}
+    assert {path.name for path in hidden(tmp_path)} == {".polyakovitch", ".polyak-file", ".polyak-notes"}
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

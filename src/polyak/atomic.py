@@ -116,7 +116,8 @@ def remove_stale(parent: Path) -> None:
         return
     for folder in parent.glob(f"{_SCRATCH}*"):
         with suppress(OSError):  # another one is removing it, it is another user's, or its disk has no locks
-            _remove(folder, _locked(folder))
+            if (folder / _LOCK).exists() or not any(folder.iterdir()):  # else it is somebody's own
+                _remove(folder, _locked(folder))
 
 
 def _claimed(parent: Path) -> tuple[Path, int | None]:
