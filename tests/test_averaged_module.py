@@ -109,7 +109,7 @@ def test_the_module_of_an_average_that_lives_elsewhere_is_fresh_when_update_retu
     model, x = Staged().bfloat16().eval(), torch.randn(2, 3).bfloat16()
     averager = polyak.average(model, "ema", decay=0.5)
     averager.update()
-    assert averager._pending is not None  # nobody holds the module: the update runs in the background
+    assert averager.pending is not None  # nobody holds the module: the update runs in the background
     teacher = averager.module
     for _ in drifting(model, 3):
         averager.update()
@@ -403,7 +403,7 @@ def test_modes_and_forwards_of_the_module_write_nothing_of_the_model_or_the_aver
     assert everything(model, averager) == before
 
 
-def test_frozen_tensors_are_copies_that_follow_the_model_s():
+def test_frozen_parameters_share_memory_with_the_model_s_and_follow_them():
     model = mlp()
     model[0].requires_grad_(False)
     averager = polyak.average(model, "ema", include="2.*")
@@ -415,8 +415,10 @@ def test_frozen_tensors_are_copies_that_follow_the_model_s():
     model[0].weight = nn.Parameter(torch.zeros(5, 3), requires_grad=False)
     teacher(torch.ones(1, 3))
     assert torch.equal(teacher[0].weight, model[0].weight)
-    teacher[0].weight.add_(5.0)
-    assert not model[0].weight.any()
+    assert teacher[0].weight is not model[0].weight
+    assert teacher[0].weight.data_ptr() == model[0].weight.data_ptr()
+    teacher.half()
+    assert model[0].weight.dtype == torch.float32
 
 
 # Hooks

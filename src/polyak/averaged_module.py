@@ -41,9 +41,10 @@ class _Read(NamedTuple):
 class AveragedModule:
     """The eval-mode module of an averager, which ``follow`` keeps in step.
 
-    A parameter shares the memory of its average where that is stored in the model's dtype and on its device. All else
-    is a copy: converted averages; buffers, which a forward in train mode writes; tensors that are not averaged; and
-    all tensors below a module with its own ``train()``, ``eval()`` or ``merge()``, which may write weights in place.
+    A parameter shares the memory of its average if that has the model's dtype and device. A frozen parameter that is
+    not averaged shares the model's memory. All else is a copy: converted averages; buffers, which a forward in train
+    mode writes; tensor subclasses that are not averaged; and all tensors below a module with its own ``train()``,
+    ``eval()`` or ``merge()``, which may write weights in place.
 
     Args:
         plan: The plan of the averager's own model.
@@ -66,11 +67,14 @@ class AveragedModule:
         counterparts |= {id(a): b for a, b in zip(theirs, self._parts, strict=True)}
         self._attributes = Attributes(theirs, self._parts, Copier(model, counterparts))
         self._rewriting = [*rewriting(self.root)]
-        self._shared = [one for one in held if one.shares]
+        self._shared = [one for one in held if one.average and one.shares]
         self._own = [one for one in held if one.average and not one.shares]
-        self._kept = [one for one in held if not one.average]
+        self._frozen = [one for one in held if not one.average and one.shares]
+        self._kept = [one for one in held if not one.average and not one.shares]
         self._buffers = [one.tensor for one in self._own if one.buffer]
+        self._outdated = False
         self._read: dict[int, _Read] = {}
+        self._note([one for one in self._kept if type(one.tensor) not in PLAIN])
         self._written: list[int] = []
         # TorchScript takes no hooks: such a module is brought up to date only where the averager is asked for it.
         if not isinstance(self.root, torch.jit.ScriptModule):
@@ -87,7 +91,7 @@ class AveragedModule:
             if self._made_for != _signature(plan):
                 return False
             self._plan = ref(plan)
-        return self._form == self._formed()
+        return not self._outdated and self._form == self._formed()
 
     def is_held(self) -> bool:
         """Return whether anything else refers to a module or tensor of it; the first call counts what is normal."""
@@ -112,6 +116,9 @@ class AveragedModule:
             elif not self.root.training and self._written != self._versions():
                 self._take([one for one in self._own if one.buffer], averages())  # a forward in train mode wrote them
             self._take([one for one in self._kept if one.buffer or not self._rewriting], {})
+            for one in self._frozen:
+                if (live := one.live()) is not None:
+                    _point(one.tensor, live)
         self._written = self._versions()
 
     def _write(self, averages: Mapping[str, Tensor]) -> None:
@@ -131,7 +138,7 @@ class AveragedModule:
         try:
             self._attributes.reset({part for top in self._rewriting for part in top.modules()})
             for one in self._kept:
-                if not one.buffer:
+                if not one.buffer and type(one.tensor) in PLAIN:
                     self._read.pop(id(one.tensor), None)
             yield
             self._take(self._kept, {})
@@ -156,9 +163,16 @@ class AveragedModule:
             if one.tensor.shape != source.shape:
                 one.tensor.data = source.to(one.tensor.device, one.tensor.dtype, copy=True)
             elif not _plain(one.tensor, source):
-                one.tensor.copy_(source)
-        for one, _ in pairs:
-            if not one.average and (live := one.live()) is not None:
+                try:
+                    one.tensor.copy_(source)
+                except (NotImplementedError, RuntimeError):  # a subclass without it: the next access builds another
+                    self._outdated = True
+        self._note([one for one, _ in pairs if not one.average])
+
+    def _note(self, copies: Sequence[Held]) -> None:
+        """Remember what of the model these are copies of."""
+        for one in copies:
+            if (live := one.live()) is not None:
                 self._read[id(one.tensor)] = _Read(live, _address(live), version(live), one.writes())
 
     def _changed(self, one: Held) -> Tensor | None:
@@ -198,11 +212,11 @@ def _signature(plan: Plan) -> tuple[object, ...]:
     return tuple(model.modules()), others, *layouts
 
 
-def _point(tensor: Tensor, average: Tensor) -> None:
-    if (tensor.dtype, tensor.device) != (average.dtype, average.device):
-        tensor.data = average.to(tensor.device, tensor.dtype, copy=True)
-    elif tensor.data_ptr() != average.data_ptr() or tensor.shape != average.shape:
-        tensor.data = average.data
+def _point(tensor: Tensor, memory: Tensor) -> None:
+    if (tensor.dtype, tensor.device) != (memory.dtype, memory.device):
+        tensor.data = memory.to(tensor.device, tensor.dtype, copy=True)
+    elif tensor.data_ptr() != memory.data_ptr() or tensor.shape != memory.shape:
+        tensor.data = memory.data
 
 
 def _plain(tensor: Tensor, source: Tensor) -> bool:

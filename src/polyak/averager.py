@@ -75,10 +75,11 @@ class Averager(Protocol):
         compiled form. Using it changes neither the model nor the average.
 
         A parameter shares the memory of its average if that has the model's dtype and device, and costs nothing then.
-        Do not write such parameters in place: take ``copy.deepcopy(averager.module)`` to train or edit it. Copied are
-        averages in another dtype or on another device, buffers, tensors that are not averaged, and all tensors below
-        a module with its own ``train()``, ``eval()`` or ``merge()``. Copies are written at an update only while
-        something refers to the module, a submodule or a tensor of it; an offloaded update is waited for then.
+        A frozen parameter that is not averaged shares the model's memory. Do not write shared parameters in place:
+        take ``copy.deepcopy(averager.module)`` to train or edit it. Copied are averages in another dtype or on another
+        device, buffers, and all tensors below a module with its own ``train()``, ``eval()`` or ``merge()``. Copies are
+        written at an update only while something refers to the module, a submodule or a tensor of it; an offloaded
+        update is waited for then.
 
         - Attributes are those of the model at the last update, access, or call of the module. Containers are copied;
           other objects (a config, a replay buffer, an optimiser) are shared, unless they refer to the model.

@@ -31,7 +31,7 @@ class Held(NamedTuple):
     Attributes:
         tensor: The tensor.
         average: The name of the average it holds; empty if it holds what the model's tensor does.
-        shares: Whether its memory is the average's.
+        shares: Whether its memory is that of the average, or of the model's frozen parameter.
         buffer: Whether it is a buffer.
         place: Where the module has it.
         source: Where the model has its counterpart.
@@ -90,7 +90,9 @@ def copyable(plan: Plan) -> nn.Module:
 
 
 def built(plan: Plan, model: nn.Module) -> tuple[nn.Module, list[Held]]:
-    """Return a copy of the model in eval mode with tensors of its own, which hold no values yet unless shared.
+    """Return a copy of the model in eval mode with tensors of its own.
+
+    Those that share memory, and those of a class of their own, have their values; the others have room for them.
 
     Raises:
         ModelError: If the copy uses tensors of the model.
@@ -105,7 +107,8 @@ def built(plan: Plan, model: nn.Module) -> tuple[nn.Module, list[Held]]:
     }
     own: dict[int, Any] = {}
     for entry in entries:
-        made = _made(entry.tensor, stored[id(entry.tensor)].average if id(entry.tensor) in shared else None)
+        memory = stored[id(entry.tensor)].average if id(entry.tensor) in stored else entry.tensor
+        made = _made(entry.tensor, memory if id(entry.tensor) in shared else None)
         own.update({id(slot.tensor): made for slot in entry.slots})
     module = copied(model, own)
     found = {slot.name: slot for entry in walk(module) for slot in entry.slots}
@@ -146,16 +149,18 @@ def _registry(slot: Slot, *, buffer: bool) -> dict[str, Tensor | None]:
 
 
 def _alike(entry: Entry, stored: Mapping[int, Stored]) -> bool:
-    kept = stored.get(id(entry.tensor))
-    if kept is None or entry.kind == "buffer":
+    if entry.kind == "buffer":
         return False
+    kept = stored.get(id(entry.tensor))
+    if kept is None:
+        return type(entry.tensor) in PLAIN  # a frozen base costs nothing
     return (kept.average.dtype, kept.average.device) == (entry.tensor.dtype, entry.tensor.device)
 
 
-def _made(tensor: Tensor, average: Tensor | None) -> Tensor:
-    """Return what stands for a tensor: the average itself, or room for values."""
-    if average is not None:
-        made = average.detach()
+def _made(tensor: Tensor, memory: Tensor | None) -> Tensor:
+    """Return what stands for a tensor: one that shares this memory, or room for values."""
+    if memory is not None:
+        made = memory.detach()
     elif type(tensor) in PLAIN:
         made = torch.empty_like(tensor.detach())
     else:

@@ -118,7 +118,12 @@ def _stored(
     known = {s.name for s in current}
     # What follows the model needs no past, and begins anew where the state has none that fits.
     current = [s for s in current if not (s.follows and any(_problem(raw[slot], s) for slot in _slots(s, slots)))]
-    problems = [problem for s in current for slot in _slots(s, slots) if (problem := _problem(raw[slot], s))]
+    problems = [
+        problem if slot == "average" else f"{slot}: {problem}"
+        for s in current
+        for slot in _slots(s, slots)
+        if (problem := _problem(raw[slot], s))
+    ]
     strange = [name for name in averages if name not in known and name not in optional]
     # Integers and booleans were copied, and a copy is made of the next buffer that the model fills.
     problems += [f"unknown: {name}" for name in strange if _averaged(averages[name])]

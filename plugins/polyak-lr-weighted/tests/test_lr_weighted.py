@@ -86,16 +86,26 @@ def test_the_average_of_a_real_run_is_the_weighted_mean_of_its_weights() -> None
     assert float((averager.averages["weight"] - expected).abs().max()) <= 1e-14
 
 
-@pytest.mark.parametrize("lr", [None, -0.1, math.nan, math.inf])
+UNUSABLE = {
+    None: (polyak.RateError, r"needs the learning rate .* got None.*averager\.update\(lr="),
+    -0.1: (polyak.RateError, r"needs the learning rate .* got -0\.1.*averager\.update\(lr="),
+    math.nan: (polyak.ConfigError, "lr: got nan"),
+    math.inf: (polyak.ConfigError, "lr: got inf"),
+}
+
+
+@pytest.mark.parametrize(("lr", "refused"), UNUSABLE.items())
 @pytest.mark.parametrize("before", [0, 3])
-def test_without_a_usable_learning_rate_nothing_is_averaged(lr: float | None, before: int) -> None:
+def test_without_a_usable_learning_rate_nothing_is_averaged(
+    lr: float | None, refused: tuple[type[polyak.PolyakError], str], before: int
+) -> None:
     model = {"w": torch.ones(2)}
     averager = polyak.average(model, "lr_weighted")
     for _ in range(before):
         averager.update(lr=0.1)
     model["w"].fill_(9.0)
     held = averager.averages["w"].clone()
-    with pytest.raises(polyak.RateError, match=r"needs the learning rate .* got .*averager\.update\(lr="):
+    with pytest.raises(refused[0], match=refused[1]):
         averager.update(lr=lr)
     assert averager.n == before
     assert torch.equal(averager.averages["w"], held)
