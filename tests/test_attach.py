@@ -386,6 +386,19 @@ def test_a_bank_leaves_a_second_update_out_too(model, optimizer):
     assert [averager.n for averager in bank.values()] == [3, 3]
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_an_update_with_another_model_behind_a_step_is_not_left_out(model, optimizer, averager, many):
+    updated = polyak.bank(model, {"a": "swa"}) if many else averager
+    polyak.attach(optimizer, updated)
+    for _ in range(3):
+        train(model, optimizer, 1)
+        updated.update(mlp())
+    assert (updated["a"] if many else updated).n == 6
+    train(model, optimizer, 1)
+    with pytest.warns(polyak.PolyakWarning, match="left out"):
+        updated.update(nn.DataParallel(model))
+
+
 def test_updates_with_other_weights_are_never_left_out(model, optimizer, averager):
     polyak.attach(optimizer, averager)
     train(model, optimizer, steps=3)

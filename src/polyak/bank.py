@@ -106,7 +106,7 @@ class Bank(AttributeHints, WithSources, Mapping[str, "Averager"]):
             for engine in self._averagers.values():
                 engine.update(model)
             return
-        if self._left_out():
+        if self._left_out(model):
             return
         with self._locked():
             begun = [engine.begin(model, step, lr) for engine in self._averagers.values()]

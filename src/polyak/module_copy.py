@@ -30,6 +30,7 @@ INTERNAL = frozenset({*vars(nn.Module()), "_compiled_call_impl"})
 """The attributes in which ``torch.nn.Module`` keeps tensors, modules, hooks and the mode."""
 
 CONTAINERS = (list, tuple, set, dict, OrderedDict)
+_PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None)})
 _ATOMS = (
     *(int, float, complex, bool, str, bytes, type(None), type, range),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
@@ -80,14 +81,20 @@ def foreign_hooks(model: nn.Module) -> list[str]:
 def contents(value: object) -> Iterator[object]:
     """Yield all that plain containers hold, nested ones included."""
     if type(value) is dict or type(value) is OrderedDict:
-        for key, item in value.items():
-            yield key
-            yield from contents(item)
+        yield from value
+        yield from contents([*value.values()])
+    elif type(value) in CONTAINERS and _flat(value):
+        yield from value  # type: ignore[misc]  # one of the containers
     elif type(value) in CONTAINERS:
         for item in value:  # type: ignore[attr-defined]  # one of the containers
             yield from contents(item)
     else:
         yield value
+
+
+def _flat(container: Any) -> bool:  # noqa: ANN401 - one of the containers
+    """Return whether a container holds numbers and texts only; a model may note one for each step, for ever."""
+    return _PLAIN.issuperset(map(type, container))
 
 
 def _foreign(hook: object, model: nn.Module) -> bool:
@@ -191,11 +198,14 @@ class Copier:
             return self._function(value)
         if type(value) is ReferenceType:
             return value if (to := value()) is None or id(to) not in self._done else ref(self._done[id(to)])
-        if type(value) in CONTAINERS:
-            if isinstance(value, dict):
-                return type(value)([(key, self.value(item)) for key, item in value.items()])
-            return type(value)([self.value(item) for item in value])
-        return value
+        return self._container(value) if type(value) in CONTAINERS else value
+
+    def _container(self, value: Any) -> Any:  # noqa: ANN401 - one of the containers
+        if _flat(value.values() if isinstance(value, dict) else value):
+            return type(value)(value)
+        if isinstance(value, dict):
+            return type(value)([(key, self.value(item)) for key, item in value.items()])
+        return type(value)([self.value(item) for item in value])
 
     def _function(self, function: FunctionType) -> FunctionType:
         """Return a function whose closure holds the copy where the original's holds the model."""

@@ -8,12 +8,17 @@ from contextlib import contextmanager
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from polyak.errors import PolyakWarning
+from polyak.tensors.wrappers import root_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch.optim import Optimizer
+
+    from polyak.tensors.entries import Model
 
 __all__ = ["Source", "Sources", "WithSources"]
 
@@ -146,5 +151,9 @@ class WithSources:
             self._sources = Sources()
         return self._sources
 
-    def _left_out(self) -> bool:
-        return self._sources is not None and self._sources.leave_out()
+    def _left_out(self, model: Model | None) -> bool:
+        if self._sources is None:
+            return False
+        root = root_of(model) if isinstance(model, nn.Module) else model
+        own: object = getattr(self, "model", None)
+        return (root is None or root is own) and self._sources.leave_out()

@@ -86,7 +86,7 @@ class Updating(WithSources, Averager):
             return
         if not self.options.capturable:
             refuse_recording()
-        if self._left_out():
+        if self._left_out(model):
             return
         with self.lock:
             turn = self.begin(model, step, lr)
