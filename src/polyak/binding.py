@@ -131,6 +131,8 @@ class Binding:
 
     def holds_average(self, root: Model) -> bool:
         """Return whether a model holds an average now, this averager's or another's."""
+        if not in_force:
+            return False
         return self.depth > 0 or swapped(lambda: [entry.tensor for entry in self.adapter(root).entries(root)])
 
     def planned(self, root: Model, state: State, *, adopt: bool = True) -> Plan:

@@ -50,6 +50,8 @@ class FiniteCheck:
 
     def __call__(self) -> bool:
         """Return whether all values are finite now."""
+        if not self._tensors:
+            return True
         with ExitStack() as modes:
             modes.enter_context(torch.no_grad())
             for kind in {device.type for device in self._groups} & _AUTOCAST:

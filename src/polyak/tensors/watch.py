@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Watch"]
 
-_HOLDERS = attrgetter("_parameters", "_buffers", "_modules")
+_PARAMETERS, _BUFFERS, _CHILDREN = map(attrgetter, ("_parameters", "_buffers", "_modules"))
 _LAYOUT = (attrgetter("dtype"), attrgetter("device"), attrgetter("shape"))
 
 
@@ -83,19 +83,17 @@ class _Contents:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = _modules(model)
-        now = [*map(_HOLDERS, self._modules)]
-        holders = [*chain.from_iterable(now)]
+        holders = self._holders()
         # What TorchScript modules hold tensors in is no dict, and made anew for each look: they are walked each time.
         self._watchable = all(isinstance(holder, dict) for holder in holders)
         self.values = [value for holder in holders for value in holder.values()]
-        self._copies = [tuple(map(dict, own)) for own in now] if self._watchable else []
-        self._keys = [*map(list, holders)] if self._watchable else []
+        self._copies = [*map(dict, holders)] if self._watchable else []
+        self._keys = [*map(list, self._copies)]
         # Comparing dictionaries takes the same object for equal, and asks others whether they are.
         self._comparable = all(map(_is_ordinary, self.values))
         self._small = [
-            (i, j, key, value)
-            for i, own in enumerate(now)
-            for j, holder in enumerate(own)
+            (number, key, value)
+            for number, holder in enumerate(self._copies)
             for key, value in holder.items()
             if isinstance(value, Tensor) and value.numel() <= 1
         ]
@@ -104,17 +102,21 @@ class _Contents:
         """Return whether the same modules hold the same objects under the same names."""
         if not self._watchable:
             return False
-        now = [*map(_HOLDERS, self._modules)]  # anew: the dictionaries themselves may be others
+        now = self._holders()  # anew: the dictionaries themselves may be others
         if not self._comparable:
-            holders = [*chain.from_iterable(now)]
-            return [*map(list, holders)] == self._keys and all(
-                map(is_, chain.from_iterable(map(dict.values, holders)), self.values)
+            return [*map(list, now)] == self._keys and all(
+                map(is_, chain.from_iterable(map(dict.values, now)), self.values)
             )
         try:
             same = now == self._copies
         except Exception:  # noqa: BLE001 - two tensors of several elements have no truth value, nor need others compare
             return False
-        return same and all(now[i][j][key] is value for i, j, key, value in self._small)
+        return same and all([now[number][key] is value for number, key, value in self._small])
+
+    def _holders(self) -> list[dict[str, Any]]:
+        # No tuple for each module: the garbage collector would count them.
+        modules = self._modules
+        return [*map(_PARAMETERS, modules), *map(_BUFFERS, modules), *map(_CHILDREN, modules)]
 
 
 class _Items:

@@ -91,7 +91,7 @@ class Slices:
     def finished(self) -> int:
         """Return how many slices are done; waits for those that an interrupted call left running."""
         self._join()
-        return int(self.done.sum())
+        return int(np.count_nonzero(self.done))
 
     def run(self) -> None:
         """Do all slices that are not done."""
