@@ -141,14 +141,19 @@ def test_a_state_is_loaded_whole_or_not_at_all(names):
     assert not torn(build, lambda bank: bank.load_state_dict(state))
 
 
-def test_the_listeners_of_a_whole_update_are_called_once_whatever_interrupts_it():
+def test_the_listeners_of_a_whole_update_are_called_once_whatever_interrupts_its_work():
+    from polyak.transaction import Pass
+
     def build(model):
         return polyak.bank(model, {"a": "ema", "b": "dema"}, kernel="foreach")
 
     bank = trained(build)
     with at_line(EVERYTHING) as lines:
         bank.update()
-    for k in range(0, len(lines), 97):
+    # Ctrl-C between the work and a listener, or between two listeners, can keep one from being called.
+    calling = {f"transaction.py:{number}" for *_, number in Pass.announce.__code__.co_lines()}
+    worked = next(k for k, line in enumerate(lines) if line in calling) - 1
+    for k in range(0, worked, 41):
         bank, heard = trained(build), []
         for averager in bank.values():
             averager.listeners.append(lambda averager, clock, heard=heard: heard.append(clock.n))

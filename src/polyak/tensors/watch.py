@@ -111,7 +111,7 @@ class _Contents:
             same = now == self._copies
         except Exception:  # noqa: BLE001 - two tensors of several elements have no truth value, nor need others compare
             return False
-        return same and all([now[number][key] is value for number, key, value in self._small])
+        return same and all(now[number][key] is value for number, key, value in self._small)
 
     def _holders(self) -> list[dict[str, Any]]:
         # No tuple for each module: the garbage collector would count them.
