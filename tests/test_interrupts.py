@@ -15,6 +15,7 @@ from torch import nn
 import polyak
 from interrupts import at_line
 from models import mlp
+from polyak.tensors.swap import in_force
 from polyak.transaction import carry_out
 
 EVERYTHING = (Path(polyak.__file__).parent,)
@@ -257,6 +258,26 @@ def test_a_step_of_the_optimiser_and_a_state_that_another_thread_takes_wait_for_
         assert not optimizer.one_pass or all(map(torch.equal, model.parameters(), before))
     stepping.join(60)
     assert averager.n == 2
+
+
+def test_no_state_is_loaded_while_another_thread_enters_applied():
+    model = mlp()
+    averager = polyak.average(model, "ema")
+    state = averager.state_dict()
+
+    def evaluate():
+        with averager.applied():
+            model(torch.ones(2, 3))
+
+    evaluating = threading.Thread(target=evaluate)
+    with averager.lock:
+        evaluating.start()
+        evaluating.join(0.2)
+        if evaluating.is_alive() and in_force:
+            with pytest.raises(polyak.AppliedError, match="leave applied"):
+                averager.load_state_dict(state)
+    evaluating.join(60)
+    averager.load_state_dict(state)
 
 
 # Signal handlers

@@ -175,6 +175,11 @@ class Binding:
         return 0 if swap is None else len(swap.users)
 
     @property
+    def is_entered(self) -> bool:
+        """Whether a context is open, or is being opened by another thread: it knows which tensors to exchange."""
+        return self._swap is not None
+
+    @property
     def _swap(self) -> Swap | None:
         """What put the average into the model."""
         return next((swap for swap in [*in_force] if swap.holder is self), None)

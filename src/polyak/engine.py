@@ -161,7 +161,7 @@ class Engine(Computing):
 
     def receive(self, state: Mapping[str, Any]) -> Received:
         """Return what a state means here; nothing has changed."""
-        if self._binding.depth:
+        if self._binding.is_entered:
             message = "load_state_dict() inside applied(), where the model holds the average; leave applied() first"
             raise AppliedError(message)
         saved = SavedState.of(state)
