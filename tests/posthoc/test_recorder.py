@@ -620,3 +620,16 @@ def test_weights_that_are_given_to_each_update_are_those_of_the_blocks(tmp_path)
             weights = {"w": weights["w"] + 1}
             averager.update(weights)
     assert synthesize(tmp_path, "tail", fraction=0.5, total_steps=10).state_dict["w"].tolist() == [8.0] * 3
+
+
+def test_a_script_that_changes_its_directory_goes_on_in_the_folder_it_began_with(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    averager = polyak.average(mlp(), "ema", decay=0.9)
+    with polyak.posthoc.Recorder(averager, "snapshots", every=10):
+        for step in range(1, 31):
+            averager.update(step=step)
+            if step == 15:
+                monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len([*(tmp_path / "snapshots").glob("average-*")]) == 3
+    assert not [*(tmp_path / "elsewhere").iterdir()]

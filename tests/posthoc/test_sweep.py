@@ -115,6 +115,33 @@ def test_targets_are_labelled_by_what_they_are(tmp_path):
     }  # fmt: skip
 
 
+class Halved(polyak.EMA):
+    """An EMA of half the rate, under the name of the other."""
+
+    def rate(self, clock):
+        return super().rate(clock) / 2
+
+
+def test_targets_of_one_label_are_tried_both_and_labels_may_be_numbers(noisy, tmp_path):
+    same = [polyak.EMA(decay=0.99), Halved(decay=0.99)]
+    found = sweep(noisy[0], len, same, output=tmp_path / "b.safetensors")
+    assert [row.label for row in found.rows] == ["ema(decay=0.99)"] * 2
+    assert found.rows[0].half_life < found.rows[1].half_life
+    found = sweep(noisy[0], lambda state: 1.0, {1: "swa", 0.5: "ema"}, output=tmp_path / "b.safetensors")
+    assert {row.label for row in found.rows} == {"1", "0.5"}
+    assert "<- best" in found.table()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_of_equal_metrics_the_first_is_the_best_in_both_modes(noisy, tmp_path, sign):
+    mode = "min" if sign == 1 else "max"
+    metrics = iter([3.0, math.nan, 1.0, 1.0, 2.0])
+    targets = [{"name": "tail", "fraction": fraction} for fraction in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    output = tmp_path / "b.safetensors"
+    found = sweep(noisy[0], lambda state: sign * next(metrics), targets, mode=mode, output=output)
+    assert found.best is found.rows[2]
+
+
 def test_the_table_marks_the_best_row(noisy, tmp_path):
     found = sweep(noisy[0], loss, grid(), output=tmp_path / "x.safetensors")
     head, *lines = found.table().splitlines()

@@ -101,7 +101,7 @@ class Recorder:
                 raise ConfigError(message)
         safetensors()
         short = as_dtype(dtype)
-        self.directory, self._every = Path(directory), every
+        self.directory, self._every = Path(directory).absolute(), every  # a script may change its directory
         self._engines = engines_of(averager)
         layout = layout_of(next(iter(self._engines.values())))
         self._blocks = block_means(self._engines, blocks)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor
 
+    from polyak.posthoc.solve import Fit
+
 __all__ = ["Row", "Sweep", "sweep"]
 
 _GRID = (0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5)  # half-lives, of the run
@@ -145,7 +147,8 @@ def sweep(
         raise ConfigError(message)
     store = directory if isinstance(directory, Store) else Store(directory)
     snapshots, step = store.until(at_step)
-    wanted = {label: target_profile(target, {}, snapshots, step) for label, target in _labelled(targets, step).items()}
+    labelled = _labelled(targets, step)
+    wanted = [target_profile(target, {}, snapshots, step) for _, target in labelled]
     if not wanted:
         message = "there is nothing to try; give at least one target"
         raise ConfigError(message)
@@ -154,23 +157,24 @@ def sweep(
     if file.resolve() in {snapshot.path.resolve() for snapshot in store.snapshots}:
         message = f"output: {str(file)!r} is one of the snapshots; give another file"
         raise ConfigError(message)
-    fits = nearest(snapshots, [*wanted.values()], nonnegative=nonnegative)
-    fits_of = dict(zip(wanted, fits, strict=True))
+    fits = nearest(snapshots, wanted, nonnegative=nonnegative)
     rows: list[Row] = []
-    best: tuple[Row, Synthesis] | None = None
-    order = sorted(zip(wanted.items(), fits, strict=True), key=lambda one: one[0][1].half_life)
-    for (label, profile), found in track(order, "trying averages"):
+    sign = 1 if mode == "min" else -1
+    best: tuple[Row, Synthesis, Fit] | None = None
+    labels = [label for label, _ in labelled]
+    order = sorted(zip(labels, wanted, fits, strict=True), key=lambda one: one[1].half_life)
+    for label, profile, found in track(order, "trying averages"):
         made = combine(snapshots, found, profile, step)
         metric = _metric(evaluate, made, rows)
         row = Row(label, profile.half_life / step, metric, made.profile_error, made.amplification)
         rows.append(row)
-        if math.isfinite(row.metric) and (best is None or (row.metric < best[0].metric) == (mode == "min")):
-            best = row, made
+        if math.isfinite(metric) and (best is None or sign * metric < sign * best[0].metric):  # of equals the first
+            best = row, made, found
     if best is None:
         message = "every metric was NaN or infinite; check evaluate()"
         raise ConfigError(message)
-    warn_of_poor(fits_of[best[0].label])
-    return Sweep(rows, *best, _saved(best[1], file))
+    warn_of_poor(best[2])
+    return Sweep(rows, *best[:2], _saved(best[1], file))
 
 
 def _saved(made: Synthesis, file: Path) -> Path | None:
@@ -210,7 +214,8 @@ def _noted(error: BaseException, rows: Sequence[Row]) -> BaseException:
     return error
 
 
-def _labelled(targets: Mapping[str, Target] | Iterable[Target] | None, step: int) -> dict[str, Target]:
+def _labelled(targets: Mapping[str, Target] | Iterable[Target] | None, step: int) -> list[tuple[str, Target]]:
+    """Return the targets with labels, which are for reading only: several targets may have the same."""
     if targets is None:
         rates = [1 - 0.5 ** (1 / (part * step)) for part in _GRID if part * step >= 1]
         targets = [{"name": "ema_debiased", "decay": 1 - float(f"{rate:.2g}")} for rate in rates]
@@ -218,8 +223,8 @@ def _labelled(targets: Mapping[str, Target] | Iterable[Target] | None, step: int
         message = f"targets are a list or a mapping of targets; got {targets!r}. For one target: synthesize()"
         raise ConfigError(message)
     if isinstance(targets, Mapping):
-        return dict(targets)
-    return {_label(target, number): target for number, target in enumerate(targets, 1)}
+        return [(str(label), target) for label, target in targets.items()]
+    return [(_label(target, number), target) for number, target in enumerate(targets, 1)]
 
 
 def _label(target: Target, number: int) -> str:
