@@ -16,7 +16,7 @@ from polyak.tensors.growth import Growth, settled, with_past
 from polyak.tensors.inside import complain, put_back
 from polyak.tensors.kernels import check_available
 from polyak.tensors.owner import Owner
-from polyak.tensors.plan import Plan
+from polyak.tensors.plan import Plan, refuse_average
 from polyak.tensors.policies import Policy, policies
 from polyak.tensors.roll_call import answered
 from polyak.tensors.sharded import adapter_for
@@ -45,6 +45,7 @@ class Binding:
     Attributes:
         model: The averager's own model without wrappers; None after unpickling.
         plan: The last plan; that of the applied model while the average is applied.
+        handed_out: The modules that compute with the average.
         lock: Held while the averages, or the model's values for them, are written or copied.
     """
 
@@ -54,6 +55,7 @@ class Binding:
         self._wrappers: WeakSet[nn.Module] = WeakSet()
         self.model = None if model is None else self.root(model)
         self.plan: Plan | None = None
+        self.handed_out: WeakSet[nn.Module] = WeakSet()
         self._growth = Growth()
         self.lock = threading.RLock()
         self._options = options
@@ -152,6 +154,8 @@ class Binding:
         entries = adapter.entries(root)
         if plan is not None and plan.is_current(root):  # it only showed its tensors otherwise
             return plan
+        if adopt:
+            refuse_average(entries, state.stored, handed_out=root in self.handed_out)
         options = self._options
         chosen = self._policies(entries, settled=settled(entries, state.stored))
         kept = with_past(entries, chosen, state.stored)

@@ -33,6 +33,7 @@ class Computing(Configurable):
         if self._averaged is None or not self._averaged.fits(plan):
             self._averaged = AveragedModule(plan, WeakMethod(self.refresh))
             self._averaged.is_held()  # counts the references that are its own
+            self._binding.handed_out.add(self._averaged.root)
             _with_modules.add(self)
             self._warn_of_hooks(cast("nn.Module", plan.model))
         self.refresh()

@@ -9,6 +9,7 @@ from typing_extensions import override
 from polyak.attributes import AttributeHints
 from polyak.errors import AttributeAccessError
 from polyak.settings import Settings, advice, configured
+from polyak.sources import many, writes
 from polyak.tensors.swap import in_force
 from polyak.updating import Updating
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Configurable"]
 
-_OWN = frozenset({"options", "listeners", "pending", "guards", "warned"})
+_OWN = frozenset({"options", "listeners", "pending", "guards", "warned", "built"})
 """The attributes without an underscore that only an instance has."""
 
 _UPDATES, _SHARE = 100, 0.5
@@ -73,6 +74,12 @@ class Configurable(AttributeHints, Updating):
                 "many times: nothing was averaged. Attach to the optimiser that steps, or call averager.update()."
             )
             self.warn("idle", message, level)
+        elif not counted and not self.options.capturable and many(self.built, writes(plan.parameters)):
+            message = (
+                "the average has never been updated although the weights have changed; call averager.update() after "
+                "each optimizer.step()"
+            )
+            self.warn("never", message, level)
         if progress.n >= _UPDATES and "start" not in self.warned:
             self._doubt_start(progress.n, level + 1)
         return plan

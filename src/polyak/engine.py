@@ -180,7 +180,7 @@ class Engine(Computing):
         self._settings = received.settings
         if self._averaged is not None:
             self._averaged.moment = None
-        self.restored = True
+        self.restored, self.built = True, None
         if self._sources is not None:
             self._sources.forget()
         self._capture()
@@ -208,7 +208,7 @@ class Engine(Computing):
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self._strategy, self.options = saved["strategy"], saved["options"]
         self._knows, self._averaged, self.warned, self.listeners = bool, None, set(), []
-        self.restored = True
+        self.restored, self.built = True, None
         self.pending, self._captured, self._outdated, self.guards = None, None, False, 0
         self._binding = Binding(None, self.options)
         raw = torch.load(io.BytesIO(saved["state"]), weights_only=False)  # a pickle within a pickle

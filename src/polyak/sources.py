@@ -14,17 +14,33 @@ from polyak.errors import PolyakWarning
 from polyak.tensors.wrappers import root_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
+    from torch import Tensor
     from torch.optim import Optimizer
 
     from polyak.tensors.entries import Model
 
-__all__ = ["Source", "Sources", "WithSources"]
+__all__ = ["Source", "Sources", "WithSources", "many", "writes"]
 
 _BY_HAND = "averager.update()"
 _TURNS = 3
 _STEPS = 10
+
+
+def writes(tensors: Iterable[Tensor]) -> list[int] | None:
+    """Return how often each tensor was written to in place, or None where that is unknown."""
+    try:
+        return [*map(attrgetter("_version"), tensors)]
+    except RuntimeError:  # inference tensors have no counter
+        return None
+
+
+def many(before: Sequence[int] | None, now: Sequence[int] | None) -> bool:
+    """Return whether any tensor was written to so often between two looks that it was trained."""
+    if before is None or now is None or len(before) != len(now):
+        return False
+    return any(n - first >= _STEPS for first, n in zip(before, now, strict=True))
 
 
 class Source:
@@ -45,18 +61,11 @@ class Source:
         optimizer = self._optimizer()
         if optimizer is None:
             return None
-        params = (param for group in optimizer.param_groups for param in group["params"])
-        try:
-            return [*map(attrgetter("_version"), params)]
-        except RuntimeError:  # inference tensors have no counter
-            return None
+        return writes(param for group in optimizer.param_groups for param in group["params"])
 
     def stepped(self) -> bool:
         """Return whether the parameters were written to so often that it stepped many times since it was attached."""
-        now = self.versions()
-        if now is None or self._attached is None or len(now) != len(self._attached):
-            return False
-        return any(n - before >= _STEPS for n, before in zip(now, self._attached, strict=True))
+        return many(self._attached, self.versions())
 
 
 class Sources:

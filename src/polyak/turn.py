@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from polyak.errors import NonFiniteError
+from polyak.sources import writes
 from polyak.tensors.finite import FiniteCheck
 
 if TYPE_CHECKING:
@@ -19,9 +22,12 @@ if TYPE_CHECKING:
     from polyak.tensors.plan import Plan
     from polyak.updating import Updating
 
-__all__ = ["Seen", "Turn"]
+__all__ = ["LOOK", "Seen", "Turn", "doubt_weights", "replaces_start"]
 
 _SHOWN = 200  # characters
+
+LOOK = 128
+"""The update before which ``doubt_weights`` looks."""
 
 
 class Seen(NamedTuple):
@@ -113,3 +119,40 @@ class Turn(NamedTuple):
         names = ", ".join(s.name for s, t in pairs if s.policy == "average" and not FiniteCheck([t])())
         where = names[:_SHOWN] or "weights of another rank"
         return f"the weights hold NaN or infinities at step {self.now.step} (in {where})"
+
+
+def replaces_start(averager: Updating, plan: Plan) -> bool:
+    """Return whether the first update replaces the start of the average, which is not finite; warn once then.
+
+    Raises:
+        NonFiniteError: If the start is not finite under ``nonfinite="raise"``.
+    """
+    starts = [s for s in plan.stored if s.policy == "average"]
+    finite = FiniteCheck([t for s in starts for t in s.tensors])()
+    if finite if plan.lane.agree is None else plan.lane.agree(finite):
+        return False
+    names = ", ".join(s.name for s in starts if not FiniteCheck(s.tensors)())[:_SHOWN] or "weights of another rank"
+    what = f"the weights that the averager was built from hold NaN or infinities (in {names})"
+    if averager.options.nonfinite == "raise":
+        message = f"{what}; the average is unchanged. Build it from finite weights, or with origin='first'."
+        raise NonFiniteError(message)
+    averager.warn("origin", f"{what}; the first update replaces them, as with origin='first'", level=6)
+    return True
+
+
+def doubt_weights(averager: Updating, plan: Plan) -> None:
+    """Warn once if no weight has ever changed: their average is then what they are, bit for bit.
+
+    Version counters are looked at first. Optimisers that write through ``.data`` leave them as they are.
+    """
+    if averager.built is None or averager.options.capturable or plan.offload is not None:
+        return
+    if writes(plan.parameters) != averager.built:
+        return
+    pairs = [(s.average, t) for s, t in zip(plan.stored, plan.live, strict=True) if s.policy == "average"]
+    if all(torch.equal(average, live.detach().to(average.dtype)) for average, live in pairs):
+        message = (
+            f"the weights have not changed in {LOOK - 1} updates; was the model built again after the averager? "
+            "Build the averager from the model that the optimiser trains."
+        )
+        averager.warn("constant", message, level=5)

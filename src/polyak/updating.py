@@ -14,13 +14,13 @@ from polyak.captured import Captured, recording, refuse_recording
 from polyak.errors import AppliedError, ConfigError, MismatchError, PolyakWarning
 from polyak.history import History
 from polyak.options import Options
-from polyak.sources import WithSources
+from polyak.sources import WithSources, writes
 from polyak.state import State
 from polyak.strategy import checked_moves, checked_rate, checked_weight
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.modes import Untracked
 from polyak.transaction import Background, alone, carry_out, whole
-from polyak.turn import Seen, Turn
+from polyak.turn import LOOK, Seen, Turn, doubt_weights, replaces_start
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +50,7 @@ class Updating(WithSources, Averager):
         listeners: Called after each averaged update.
         pending: The update that is under way on another thread.
         guards: How many optimisers call ``release`` before each step.
+        built: How often each parameter had been written to at construction; None once a state was loaded.
 
     Raises:
         ModelError: The model has nothing that can be averaged.
@@ -75,6 +76,7 @@ class Updating(WithSources, Averager):
         )
         self._captured: Captured | None = None
         self._outdated, self.guards = False, 0
+        self.built: list[int] | None = None if (plan := self.plan) is None else writes(plan.parameters)
         self._capture()
         self.warned: set[str] = set()
         self.listeners: list[Callable[[Averager, Clock], None]] = []
@@ -194,10 +196,12 @@ class Updating(WithSources, Averager):
         if not now.due:
             return Seen(self, state, state.progress.seen(now))
         clock = state.progress.clock(now, lr)
-        rate = self._rate(clock)
+        plan = self._binding.planned(root, state)
+        rate = self._rate(clock, plan)
         after = state.progress.averaged_at(clock, rate, checked_weight(self._strategy, clock))
         moves = checked_moves(self._strategy, clock.n, rate)
-        plan = self._binding.planned(root, state)
+        if clock.n == LOOK:
+            doubt_weights(self, plan)
         return Turn(self, state, root, plan, now, clock, rate, moves, after, state.progress, state.skipped)
 
     def announce(self, turn: Turn) -> None:
@@ -216,9 +220,11 @@ class Updating(WithSources, Averager):
     def keep_in_step(self) -> None:
         """Refresh such a module."""
 
-    def _rate(self, clock: Clock) -> float:
-        first = clock.n == 1 and self.options.origin == "first"
-        return 1.0 if first else checked_rate(self._strategy, clock)
+    def _rate(self, clock: Clock, plan: Plan) -> float:
+        if clock.n == 1 and self.options.origin == "first":
+            return 1.0
+        rate = checked_rate(self._strategy, clock)
+        return 1.0 if clock.n == 1 and rate != 1.0 and self.checks and replaces_start(self, plan) else rate
 
     def warn(self, kind: str, message: str, level: int = 4) -> None:
         """Warn of one kind of thing, once."""

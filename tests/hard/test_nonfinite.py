@@ -89,3 +89,71 @@ def test_the_check_costs_one_synchronisation_and_none_with_propagate(nonfinite, 
     with CountsReads() as counter:
         averager.update()
     assert counter.reads == reads
+
+
+def poisoned_start(**options):
+    """Return a model that is finite now, and an average that was built when it was not."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    healthy = model[1].weight[0, 0].item()
+    poison(model, torch.nan)
+    averager = polyak.average(model, **options)
+    poison(model, healthy)
+    return model, averager
+
+
+@pytest.mark.parametrize("kernel", ["auto", "foreach", "loop"])
+@pytest.mark.parametrize("strategy", ["ema", "ema_v1", "ema_v3", "dema"])
+def test_the_first_finite_update_replaces_a_start_that_is_not_finite(strategy, kernel):
+    model, averager = poisoned_start(strategy=strategy, kernel=kernel)
+    with pytest.warns(polyak.PolyakWarning, match=r"built from hold NaN or infinities \(in 1.weight\); the first upd"):
+        averager.update()
+    assert torch.equal(averager.averages["1.weight"], model[1].weight)
+    averager.update()
+    assert all(tensor.isfinite().all() for stored in averager.stored for tensor in stored.tensors)
+    profile = averager.profile()
+    assert profile.start == 0
+    assert profile.shares.sum() == pytest.approx(1, abs=1e-12)
+
+
+def test_a_start_that_is_not_finite_is_replaced_only_once_the_weights_are_finite():
+    model, averager = poisoned_start(strategy="ema", decay=0.5)
+    healthy = model[1].weight[0, 0].item()
+    poison(model, torch.nan)
+    with pytest.warns(polyak.PolyakWarning) as caught:
+        averager.update()
+    assert [str(w.message).split(";")[0].split(" hold")[0] for w in caught] == [
+        "the weights that the averager was built from", "the weights"
+    ]  # fmt: skip
+    assert (averager.n, averager.skipped) == (0, 1)
+    poison(model, healthy)
+    averager.update()
+    assert averager.rate == 1
+    assert averager.averages["1.weight"].isfinite().all()
+
+
+def test_a_start_that_is_not_finite_is_replaced_in_each_average_of_a_bank_and_after_a_resume():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    healthy = model[1].weight[0, 0].item()
+    poison(model, torch.nan)
+    bank = polyak.bank(model, {"a": {"name": "ema", "decay": 0.5}, "b": "ema_v2", "mean": "swa"})
+    saved = bank.state_dict()
+    poison(model, healthy)
+    bank.load_state_dict(saved)
+    with pytest.warns(polyak.PolyakWarning, match="the first update replaces them") as caught:
+        bank.update()
+    assert len(caught) == 2  # a mean takes nothing from its start
+    assert all(torch.equal(one.averages["1.weight"], model[1].weight) for one in bank.values())
+
+
+def test_raise_refuses_a_start_that_is_not_finite_and_changes_nothing():
+    _, averager = poisoned_start(strategy="ema", decay=0.5, nonfinite="raise")
+    with pytest.raises(polyak.NonFiniteError, match=r"built from hold NaN or infinities \(in 1.weight\).*'first'"):
+        averager.update()
+    assert averager.progress.calls == 0
+
+
+@pytest.mark.parametrize("options", [{"origin": "first"}, {"nonfinite": "propagate"}], ids=str)
+def test_a_start_that_is_not_finite_is_no_matter_where_it_is_not_asked_for(options):
+    _, averager = poisoned_start(strategy="ema", decay=0.5, **options)
+    averager.update()
+    assert averager.averages["1.weight"].isnan().any() == ("nonfinite" in options)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import subprocess
+import sys
 import threading
+import warnings
 from uuid import UUID
 
 import numpy as np
@@ -16,7 +20,7 @@ from models import mlp
 from polyak import ConfigError, PolyakWarning, Profile, SnapshotError, StateError
 from polyak.posthoc import Recorder, Store, synthesize
 from polyak.tensors import plan
-from posthoc.runs import counted, quietly
+from posthoc.runs import counted, killed, quietly
 
 
 def files(folder):
@@ -116,6 +120,43 @@ def test_a_recorder_that_saw_nothing_writes_nothing(tmp_path):
     assert files(tmp_path / "deep" / "folder") == []
 
 
+def test_a_recorder_that_is_deleted_and_was_not_closed_names_what_it_has_not_written(tmp_path):
+    averager = polyak.average({"w": torch.zeros(1)}, "swa")
+    Recorder(averager, tmp_path, every=25)
+    for _ in range(60):
+        averager.update()
+    del averager
+    with pytest.warns(PolyakWarning, match=r"never closed: no snapshot holds the updates after step 50, up to step 60"):
+        gc.collect()
+
+
+def test_a_recorder_that_has_written_all_or_was_closed_can_be_deleted(tmp_path):
+    for number, (updates, close) in enumerate([(50, False), (0, False), (60, True)]):
+        averager = polyak.average({"w": torch.zeros(1)}, "swa")
+        recorder = Recorder(averager, tmp_path / str(number), every=25)
+        for _ in range(updates):
+            averager.update()
+        if close:
+            recorder.close()
+        del averager, recorder
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            gc.collect()
+        assert not caught
+
+
+def test_a_process_that_ends_without_closing_its_recorder_says_so(tmp_path):
+    code = """
+import sys, torch, polyak
+averager = polyak.average({"w": torch.zeros(1)}, "swa")
+recorder = polyak.posthoc.Recorder(averager, sys.argv[1], every=5)
+for _ in range(7):
+    averager.update()
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "after step 5, up to step 7" in done.stderr
+
+
 def test_an_exception_in_training_still_writes_the_last_updates(tmp_path):
     averager = polyak.average({"w": torch.zeros(1)}, "swa")
 
@@ -176,7 +217,7 @@ def test_a_run_that_was_resumed_with_its_state_writes_what_an_uninterrupted_one_
     with Recorder(averager, tmp_path / "straight", every=10, blocks=True):
         run_of(model, averager, range(1, 48))
     model, averager = fresh(strategy)
-    recorder = Recorder(averager, tmp_path / "resumed", every=10, blocks=True)
+    recorder = killed(Recorder(averager, tmp_path / "resumed", every=10, blocks=True))
     run_of(model, averager, range(1, stop + 1))
     saved = copy.deepcopy((averager.state_dict(), recorder.state_dict()))
     # Killed: nothing is closed.
@@ -193,7 +234,7 @@ def test_a_run_that_was_resumed_with_its_state_writes_what_an_uninterrupted_one_
 @pytest.mark.parametrize("stop", [9, 10, 14, 39])
 def test_without_its_state_a_block_is_shorter_and_all_is_exact(tmp_path, stop):
     model, averager = fresh()
-    Recorder(averager, tmp_path, every=10)
+    killed(Recorder(averager, tmp_path, every=10))
     run_of(model, averager, range(1, stop + 1))
     saved = averager.state_dict()
     model, averager = fresh()
@@ -227,7 +268,7 @@ def test_a_stop_that_was_closed_leaves_a_short_block_and_loses_no_step(tmp_path)
 
 def test_steps_that_are_made_again_replace_their_snapshots_with_a_warning(tmp_path):
     model, averager = fresh()
-    Recorder(averager, tmp_path, every=10)
+    killed(Recorder(averager, tmp_path, every=10))
     run_of(model, averager, range(1, 26))
     saved = averager.state_dict()
     run_of(model, averager, range(26, 61))
@@ -310,7 +351,7 @@ def test_a_bank_goes_on_where_one_of_its_averages_has_only_just_begun(tmp_path):
         return model, polyak.bank(model, wanted)
 
     model, bank = built()
-    Recorder(bank, tmp_path, every=7)
+    killed(Recorder(bank, tmp_path, every=7))
     run_of(model, bank, range(1, 36))
     saved = bank.state_dict()
     before = files(tmp_path)
@@ -490,6 +531,7 @@ def test_a_state_is_tensors_and_plain_types(tmp_path):
     state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     recorder.load_state_dict(state)
     run_of(model, averager, range(8, 11))
+    recorder.close()
     assert_exact(tmp_path)
     assert steps(tmp_path, "blocks") == [5, 10]
 

@@ -17,6 +17,7 @@ from polyak.tensors.wrappers import plain_name, unwrap
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from torch import Size, Tensor
 
@@ -33,6 +34,7 @@ __all__ = [
     "refuse_growth",
     "shapes_of",
     "start_of",
+    "warn_unclosed",
     "weights_of",
 ]
 
@@ -175,6 +177,18 @@ def block_means(engines: Mapping[str, Engine], wanted: bool | None) -> Engine | 
         match=own.match, nonfinite="propagate" if fastest.checks else "skip",
     )  # fmt: skip
     return Engine(model_of(fastest), SWA(), options)
+
+
+def warn_unclosed(directory: Path, seen: Mapping[str, int], written: Mapping[str, int]) -> None:
+    """Warn of updates that a recorder has seen and not written."""
+    late = [name for name, step in seen.items() if step > written.get(name, -1)]
+    if late:
+        first, last = min(written.get(name, 0) for name in late), max(seen[name] for name in late)
+        message = (
+            f"a Recorder of {str(directory)!r} was never closed: no snapshot holds the updates after step {first}, up "
+            f"to step {last}. Use it in a with statement, or call close()."
+        )
+        warnings.warn(message, PolyakWarning, stacklevel=2)
 
 
 def _averaged(engine: Engine) -> list[str]:

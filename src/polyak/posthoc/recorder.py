@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from polyak.posthoc.followed import (
     refuse_growth,
     shapes_of,
     start_of,
+    warn_unclosed,
     weights_of,
 )
 from polyak.posthoc.snapshot import safetensors
@@ -47,7 +49,7 @@ class Recorder:
     """Follows an averager, or a bank, by itself and writes snapshots that any average can be made of afterwards.
 
     A snapshot is an average at one moment with its profile: a safetensors file, whole or absent. ``close()``, or the
-    end of a ``with``, writes what the last updates brought.
+    end of a ``with``, writes the last updates. Without it, a warning names them when the recorder or the process ends.
 
     Args:
         averager: What ``polyak.average`` or ``polyak.bank`` returned; each average of a bank is a series of snapshots.
@@ -122,6 +124,7 @@ class Recorder:
         self._listeners = [(engine, self._listener(name)) for name, engine in self._engines.items()]
         for engine, listener in self._listeners:
             engine.listeners.append(listener)
+        self._unclosed = weakref.finalize(self, warn_unclosed, self.directory, self._seen, self._written)
 
     def close(self) -> None:
         """Write the snapshots of the last updates, and follow no longer; twice is once."""
@@ -130,6 +133,7 @@ class Recorder:
             if listener in engine.listeners:
                 engine.listeners.remove(listener)
         self._listeners = []
+        self._unclosed.detach()
         with ExitStack() as rest:  # a snapshot that cannot be written keeps none of the others from being written
             for name in reversed(self._series()):
                 if self._seen.get(name, -1) > self._written.get(name, -1):
@@ -154,8 +158,9 @@ class Recorder:
             raise StateError(message)
         if self._blocks is not None:
             self._blocks.load_state_dict(state[BLOCKS])
-        self._seen, self._written = dict(state["seen"]), dict(state["written"])
-        self._updates, self._begun, self._new = {}, False, False
+        self._forget()
+        self._seen |= state["seen"]
+        self._written |= state["written"]
 
     def __enter__(self) -> Self:
         return self
@@ -220,9 +225,14 @@ class Recorder:
 
     def _go_on_elsewhere(self) -> None:
         """Forget what was seen before another state was loaded into the averager."""
-        self._seen, self._written, self._updates, self._begun, self._new = {}, {}, {}, False, False
+        self._forget()
         if self._blocks is not None:
             self._blocks = block_means(self._engines, wanted=True)
+
+    def _forget(self) -> None:
+        for steps in (self._seen, self._written, self._updates):
+            steps.clear()
+        self._begun = self._new = False
 
     def _write_start(self) -> None:
         if self._at_start is not None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from polyak.errors import ModelError
+from polyak.errors import MismatchError, ModelError
 from polyak.tensors.entries import Entry, Model, address
 from polyak.tensors.groups import Lane
+from polyak.tensors.located import plain
 from polyak.tensors.modes import Untracked
 from polyak.tensors.moves import Moves
 from polyak.tensors.offload import Offload, crosses
@@ -17,11 +18,13 @@ from polyak.tensors.writing import read_only
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
     from polyak.tensors.adapter import Adapter
     from polyak.tensors.kernels import KernelName
     from polyak.tensors.storage import Stored
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "refuse_average"]
 
 
 class Plan:
@@ -67,6 +70,11 @@ class Plan:
         """Makes an update while the caller waits."""
         return Moves(self.lane)
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The live parameters."""
+        return [t for s, t in zip(self.stored, self.live, strict=True) if s.kind == "parameter"]
+
     @cached_property
     def averaged(self) -> frozenset[int]:
         """The ids of the live tensors that are averaged."""
@@ -111,3 +119,22 @@ class Plan:
     def bound(self) -> dict[int, int]:
         """Return the address of each stored tensor's live one when it was bound, by the stored one's id."""
         return {id(s): memory for s, memory in zip(self.stored, self._memory, strict=True)}
+
+
+def refuse_average(entries: Sequence[Entry], stored: Sequence[Stored], *, handed_out: bool) -> None:
+    """Refuse an average as the model: it would be averaged with itself, and never move.
+
+    Args:
+        entries: The entries of the model.
+        stored: What the averager stores.
+        handed_out: Whether the model is known to compute with the average.
+
+    Raises:
+        MismatchError: If it is, or if a tensor of the model shares memory with the average.
+    """
+    averages = {t.untyped_storage().data_ptr() for t in plain([t for s in stored for t in s.tensors])} - {0}
+    names = [e.name for e in entries if plain([e.tensor]) and e.tensor.untyped_storage().data_ptr() in averages]
+    if names or handed_out:
+        where = f" ({names[0]} shares its memory)" if names else ""
+        message = f"the model is the average itself{where}; give update() the model that is trained"
+        raise MismatchError(message)
