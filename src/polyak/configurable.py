@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -74,7 +75,7 @@ class Configurable(AttributeHints, Updating):
                 "many times: nothing was averaged. Attach to the optimiser that steps, or call averager.update()."
             )
             self.warn("idle", message, level)
-        elif not counted and not self.options.capturable and many(self.built, writes(plan.parameters)):
+        elif not counted and not self.options.capturable and self._trained(plan):
             message = (
                 "the average has never been updated although the weights have changed; call averager.update() after "
                 "each optimizer.step()"
@@ -83,6 +84,14 @@ class Configurable(AttributeHints, Updating):
         if progress.n >= _UPDATES and "start" not in self.warned:
             self._doubt_start(progress.n, level + 1)
         return plan
+
+    def _trained(self, plan: Plan) -> bool:
+        """Return whether a parameter was written to many times since the averager was built."""
+        built, now = self.built, writes(plan.live)
+        if built is None or now is None or len(built) != len(now):
+            return False
+        parameters = [s.kind == "parameter" for s in plan.stored]
+        return many([*compress(built, parameters)], [*compress(now, parameters)])
 
     def _doubt_start(self, n: int, level: int) -> None:
         several = bool(self._strategy.slots())

@@ -141,13 +141,14 @@ def replaces_start(averager: Updating, plan: Plan) -> bool:
 
 
 def doubt_weights(averager: Updating, plan: Plan) -> None:
-    """Warn once if no weight has ever changed: their average is then what they are, bit for bit.
+    """Warn once if no weight has ever changed although some want gradients: their average equals them, bit for bit.
 
-    Version counters are looked at first. Optimisers that write through ``.data`` leave them as they are.
+    Version counters are looked at first, those of buffers too, which a forward in train mode writes. Optimisers that
+    write through ``.data`` leave them as they are.
     """
     if averager.built is None or averager.options.capturable or plan.offload is not None:
         return
-    if writes(plan.parameters) != averager.built:
+    if not any(t.requires_grad for t in plan.live) or writes(plan.live) != averager.built:
         return
     pairs = [(s.average, t) for s, t in zip(plan.stored, plan.live, strict=True) if s.policy == "average"]
     if all(torch.equal(average, live.detach().to(average.dtype)) for average, live in pairs):

@@ -50,7 +50,7 @@ class Updating(WithSources, Averager):
         listeners: Called after each averaged update.
         pending: The update that is under way on another thread.
         guards: How many optimisers call ``release`` before each step.
-        built: How often each parameter had been written to at construction; None once a state was loaded.
+        built: How often each tensor had been written to at construction; None once a state was loaded.
 
     Raises:
         ModelError: The model has nothing that can be averaged.
@@ -76,7 +76,7 @@ class Updating(WithSources, Averager):
         )
         self._captured: Captured | None = None
         self._outdated, self.guards = False, 0
-        self.built: list[int] | None = None if (plan := self.plan) is None else writes(plan.parameters)
+        self.built: list[int] | None = None if (plan := self.plan) is None else writes(plan.live)
         self._capture()
         self.warned: set[str] = set()
         self.listeners: list[Callable[[Averager, Clock], None]] = []

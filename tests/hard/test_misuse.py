@@ -84,6 +84,14 @@ def test_weights_that_are_loaded_after_the_averager_was_built_are_no_mistake():
     applied(averager)
 
 
+def test_statistics_that_are_measured_before_the_first_update_are_no_mistake():
+    model = built()
+    averager = polyak.average(model, "ema")
+    for _ in range(20):
+        model(torch.randn(5, 3))
+    applied(averager)
+
+
 def test_many_evaluations_before_the_first_step_are_no_mistake():
     averager = polyak.average(built(), "ema")
     for _ in range(30):
@@ -153,13 +161,28 @@ def frozen_but_for_one(model, averager):
     train(model, 140, averager.update, optimizer=torch.optim.Adam)
 
 
+def frozen_but_run(model, averager):
+    model.requires_grad_(False)[0].weight.requires_grad_(True)
+    for _ in range(140):
+        model(torch.ones(5, 3))
+        averager.update()
+
+
+def not_to_be_trained(model, averager):
+    model.requires_grad_(False)
+    for _ in range(140):
+        averager.update()
+
+
 def trained_late(model, averager):
     for _ in range(100):
         averager.update()
     train(model, 40, averager.update)
 
 
-@pytest.mark.parametrize("run", [written_through_data, frozen_but_for_one, trained_late])
+@pytest.mark.parametrize(
+    "run", [written_through_data, frozen_but_for_one, frozen_but_run, not_to_be_trained, trained_late]
+)
 def test_weights_that_change_are_not_doubted(run):
     model = built()
     with warnings.catch_warnings():

@@ -27,6 +27,7 @@ def test_constant_weights_are_a_fixed_point(name, settings, kernel, kind):
     assert average_bits(averager) == before
 
 
+@pytest.mark.filterwarnings("ignore:the weights have not changed:polyak.PolyakWarning")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 0.9999])
 def test_constant_weights_are_a_fixed_point_of_stochastic_rounding(dtype, decay):

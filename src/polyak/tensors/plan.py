@@ -18,8 +18,6 @@ from polyak.tensors.writing import read_only
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
-
     from polyak.tensors.adapter import Adapter
     from polyak.tensors.kernels import KernelName
     from polyak.tensors.storage import Stored
@@ -69,11 +67,6 @@ class Plan:
     def moves(self) -> Moves:
         """Makes an update while the caller waits."""
         return Moves(self.lane)
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """The live parameters."""
-        return [t for s, t in zip(self.stored, self.live, strict=True) if s.kind == "parameter"]
 
     @cached_property
     def averaged(self) -> frozenset[int]:
