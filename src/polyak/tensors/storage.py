@@ -138,7 +138,10 @@ def as_device(device: str | int | torch.device | None) -> torch.device | None:
     if device is None:
         return None
     try:
-        found = torch.device(device)
+        # torch 2.6 knows no numbers on machines without an accelerator; later ones take cuda then.
+        found = torch.device(
+            f"cuda:{device:d}" if isinstance(device, int) and not torch.accelerator.is_available() else device
+        )
     except (RuntimeError, TypeError):
         found = None
     # torch wraps numbers above 127 around, and takes True for 1.
