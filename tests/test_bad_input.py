@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 import os
@@ -795,7 +797,7 @@ PROFILES = [
     (lambda: polyak.AveragerConfig().profile("a"), TypeError, ["step: got 'a'"]),
     (lambda: polyak.AveragerConfig.of(None), TypeError, ["got None", "a mapping"]),
     (lambda: polyak.AveragerConfig.of("ema"), TypeError, ["got 'ema'", "a mapping"]),
-    (lambda: polyak.AveragerConfig.from_file(None), TypeError, ["named by its path", "None"]),
+    (lambda: polyak.AveragerConfig.from_file(None), TypeError, ["a config file is given as a path", "None"]),
     (lambda: polyak.strategies()["emma"], KeyError, ["'emma'", "Known: ema"]),
     (lambda: polyak.convert("ema", None, steps=100), TypeError, ["None as the family"]),
     (lambda: polyak.convert("ema", "power", steps="a"), TypeError, ["steps='a'", "integers"]),
@@ -1135,3 +1137,237 @@ def test_an_averager_in_the_second_place_is_asked_about(call):
     model = mlp()
     with pytest.raises(polyak.ArgumentError, match="are the arguments swapped"):
         call(polyak.average(model), torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+# Calls in another order, with other arguments, or of names that other libraries have
+
+
+def _averager():
+    return polyak.average(mlp(), "ema", decay=0.9)
+
+
+def _bank():
+    return polyak.bank(mlp(), {"short": "ema", "mean": "swa"})
+
+
+def _entered(context):
+    with context:
+        pass
+
+
+def _loss(state):
+    return state["0.weight"].sum()
+
+
+MISTAKEN_CALLS = {
+    "decay by position": (
+        lambda: polyak.average(mlp(), "ema", 0.9),
+        ["by name", "polyak.average(model, "],
+    ),
+    "no model": (lambda: polyak.average(strategy="ema"), ["missing", "'model'", "polyak.average(model"]),
+    "a bank of nothing": (lambda: polyak.bank(mlp()), ["missing", "polyak.bank(model, {"]),
+    "configure by position": (lambda: _averager().configure(0.5), ["averager.configure(decay=0.5)"]),
+    "update with a decay": (lambda: _averager().update(decay=0.5), ["got decay=0.5", "averager.configure("]),
+    "update with a step": (lambda: _averager().update(None, 7), ["step=", "got 7"]),
+    "load with strict": (lambda: _averager().load_state_dict({}, strict=False), ["'strict'", "whole or not at all"]),
+    "applied of a bank": (lambda: _bank().applied(), ["bank.applied('mean')"]),
+    "the protocol": (lambda: polyak.Averager(mlp()), ["polyak.average(model, 'ema'"]),
+    "with averager": (lambda: _entered(_averager()), ["averager is no context", "with averager.applied()"]),
+    "with bank": (lambda: _entered(_bank()), ["bank is no context", "with bank.applied('name')"]),
+    "load without a path": (lambda: polyak.load(_averager(), None), ["load()", "a path", "None"]),
+    "save to an open file": (lambda: polyak.save(_averager(), io.StringIO()), ["save()", "a path", "StringIO"]),
+    "recorder swapped": (
+        lambda: polyak.posthoc.Recorder("snaps", _bank(), every=2),
+        ["swapped", "polyak.posthoc.Recorder(bank, directory, every=...)"],
+    ),
+    "recorder without a folder": (lambda: polyak.posthoc.Recorder(_bank(), 5, every=2), ["a path", "5"]),
+    "sweep swapped": (lambda: polyak.posthoc.sweep(_loss, "snaps"), ["polyak.posthoc.sweep(directory, evaluate)"]),
+    "AdamW swapped": (
+        lambda: polyak.optim.AdamW(_averager(), mlp().parameters()),
+        ["the averager first", "polyak.optim.AdamW(model.parameters(), averager=averager)"],
+    ),
+    "recalibrate with a tensor": (
+        lambda: polyak.recalibrate(polyak.average(Conv()), torch.ones(4, 3)),
+        ["iterable of batches", "<Tensor>", "[x]", "x.split(64)"],
+    ),
+    "recalibrate with a mapping": (lambda: polyak.recalibrate(Conv(), {"x": torch.ones(1)}), ["iterable", "[x]"]),
+    "recalibrate with a number": (lambda: polyak.recalibrate(Conv(), 5), ["iterable of batches", "got 5"]),
+    "rate without a clock": (
+        lambda: type("Half", (polyak.Strategy,), {"rate": lambda self: 0.5}),
+        ["Half.rate(self)", "rate(self, clock)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKEN_CALLS)
+def test_a_call_that_cannot_be_meant_shows_the_right_one(case):
+    call, words = MISTAKEN_CALLS[case]
+    with pytest.raises(polyak.ArgumentError) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value)
+    assert "Engine" not in str(caught.value)
+
+
+def test_a_type_error_of_a_called_function_stays_its_own():
+    averager = polyak.average(mlp(), "ema", decay=0.9)
+    averager.listeners.append(lambda: None)
+    with pytest.raises(TypeError, match="positional") as caught:
+        averager.update()
+    assert not isinstance(caught.value, polyak.PolyakError)
+
+
+PACKAGE_NAMES = {
+    "ModelEmaV3": "polyak.average(model, 'ema_v3'",
+    "AveragedModel": "polyak.average(model, 'ema'",
+    "ema": "polyak.average(model, 'ema'",
+    "Recorder": "polyak.posthoc.Recorder",
+    "update_bn": "polyak.recalibrate(averager, batches)",
+    "AdamW": "polyak.optim.AdamW",
+}
+
+
+@pytest.mark.parametrize("name", PACKAGE_NAMES)
+def test_names_of_other_libraries_in_the_package_name_ours(name):
+    with pytest.raises(AttributeError, match=f"no attribute '{name}'.*{re.escape(PACKAGE_NAMES[name])}"):
+        getattr(polyak, name)
+    assert not hasattr(polyak, "no_such_name")
+
+
+def test_attributes_that_only_the_type_has_are_none_of_the_averagers():
+    with pytest.raises(AttributeError, match=r"averager has no attribute 'register'.*polyak\.attach"):
+        _averager().register  # noqa: B018 - the access is what is tested
+
+
+# Files that are something else
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_files_that_are_no_state_say_what_they_are_and_what_to_do(tmp_path, suffix):
+    averager, file = _averager(), tmp_path / f"average{suffix}"
+    polyak.save(averager, file)
+    file.write_bytes(file.read_bytes()[:60])
+    with refused(averager, polyak.StateError, str(file), "damaged", "earlier file"):
+        polyak.load(averager, file)
+
+
+def test_a_pickled_model_is_refused_in_one_line(tmp_path):
+    averager, file = _averager(), tmp_path / "model.pt"
+    torch.save(mlp(), file)
+    with pytest.raises(polyak.StateError, match="holds a whole pickled object") as caught:
+        polyak.load(averager, file)
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda folder: polyak.load(_averager(), folder / "none.pt"),
+        lambda folder: polyak.load(_averager(), folder / "none.safetensors"),
+        lambda folder: polyak.AveragerConfig.from_file(folder / "none.toml"),
+        lambda folder: polyak.posthoc.synthesize(folder / "none", "swa"),
+    ],
+    ids=["state", "safetensors", "config", "snapshots"],
+)
+def test_a_missing_file_is_a_file_not_found_error(tmp_path, read):
+    with pytest.raises(FileNotFoundError, match="none") as caught:
+        read(tmp_path)
+    assert isinstance(caught.value, polyak.MissingFileError)
+    assert isinstance(caught.value, polyak.StateError)
+    assert isinstance(caught.value, polyak.ConfigError)
+
+
+# Messages that lead to what was meant
+
+
+MEANT = {
+    "an option inside a mapping": (
+        lambda: polyak.AveragerConfig(strategy={"name": "ema", "every": 10}),
+        ["strategy.every", "'every' is an option of the averager: move it out of 'strategy'"],
+    ),
+    "a strategy of a model": (lambda: polyak.EMA(mlp(), decay=0.9), ["polyak.average(model, polyak.EMA(...))"]),
+    "no settings": (lambda: polyak.SWA(5), ["got 5", "It has no settings: SWA()"]),
+    "a config by position": (lambda: polyak.AveragerConfig("ema"), ["Write strategy=..."]),
+    "a config of a model": (lambda: polyak.AveragerConfig(mlp()), ["config.build(model)"]),
+    "parameters()": (lambda: polyak.average(mlp().parameters()), ["generator", "not model.parameters()"]),
+    "a list of parameters": (lambda: polyak.average([*mlp().parameters()]), ["list", "not model.parameters()"]),
+    "a class of modules": (lambda: polyak.average(nn.Linear), ["got the class Linear"]),
+    "a whole checkpoint": (
+        lambda: _averager().load_state_dict({"averager": _averager().state_dict(), "model": mlp().state_dict()}),
+        ["Pass checkpoint['averager']"],
+    ),
+    "a whole checkpoint for a bank": (
+        lambda: _bank().load_state_dict({"averages": _bank().state_dict()}),
+        ["Pass checkpoint['averages']"],
+    ),
+    "a path as a state": (lambda: _averager().load_state_dict("average.pt"), ["polyak.load(averager, path)"]),
+    "weights as a state": (lambda: _averager().load_state_dict(mlp().state_dict()), ["model.load_state_dict()"]),
+    "buffers as a flag": (lambda: polyak.average(mlp(), buffers=True), ["got True", "'average', 'copy', 'skip'"]),
+    "a function as globs": (lambda: polyak.average(mlp(), include=len), ["include", "a name or a glob", "no function"]),
+    "a new strategy": (lambda: setattr(_averager(), "strategy", polyak.SWA()), ["build a new one"]),
+    "a new count": (lambda: setattr(_averager(), "n", 5), ["'n' cannot be set; it can only be read"]),
+    "a setting of the strategy": (lambda: _averager().decay, ["averager.strategy.decay"]),
+    "an average of a bank": (lambda: _bank().short, ["bank['short']"]),
+    "a config file": (lambda: polyak.average(mlp(), "average.toml"), ["polyak.AveragerConfig.from_file(path)"]),
+    "an optimiser": (lambda: polyak.average(mlp(), "lookahead"), ["which no strategy does"]),
+}
+
+
+@pytest.mark.parametrize("case", MEANT)
+def test_a_message_leads_to_what_was_meant(case):
+    call, words = MEANT[case]
+    with pytest.raises(polyak.PolyakError) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value)
+    assert str(caught.value).count("buffers:") < 2
+
+
+OTHER_NAMES = {
+    "exponential": "ema",
+    "exponential_moving_average": "ema",
+    "model_ema": "ema",
+    "mean": "swa",
+    "polyak": "swa",
+    "karras": "power",
+    "ModelEmaV3": "ema_v3",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_a_strategys_name_elsewhere_names_ours(name):
+    with pytest.raises(polyak.UnknownStrategyError, match=f"Did you mean '{OTHER_NAMES[name]}'"):
+        polyak.average(mlp(), name)
+
+
+def test_a_file_in_a_folder_that_is_not_there_asks_for_the_folder(tmp_path):
+    file = tmp_path / "none" / "average"
+    for write in (
+        lambda: polyak.save(_averager(), file.with_suffix(".pt")),
+        lambda: polyak.save(_averager(), file.with_suffix(".safetensors")),
+        lambda: polyak.AveragerConfig().to_file(file.with_suffix(".toml")),
+    ):
+        with pytest.raises(polyak.WriteError, match=r"there is no folder '.*none'; make it first") as caught:
+            write()
+        assert ".polyak-" not in str(caught.value)
+        assert caught.value.errno == errno.ENOENT
+
+
+@pytest.mark.parametrize(("number", "advice"), [(errno.ENOSPC, "Make room"), (errno.EPERM, "Give another path")])
+def test_room_is_asked_for_only_on_a_full_disk(tmp_path, monkeypatch, number, advice):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number), "scratch")
+
+    monkeypatch.setattr(torch, "save", refuse)
+    with pytest.raises(polyak.WriteError, match=rf"{os.strerror(number)}\. {advice}"):
+        polyak.save(_averager(), tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("read", ["load", "load_state_dict"])
+def test_other_settings_than_the_saved_ones_are_warned_of_at_the_users_line(tmp_path, read):
+    saved, other = _averager(), polyak.average(mlp(), "ema", decay=0.5)
+    polyak.save(saved, tmp_path / "a.pt")
+    with pytest.warns(polyak.PolyakWarning, match=r"settings differ from the saved ones .*: decay=0\.5") as caught:
+        polyak.load(other, tmp_path / "a.pt") if read == "load" else other.load_state_dict(saved.state_dict())
+    assert [warning.filename for warning in caught] == [__file__]

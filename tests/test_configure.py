@@ -230,7 +230,7 @@ REFUSED = [
     ("ema", {"origin": "first"}, ["origin: fixed"]),
     ("ema", {"buffers": "copy", "decay": 0.5}, ["buffers: fixed"]),
     ("ema_v3", {"exclude_buffers": True}, ["exclude_buffers=True decides how tensors are kept"]),
-    ("ema_halflife", {"unit": "samples"}, ["a half-life in samples needs 'batch_size'"]),
+    ("ema_halflife", {"unit": "samples"}, ["unit='samples' needs batch_size="]),
     ("power", {"gamma": 3.0}, ["not by both"]),
     ("lawa", {"window": 3}, ["keeps several tensors", "window=3"]),
     (Anchored(), {"pull": 0.25}, ["keeps several tensors", "pull=0.25"]),

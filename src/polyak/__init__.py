@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from polyak import distributed, optim, posthoc  # noqa: F401 - polyak.distributed.save(), without another import
 from polyak.attach import attach
 from polyak.averager import Averager
@@ -19,6 +21,7 @@ from polyak.errors import (
     FrozenError,
     MismatchError,
     MissingExtraError,
+    MissingFileError,
     ModelError,
     NonFiniteError,
     PluginError,
@@ -33,6 +36,7 @@ from polyak.errors import (
     WriteError,
 )
 from polyak.factory import average, bank
+from polyak.habits import package_hint
 from polyak.hookspecs import hookimpl
 from polyak.profile import Profile
 from polyak.recalibrate import recalibrate
@@ -81,6 +85,7 @@ __all__ = [
     "HalfLifeEMA",
     "MismatchError",
     "MissingExtraError",
+    "MissingFileError",
     "ModelError",
     "Move",
     "NonFiniteError",
@@ -113,3 +118,10 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+if not TYPE_CHECKING:  # type checkers know the names
+
+    def __getattr__(name: str) -> Any:  # noqa: ANN401 - it only raises
+        message = f"polyak has no attribute {name!r}.{package_hint(name)}"
+        raise AttributeAccessError(message)

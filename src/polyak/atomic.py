@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -10,7 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from polyak.errors import PolyakError, WriteError
+from polyak.errors import ArgumentError, PolyakError, WriteError
+from polyak.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -20,10 +22,11 @@ try:
 except ImportError:  # Windows has no such locks: stale folders stay there
     fcntl = None  # type: ignore[assignment]  # it stands for a module
 
-__all__ = ["check_target", "exclusive", "open_regular", "remove_stale", "scratch_folder", "write_whole"]
+__all__ = ["as_path", "check_target", "exclusive", "open_regular", "remove_stale", "scratch_folder", "write_whole"]
 
 _SCRATCH = ".polyak-"
 _LOCK = ".lock"
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _KINDS = {
     stat.S_IFIFO: "a FIFO", stat.S_IFDIR: "a folder", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
@@ -54,11 +57,29 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     except PolyakError:
         raise
     except Exception as error:  # each format reports a full disk by an error of its own
-        reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        message = f"the file {str(file)!r} cannot be written: {reason}. Make room, or give another path."
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        cure = "Make room, or give" if getattr(error, "errno", None) in _FULL else "Give"
+        message = f"the file {str(file)!r} cannot be written: {reason}. {cure} another path."
         problem = WriteError(message)
         problem.errno = getattr(error, "errno", None)
         raise problem from error
+
+
+def as_path(path: object, what: str) -> Path:
+    """Return a path.
+
+    Args:
+        path: What was given as one.
+        what: What to call it.
+
+    Raises:
+        ArgumentError: If it is no text and no path.
+    """
+    if isinstance(path, (str, os.PathLike)):
+        with suppress(TypeError):  # a path of bytes
+            return Path(path)
+    message = f"{what} is given as a path, such as 'runs/average.pt'; got {shown(path)}"
+    raise ArgumentError(message)
 
 
 def check_target(file: Path) -> None:
@@ -71,6 +92,11 @@ def check_target(file: Path) -> None:
         if kind := _other_kind(file.stat()):
             message = f"the file {str(file)!r} cannot be written: the path belongs to {kind}. Give another path."
             raise WriteError(message)
+    if not file.absolute().parent.is_dir():
+        message = f"the file {str(file)!r} cannot be written: there is no folder {str(file.parent)!r}; make it first"
+        problem = WriteError(message)
+        problem.errno = errno.ENOENT
+        raise problem
 
 
 def open_regular(file: Path, buffering: int = -1) -> IO[bytes]:
@@ -161,19 +187,19 @@ def _remove(folder: Path, lock: int | None) -> None:
 
 
 def _opened(path: str, flags: int) -> int:
-    _check_regular(os.stat(path), path)  # noqa: PTH116 - to open some devices is to use them
+    _check_regular(os.stat(path))  # noqa: PTH116 - to open some devices is to use them
     opened = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     try:
-        _check_regular(os.fstat(opened), path)
+        _check_regular(os.fstat(opened))
     except BaseException:
         os.close(opened)
         raise
     return opened
 
 
-def _check_regular(about: os.stat_result, path: str) -> None:
+def _check_regular(about: os.stat_result) -> None:
     if kind := _other_kind(about):
-        message = f"{path!r} is {kind}, and no regular file"
+        message = f"it is {kind}, and no regular file"
         raise OSError(message)
 
 

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from polyak.errors import AttributeAccessError
+from polyak.errors import ArgumentError, AttributeAccessError
 from polyak.shown import shown
 
 __all__ = ["AttributeHints"]
@@ -41,6 +41,7 @@ class AttributeHints:
 
     _kind: ClassVar[str] = "averager"
     _public: ClassVar[str] = "Averager"
+    _context: ClassVar[str] = "averager.applied()"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -55,17 +56,23 @@ class AttributeHints:
     if not TYPE_CHECKING:  # type checkers know the attributes
 
         def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - what a property returns
-            if hasattr(type(self), name):
+            if any(name in vars(base) for base in type(self).__mro__):
                 return object.__getattribute__(self, name)  # a property that failed: raise its own error
             message = f"the {self._kind} has no attribute {shown(name)}.{self._hint(name)}"
             raise AttributeAccessError(message)
 
-    @classmethod
-    def _hint(cls, name: str) -> str:
+        def __enter__(self) -> None:
+            message = f"the {self._kind} is no context itself; write: with {self._context}: ..."
+            raise ArgumentError(message)
+
+        def __exit__(self, *_: object) -> None:
+            """Never come here; Python asks for it first."""
+
+    def _hint(self, name: str) -> str:
         if name.startswith("_"):
             return ""
         if answer := _ANSWERS.get(name):
-            return f" For that there is {answer if '(' in answer[1:-2] else f'{cls._kind}.{answer}'}."
-        own = [known for known in dir(cls) if not known.startswith("_")]
+            return f" For that there is {answer if '(' in answer[1:-2] else f'{self._kind}.{answer}'}."
+        own = [known for known in dir(type(self)) if not known.startswith("_")]
         near = get_close_matches(name, own, n=1, cutoff=0.7) if len(name) <= _LONGEST else []
         return f" Did you mean {near[0]!r}?" if near else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from polyak.attributes import AttributeHints
 from polyak.errors import ArgumentError
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from polyak.tensors.entries import Model
 
 __all__ = ["Averager", "refuse_other"]
+
+_TYPE_ONLY = "polyak.Averager is the type of averagers; make one by polyak.average(model, 'ema', decay=0.999)"
 
 
 @runtime_checkable
@@ -42,6 +44,12 @@ class Averager(Protocol):
         >>> with averager.applied():
         ...     y = model(torch.zeros(2, 3))
     """
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Return a new averager; only the classes of ``polyak.average`` have any."""
+        if cls is Averager:
+            raise ArgumentError(_TYPE_ONLY)
+        return super().__new__(cls)
 
     @property
     def strategy(self) -> Strategy:
@@ -168,7 +176,7 @@ class Averager(Protocol):
         Needs one tensor's worth of extra memory, and a copy of those tensors whose average is stored in another dtype.
 
         The values are exchanged: statistics that batch norm writes in training mode go into the average, so evaluate
-        with ``model.eval()``. Parameters that are written inside are a ``PolyakWarning``. Torch refuses the
+        with ``model.eval()``. Writing to parameters inside triggers a ``PolyakWarning``. Torch refuses the
         ``backward()`` of a graph that was recorded on the other side.
 
         One thread, or one task of an event loop, computes with the average; other threads wait until it has left.

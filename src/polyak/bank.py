@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from polyak.attributes import AttributeHints
 from polyak.averager import Averager
+from polyak.calls import explained
 from polyak.captured import recording
 from polyak.errors import AttributeAccessError, UnknownAverageError
 from polyak.shown import shown
@@ -53,6 +54,7 @@ class Bank(AttributeHints, WithSources, Mapping[str, "Averager"]):
 
     _kind = "bank"
     _public = "Bank"
+    _context = "bank.applied('name')"
 
     def __init__(self, averagers: Mapping[str, Engine]) -> None:
         self._averagers = dict(averagers)
@@ -66,9 +68,10 @@ class Bank(AttributeHints, WithSources, Mapping[str, "Averager"]):
             raise AttributeAccessError(message)
         super().__setattr__(name, value)
 
-    @classmethod
     @override
-    def _hint(cls, name: str) -> str:
+    def _hint(self, name: str) -> str:
+        if name in vars(self).get("_averagers", ()):
+            return f" Its averages are found by name: bank[{name!r}]."
         if hasattr(Averager, name) and not name.startswith("_"):
             return f" Its averages have one: bank['name'].{name}"
         return super()._hint(name)
@@ -148,6 +151,7 @@ class Bank(AttributeHints, WithSources, Mapping[str, "Averager"]):
         for engine in self._averagers.values():
             engine.guard(by)
 
+    @explained("Name the average: bank.applied('mean')")
     def applied(self, name: str) -> AbstractContextManager[None]:
         """Return a context in which the model computes with one of the averages; see ``Averager.applied``."""
         return self[name].applied()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from polyak.attributes import AttributeHints
+from polyak.calls import explained
 from polyak.errors import AttributeAccessError
 from polyak.settings import Settings, advice, configured
 from polyak.sources import many, writes
@@ -36,6 +37,7 @@ class Configurable(AttributeHints, Updating):
         return self._strategy
 
     @override
+    @explained("Settings are given by name: averager.configure(decay=0.5)")
     def configure(self, **settings: Any) -> None:
         made = configured(self._settings, self._state.progress.n, settings)
         self._binding.follow(made.options)
@@ -59,9 +61,17 @@ class Configurable(AttributeHints, Updating):
         known = getattr(type(self), name, None)
         fixed = isinstance(known, property) and known.fset is None
         if fixed or not (known is not None or name.startswith("_") or name in _OWN):
-            message = f"the averager's {name!r} cannot be set; {advice(self._settings, name)}"
+            read_only = fixed and name != "strategy"
+            reason = "it can only be read" if read_only else advice(self._settings, name)
+            message = f"the averager's {name!r} cannot be set; {reason}"
             raise AttributeAccessError(message)
         super().__setattr__(name, value)
+
+    @override
+    def _hint(self, name: str) -> str:
+        if name in type(vars(self).get("_strategy")).__dict__.get("__pydantic_fields__", ()):
+            return f" For that there is averager.strategy.{name}."
+        return super()._hint(name)
 
     def _evaluated(self, level: int = 4) -> Plan:
         """Return the plan for reading the average; warn once where it is hardly one."""

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from polyak.binding import Binding
 from polyak.cadence import Progress
+from polyak.calls import explained, users_level
 from polyak.computing import Computing
 from polyak.describe import describe
 from polyak.errors import AppliedError, StateError
@@ -154,6 +155,7 @@ class Engine(Computing):
             return dump(self._state, self._binding.holding(self._state.stored), self._strategy, self.options)
 
     @override
+    @explained("A state is loaded whole or not at all: averager.load_state_dict(state)")
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         with self.lock:
             received = self.receive(state)
@@ -169,9 +171,10 @@ class Engine(Computing):
         optional = self._binding.optional(self._state)
         loaded = parse(saved, self._state, settings.strategy.slots(), optional)
         if changed:
-            self.warn(
-                "settings", f"the state was saved with other settings; from here on its own count: {', '.join(changed)}"
+            message = (
+                f"this averager's settings differ from the saved ones and are used from now on: {', '.join(changed)}"
             )
+            self.warn("settings", message, users_level() + 1)
         return Received(settings, loaded)
 
     def adopt(self, received: Received) -> None:

@@ -15,6 +15,7 @@ __all__ = [
     "FrozenError",
     "MismatchError",
     "MissingExtraError",
+    "MissingFileError",
     "ModelError",
     "NonFiniteError",
     "PluginError",
@@ -100,6 +101,10 @@ class DistributedError(PolyakError, RuntimeError):
 
 class StateError(PolyakError, ValueError):
     """A state that belongs to another model, strategy or version of the format, or is incomplete."""
+
+
+class MissingFileError(StateError, ConfigError, FileNotFoundError):
+    """A file or folder to read that is not there: a first start, or a wrong path."""
 
 
 class WriteError(PolyakError, OSError):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from polyak.bank import Bank
+from polyak.calls import explained
 from polyak.config import AveragerConfig
 from polyak.config.chosen import AnyStrategy, refuse_swapped, written
 from polyak.errors import ArgumentError, ConfigError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["average", "bank"]
 
 
+@explained("Settings and options are given by name: polyak.average(model, 'ema', decay=0.999)")
 def average(  # noqa: PLR0913 - each is one axis of an average, and users complete from this signature
     model: Model,
     strategy: AnyStrategy = "ema",
@@ -94,6 +96,7 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
     return AveragerConfig.of({"strategy": chosen, **options}, "average(): the settings").build(model)
 
 
+@explained("Options are given by name: polyak.bank(model, {'short': 'ema', 'mean': 'swa'}, every=10)")
 def bank(model: Model, averages: Mapping[str, AnyStrategy], **common: Any) -> Bank:
     """Return several averages of one model that are updated together: the weights are read once for all of them.
 

@@ -39,8 +39,7 @@ class _Direct(ModelMetaclass):
 
         def __call__(cls, *args: Any, **settings: Any) -> Any:  # noqa: ANN401, N805 - an instance of the class at hand
             if args:
-                example = next((name for name in cls.model_fields if name != "name"), "name")
-                message = f"{cls.__name__}() takes settings by name only; got {shown(args[0])}. Write {example}=..."
+                message = f"{cls.__name__}() takes settings by name only; got {shown(args[0])}. {cls._by_name(args[0])}"
                 raise ArgumentError(message)
             if isabstract(cls):
                 methods = ", ".join(f"{name}()" for name in sorted(cls.__abstractmethods__))
@@ -93,6 +92,12 @@ class Frozen(BaseModel, metaclass=_Direct):
     def _refused(cls, error: ValidationError, settings: Mapping[str, Any], where: str) -> ConfigError:  # noqa: ARG003 - subclasses look at them
         lines = [line(detail, cls._hint) for detail in error.errors()]
         return ConfigError(brief("\n  ".join([f"{where} cannot be used:", *lines])))
+
+    @classmethod
+    def _by_name(cls, value: object) -> str:  # noqa: ARG003 - subclasses look at it
+        """Return what to write in the place of a value without a name."""
+        example = next((name for name in cls.model_fields if name != "name"), None)
+        return f"It has no settings: {cls.__name__}()" if example is None else f"Write {example}=..."
 
     @classmethod
     def _hint(cls, key: str) -> str:

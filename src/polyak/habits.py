@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-__all__ = ["habit"]
+__all__ = ["habit", "package_hint", "strategy_habit"]
 
 
 class _Habit(NamedTuple):
@@ -92,6 +92,43 @@ _HABITS = (
         "A rule of your own is a class: derive from polyak.Strategy and define rate().",
     ),
 )
+_STRATEGIES = {
+    "ema": "exponential exponential_moving_average exponentialmovingaverage exp_moving_average moving_average "
+    "model_ema modelema emamodel ema_model emacallback shadow decay mean_teacher byol momentum_encoder",
+    "swa": "mean average avg uniform arithmetic polyak polyak_ruppert polyakruppert ruppert averagedmodel "
+    "averaged_model stochastic_weight_averaging stochasticweightaveraging cumulative running_mean equal",
+    "power": "karras edm2 posthoc post_hoc posthoc_ema power_function powerema",
+    "ema_v3": "modelemav3 model_ema_v3 timm",
+    "ema_v2": "modelemav2 model_ema_v2",
+    "ema_debiased": "debiased debiased_ema bias_corrected bias_corrected_ema warmup warmup_ema",
+    "ema_tf": "tf tensorflow num_updates",
+    "ema_halflife": "halflife half_life",
+    "lawa": "window latest_weight_averaging",
+    "dema": "double double_ema",
+}
+_STRATEGY = {name: answer for answer, names in _STRATEGIES.items() for name in names.split()}
+_STRANGERS = frozenset({"lookahead", "schedule_free", "schedulefree", "switch_ema"})
+_FILES = (".toml", ".yaml", ".yml", ".json")
+_PACKAGE = {
+    "polyak.average(model, 'ema', decay=0.999)": "ema EMAModel ExponentialMovingAverage exponential_moving_average "
+    "ModelEma ModelEMA AveragedModel average_model get_ema_multi_avg_fn EMACallback WeightAveraging EmaModel Averaging",
+    "polyak.average(model, 'ema_v3', decay=0.9998)": "ModelEmaV3 ema_v3",
+    "polyak.average(model, 'ema_v2', decay=0.9998)": "ModelEmaV2 ema_v2",
+    "polyak.average(model, 'ema_v1', decay=0.9998)": "ema_v1",
+    "polyak.average(model, 'swa')": "swa StochasticWeightAveraging swa_utils get_swa_multi_avg_fn",
+    "polyak.average(model, 'lawa')": "lawa",
+    "polyak.average(model, 'power')": "power PostHocEMA KarrasEMA",
+    "polyak.recalibrate(averager, batches)": "update_bn update_batch_norm bn_update recalibrate_bn",
+    "polyak.posthoc.Recorder": "Recorder recorder record",
+    "polyak.posthoc.synthesize": "synthesize synthesise",
+    "polyak.posthoc.sweep": "sweep Sweep",
+    "polyak.optim.AdamW": "AdamW Adam",
+    "polyak.AveragerConfig.from_file(path)": "from_file load_config from_config Config",
+    "polyak.Averager": "Average",
+    "polyak.attach(optimizer, averager)": "register hook",
+    "polyak.testing.check_strategy": "check_strategy",
+}
+_IN_PACKAGE = {name: answer for answer, names in _PACKAGE.items() for name in names.split()}
 _BY_NAME = {name: one for one in _HABITS for name in one.elsewhere.split()}
 
 
@@ -116,3 +153,28 @@ def habit(key: str, known: Collection[str]) -> str:
         return f" {found.otherwise}" if found.otherwise else ""
     note = f", {found.note}" if found.note and name == found.here[0] else ""
     return f" Did you mean {name!r}{note}?"
+
+
+def package_hint(name: str) -> str:
+    """Return what serves the purpose of a name that the package does not have; empty if none is known.
+
+    Examples:
+        >>> package_hint("Recorder")
+        ' For that there is polyak.posthoc.Recorder.'
+    """
+    return f" For that there is {_IN_PACKAGE[name]}." if name in _IN_PACKAGE else ""
+
+
+def strategy_habit(name: str) -> str:
+    """Return a hint for a strategy's name in other libraries and in papers; empty if it is not one of theirs.
+
+    Examples:
+        >>> strategy_habit("exponential-moving-average")
+        " Did you mean 'ema'?"
+    """
+    if name.lower().endswith(_FILES):
+        return " A config file is read by polyak.AveragerConfig.from_file(path).build(model)."
+    key = name.lower().replace("-", "_").replace(" ", "_")
+    if key in _STRANGERS:
+        return " It writes to the weights that are trained, which no strategy does."
+    return f" Did you mean {_STRATEGY[key]!r}?" if key in _STRATEGY else ""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, WithJsonSchema
 
 from polyak.errors import ConfigError
-from polyak.frozen import Frozen
+from polyak.frozen import Frozen, nearest
 from polyak.plain import Count, Steps
+from polyak.shown import shown
 from polyak.tensors.kernels import KernelName
 from polyak.tensors.matching import Match
 from polyak.tensors.policies import Buffers
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from polyak.strategy import Strategy
 
 __all__ = ["Options"]
+
+
+_POLICIES = ("auto", "average", "copy", "skip")
 
 
 def _dtype_name(value: Any) -> Any:  # noqa: ANN401 - a validator takes whatever the user wrote
@@ -31,7 +36,17 @@ def _device_name(value: Any) -> Any:  # noqa: ANN401 - as above
 
 
 def _globs(value: Any) -> Any:  # noqa: ANN401 - as above
+    if callable(value):
+        message = f"got {shown(value)}; expected a name or a glob, or a list of them, and no function"
+        raise ValueError(message)  # noqa: TRY004 - pydantic turns only these into a located error
     return (value,) if isinstance(value, str) else value
+
+
+def _buffers(value: Any) -> Any:  # noqa: ANN401 - as above
+    if isinstance(value, Mapping) or value in _POLICIES:
+        return value
+    message = f"got {shown(value)}; expected {', '.join(map(repr, _POLICIES))}, or a mapping of globs to policies."
+    raise ValueError(message + (nearest(value, _POLICIES) if isinstance(value, str) else ""))
 
 
 Globs = Annotated[tuple[str, ...] | None, BeforeValidator(_globs, json_schema_input_type=str | list[str] | None)]
@@ -78,7 +93,7 @@ class Options(Frozen):
     origin: Literal["initial", "first"] | None = None
     """Whether the weights at construction count ("initial") or the first update replaces them ("first").
     None: the strategy's default, and "first" where ``start`` delays the average."""
-    buffers: Buffers = "auto"
+    buffers: Annotated[Buffers, BeforeValidator(_buffers)] = "auto"
     """One policy for all buffers, or a mapping of glob to policy."""
     include: Globs = None
     """Globs of the tensors to average; None: all."""

@@ -12,10 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from polyak.averager import refuse_other
 from polyak.engine import Engine
-from polyak.errors import ConfigError, ModelError
+from polyak.errors import ArgumentError, ConfigError, ModelError
 from polyak.module_hooks import undisturbed
 from polyak.moments import Moments, joined
 from polyak.progress import track
+from polyak.shown import shown
 from polyak.tensors.entries import walk
 from polyak.tensors.sharded import peers_of
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from polyak.tensors.sharded import Peers
 
 __all__ = ["recalibrate"]
+
+_READ_BY = ("__iter__", "__getitem__")  # a data set may have the second only
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -70,6 +73,12 @@ def recalibrate(
     """
     if not isinstance(target, nn.Module):
         refuse_other("recalibrate", target, batches, "batches")
+    if isinstance(batches, (Tensor, Mapping, str)) or not any(hasattr(batches, name) for name in _READ_BY):
+        message = (
+            f"batches: got {shown(batches)}; expected an iterable of batches, such as a data loader. "
+            "For one batch x write [x]" + ", or x.split(64)" * isinstance(batches, Tensor)
+        )
+        raise ArgumentError(message)
     if isinstance(target, Engine) and any(stored.spread for stored in target.stored):
         # Shards make no module of their own: the model computes with the average, and its statistics are put back.
         with target.applied():

@@ -128,8 +128,8 @@ def _means_otherwise(old: Strategy, new: Strategy) -> bool:
 def resumed(state: SavedState, own: Settings, knows: Callable[[str], bool]) -> tuple[Settings, list[str]]:
     """Return the settings that go on from a state, and in words which of them are not the saved ones.
 
-    A setting that the averager was built with as the saved one was goes on as it was saved: ``configure()`` may have
-    changed it since. Where the two were built otherwise, the averager's own value counts from here on.
+    If the averager was built with the original settings, changes made later by ``configure()`` are restored. A setting
+    that was built otherwise keeps the averager's own value.
 
     Args:
         state: The state.
@@ -184,6 +184,8 @@ def _before(values: Mapping[str, Any], changes: Sequence[Change]) -> dict[str, A
 
 def advice(settings: Settings, name: str) -> str:
     """Return in words what to do in the place of setting an attribute of an averager."""
+    if name == "strategy":
+        return "an averager keeps its strategy; build a new one for another strategy"
     if name in _changing(settings):
         return f"call averager.configure({name}=...), which records the change"
     if name in type(settings.strategy).model_fields or name in Options.model_fields:

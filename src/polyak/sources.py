@@ -113,8 +113,8 @@ class Sources:
             return False
         if self._last is not None and self._versions is not None and self._versions == self._last.versions():
             message = (
-                f"{_BY_HAND} was called behind a step of {self._last.name}, which had updated the averager already; "
-                f"the call is left out. Call {_BY_HAND} yourself or let the optimiser do it, not both."
+                f"{self._last.name} already updated this averager in its step, so this {_BY_HAND} was ignored. "
+                f"Call {_BY_HAND} yourself or let the optimiser do it, not both."
             )
             self._warn("repeated", message, level=5)
             return True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import abstractmethod
 from numbers import Real
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from typing_extensions import override
@@ -153,6 +155,13 @@ class Strategy(Frozen):
         return next(base for base in cls.__mro__ if method in vars(base))
 
     @classmethod
+    @override
+    def _by_name(cls, value: object) -> str:
+        if hasattr(value, "parameters"):  # a module; strategies import no torch
+            return f"{cls.__name__} is a strategy; write polyak.average(model, polyak.{cls.__name__}(...))"
+        return super()._by_name(value)
+
+    @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         if cls.slots is not Strategy.slots and Strategy in {cls._origin_of("moves"), cls._origin_of("shares")}:
@@ -161,6 +170,12 @@ class Strategy(Frozen):
                 "to them, and what each update counts in the average"
             )
             raise ArgumentError(message)
+        if isinstance(rate := vars(cls).get("rate"), FunctionType):
+            try:
+                inspect.signature(rate).bind(None, None)
+            except TypeError:
+                message = f"{cls.__name__}.rate{inspect.signature(rate)} takes no clock; define it as rate(self, clock)"
+                raise ArgumentError(message) from None
         if taken := sorted(RESERVED & cls.model_fields.keys()):
             message = (
                 f"the strategy class {cls.__name__} defines {', '.join(map(repr, taken))}, which "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
 from polyak.averager import Averager
 from polyak.binding import Binding
 from polyak.cadence import Progress, given_lr, tick
+from polyak.calls import refuse_arguments
 from polyak.captured import Captured, recording, refuse_recording
 from polyak.errors import AppliedError, ConfigError, MismatchError, PolyakWarning
 from polyak.history import History
@@ -82,7 +83,11 @@ class Updating(WithSources, Averager):
         self.listeners: list[Callable[[Averager, Clock], None]] = []
 
     @override
-    def update(self, model: Model | None = None, *, step: int | None = None, lr: float | None = None) -> None:
+    def update(
+        self, model: Model | None = None, *more: Any, step: int | None = None, lr: float | None = None, **unknown: Any
+    ) -> None:
+        if more or unknown:
+            refuse_arguments(more, unknown)
         if self._captured is not None and recording():
             self._captured.move()
             return

@@ -129,8 +129,8 @@ def test_a_missing_a_truncated_and_a_foreign_file_are_refused_and_nothing_change
     polyak.save(other, tmp_path / f"other{suffix}")
     expected = {
         "missing": "there is no file",
-        "short": "cannot be read as an averager's state",
-        "foreign": "cannot be read as an averager's state",
+        "short": "earlier file",
+        "foreign": "earlier file",
         "other": "belongs to another model",
     }
     for name, message in expected.items():

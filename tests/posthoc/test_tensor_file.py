@@ -134,5 +134,5 @@ def test_a_header_that_makes_no_sense_is_refused(tmp_path, header):
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     with pytest.raises(StateError, match="there is no file"):
         TensorFile(tmp_path / "missing")
-    with pytest.raises(StateError, match="damaged"):
+    with pytest.raises(StateError, match="it is a folder"):
         TensorFile(tmp_path)

@@ -63,14 +63,17 @@ WRONG = [
     ({"halflife": 0}, "greater than 0"),
     ({"halflife": math.inf}, "finite number"),
     ({"halflife": 1, "unit": "hours"}, "'steps', 'samples', 'tokens', 'epochs' or 'fraction'"),
-    ({"halflife": 1, "batch_size": 8}, "in steps needs none of 'batch_size', .* got 'batch_size'"),
-    ({"halflife": 1, "unit": "samples"}, "in samples needs 'batch_size' and no other of .* got none of them"),
+    ({"halflife": 1, "batch_size": 8}, "unit='steps' needs none of batch_size, .* got batch_size"),
+    (
+        {"halflife": 1, "unit": "samples"},
+        r"unit='samples' needs batch_size= \(and none of tokens.*\); got none",
+    ),
     ({"halflife": 1, "unit": "samples", "batch_size": 0}, "greater than 0"),
-    ({"halflife": 1, "unit": "tokens", "batch_size": 8}, "in tokens needs 'tokens_per_step' .* got 'batch_size'"),
-    ({"halflife": 1, "unit": "epochs"}, "in epochs needs 'steps_per_epoch'"),
+    ({"halflife": 1, "unit": "tokens", "batch_size": 8}, "unit='tokens' needs tokens_per_step= .* got batch_size"),
+    ({"halflife": 1, "unit": "epochs"}, "unit='epochs' needs steps_per_epoch="),
     (
         {"halflife": 1, "unit": "fraction", "total_steps": 9, "steps_per_epoch": 3},
-        "in fraction needs 'total_steps' and no other .* got 'steps_per_epoch', 'total_steps'",
+        "unit='fraction' needs total_steps= .* got steps_per_epoch, total_steps",
     ),
 ]
 
@@ -82,6 +85,6 @@ def test_a_wrong_setting_is_answered_with_what_the_unit_needs(settings, message)
 
 
 def test_a_config_says_so_in_words():
-    said = "strategy: a half-life in samples needs 'batch_size' and no other of 'batch_size', 'tokens_per_step', "
+    said = "strategy: unit='samples' needs batch_size= (and none of tokens_per_step, steps_per_epoch, total_steps); "
     with pytest.raises(polyak.ConfigError, match=re.escape(said)):
         polyak.AveragerConfig.of({"strategy": {"name": "ema_halflife", "halflife": 5, "unit": "samples"}})

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import zipfile
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 
-from polyak.atomic import check_target, open_regular, write_whole
+from polyak.atomic import as_path, check_target, open_regular, write_whole
 from polyak.averager import refuse_other
 from polyak.checkpoints.tensor_file import TensorFile, write_tensors
-from polyak.errors import ConfigError, MissingExtraError, StateError
-from polyak.shown import brief
+from polyak.errors import ConfigError, MissingExtraError, MissingFileError, StateError
 from polyak.tensors.wrappers import dtensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -65,7 +65,7 @@ def save(averager: Averager | Bank, path: str | os.PathLike[str]) -> None:
         1
     """
     refuse_other("save", averager, path, "path")
-    file = Path(path)
+    file = as_path(path, "the file of save()")
     suffix = _suffix(file)
     check_target(file)
     if suffix == ".safetensors":
@@ -98,7 +98,8 @@ def load(averager: Averager | Bank, path: str | os.PathLike[str]) -> None:
         path: What ``save`` wrote.
 
     Raises:
-        StateError: If the file is missing, damaged, no averager's state, or of another model or strategy.
+        MissingFileError: If there is no such file: a ``FileNotFoundError`` and a ``StateError``.
+        StateError: If it is damaged, no averager's state, or of another model or strategy.
         ConfigError: If the file type is another.
 
     Nothing is changed when one is raised.
@@ -108,21 +109,30 @@ def load(averager: Averager | Bank, path: str | os.PathLike[str]) -> None:
         >>> averager = polyak.average(torch.nn.Linear(2, 1), "swa")
         >>> polyak.load(averager, "missing.pt")
         Traceback (most recent call last):
-        polyak.errors.StateError: there is no file 'missing.pt'; expected what polyak.save() wrote
+        polyak.errors.MissingFileError: there is no file 'missing.pt'; expected what polyak.save() wrote
     """
     refuse_other("load", averager, path, "path")
-    file = Path(path)
+    file = as_path(path, "the file of load()")
     suffix = _suffix(file)
     if file.is_dir() or not file.exists():
         folder = "; it is a folder: if polyak.distributed.save() wrote it, polyak.distributed.load() reads it"
         message = f"there is no file {str(file)!r}{folder * file.is_dir()}; expected what polyak.save() wrote"
-        raise StateError(message)
+        raise MissingFileError(message)
     try:
         with open_regular(file) as opened:  # one that takes its place meanwhile is another file
             state = _read_safetensors(file, opened) if suffix == ".safetensors" else _read_torch(opened)
-    except Exception as error:  # each format has errors of its own, pickle's and zip's among them
-        reason = f"{type(error).__name__}: {brief(str(error))}"
-        message = f"{str(file)!r} cannot be read as an averager's state: {reason}"
+    except StateError:
+        raise
+    except OSError as error:
+        message = f"{str(file)!r} cannot be read: {error.strerror or error}"
+        raise StateError(message) from error
+    except pickle.UnpicklingError as error:  # of what torch does not load as plain tensors and numbers
+        message = (
+            f"{str(file)!r} holds a whole pickled object, not an averager's state; expected what polyak.save() wrote"
+        )
+        raise StateError(message) from error
+    except Exception as error:  # each format has errors of its own
+        message = f"{str(file)!r} is damaged or incomplete, or not from polyak.save(); resume from an earlier file"
         raise StateError(message) from error
     averager.load_state_dict(state)
 
@@ -156,7 +166,10 @@ def _check_archive(opened: IO[bytes]) -> None:
 def _read_safetensors(file: Path, opened: IO[bytes]) -> dict[str, Any]:
     read = TensorFile(file, opened)
     if _METADATA not in read.metadata:
-        message = "it holds weights and no averager's state; model.load_state_dict(safetensors.torch.load_file(…))"
+        message = (
+            f"{str(file)!r} holds weights and no averager's state; a model loads them: "
+            "model.load_state_dict(safetensors.torch.load_file(...))"
+        )
         raise StateError(message)
     rest = json.loads(read.metadata[_METADATA])
     tensors = {name: read.read(name) for name in read.names}

@@ -14,8 +14,8 @@ import torch
 
 from polyak.atomic import open_regular, write_whole
 from polyak.checkpoints.checksums import bytes_of, first_sum, read_checksums, with_checksums
-from polyak.errors import StateError
-from polyak.shown import brief, shown
+from polyak.errors import MissingFileError, StateError
+from polyak.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -97,11 +97,14 @@ class TensorFile:
             missing = self._begin + _end(self._about.values()) - size
         except FileNotFoundError:
             message = f"there is no file {str(path)!r}"
-            raise StateError(message) from None
-        except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-            self._refuse(f"{type(error).__name__}: {brief(str(error))}", error)
+            raise MissingFileError(message) from None
+        except OSError as error:
+            message = f"{str(path)!r} cannot be read: {error.strerror or error}"
+            raise StateError(message) from error
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+            self._refuse("its header cannot be read", error)
         if missing > 0:
-            message = f"{str(path)!r} is cut off: its last {missing} bytes are missing; make it again"
+            message = f"{str(path)!r} is cut off: its last {missing} bytes are missing. Use an earlier file."
             raise StateError(message)
         if missing < 0:
             self._refuse(f"it has {-missing} bytes more than its tensors")
@@ -155,7 +158,7 @@ class TensorFile:
         return nullcontext(self._opened)
 
     def _refuse(self, reason: str, cause: BaseException | None = None) -> NoReturn:
-        message = f"{str(self.path)!r} is no safetensors file, or damaged ({reason})"
+        message = f"{str(self.path)!r} is damaged, incomplete or no safetensors file: {reason}. Use an earlier file."
         raise StateError(message) from cause
 
 

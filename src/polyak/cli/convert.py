@@ -34,10 +34,10 @@ def convert(
     ] = None,
     every: Annotated[int, typer.Option(help="Optimiser steps from one update to the next.")] = 1,
     to_every: Annotated[
-        int | None, typer.Option(help="The same of the average looked for, where it is another; for lawa.")
+        int | None, typer.Option(help="--every for the average being looked for, if different (for lawa).")
     ] = None,
 ) -> None:
-    """Tell which members of other families of averages are most like one at the end of a run, the nearest first."""
+    """Print which members of other families of averages are most like one at the end of a run, the nearest first."""
     with told():
         check_steps(steps)
         wanted = named(average)

@@ -1,4 +1,4 @@
-"""``polyak plan``: what an average will cost at a size that is not at hand."""
+"""``polyak plan``: what an average will cost for a model that you cannot run here."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def plan(  # noqa: PLR0913, PLR0917 - typer makes an option of each
     node: Annotated[int, typer.Option(help="Ranks on a host.")] = 8,
     flops: Annotated[float, typer.Option(help="TFLOP/s that an accelerator sustains in training.")] = 400,
 ) -> None:
-    """Tell what averages will cost each rank, on paper: memory, traffic, time, and which every= keeps it small."""
+    """Estimate what averages will cost each rank, on paper: memory, traffic, time, and which every= keeps it small."""
     with told():
         job = Job(params, ranks, replicas, weights, step, tokens)
         hardware = Hardware(memory * 1e9, link * 1e9, host * 1e9, node, flops * 1e12)

@@ -17,6 +17,7 @@ from polyak.errors import ConfigError
 from polyak.plot import POOR
 from polyak.posthoc import Store
 from polyak.posthoc import sweep as swept
+from polyak.posthoc.labels import label
 from polyak.posthoc.synthesis import combine, nearest, target_profile, warn_of_poor
 
 if TYPE_CHECKING:
@@ -59,22 +60,22 @@ def synthesize(
     at_step: AtStep = None,
     nonnegative: Nonnegative = False,  # noqa: FBT002 - a flag
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The .safetensors file to write.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell how good it would be.")] = False,  # noqa: FBT002 - a flag
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report how good it would be.")] = False,  # noqa: FBT002 - a flag
 ) -> None:
     """Make an average that a run did not keep, from its snapshots."""
     with told():
+        store = Store(directory)
         if output is None and not dry_run:
             message = "give the file to write, -o out.safetensors, or --dry-run"
             raise ConfigError(message)
         if not dry_run:
             check_tensors(output)
-        store = Store(directory)
         chosen, step = store.until(at_step)
         _check_spared(output, chosen)
         config = with_start(settings(set_ or []), step)
         wanted = target_profile(target, config, chosen, step)
         (found,) = nearest(chosen, [wanted], nonnegative=nonnegative)
-        warn_of_poor(found)
+        warn_of_poor(found, label({"name": target, **config}))
         _tell(found, chosen, wanted, step)
         if output is not None and not dry_run:
             combine(chosen, found, wanted, step).save(output)
@@ -202,8 +203,8 @@ def _show(found: Sweep) -> None:
     typer.echo(found.table())
     if poor := sum(row.profile_error > POOR for row in found.rows):
         typer.echo(
-            f"{poor} of them, with a profile error above {POOR:g}, are other averages than their names say: what they "
-            "are made of is not in the snapshots."
+            f"{poor} target{'s' * (poor > 1)} (profile error above {POOR:g}) could not be rebuilt accurately; "
+            f"do not trust {'their metrics' if poor > 1 else 'its metric'}."
         )
     if len(found.rows) > 1 and found.best in {found.rows[0], found.rows[-1]}:
         typer.echo("The best one is at the end of what was tried; a better one may lie beyond.")

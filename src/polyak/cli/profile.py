@@ -34,7 +34,7 @@ def profile(
     every: Annotated[int, typer.Option(help="Optimiser steps from one update to the next.")] = 1,
     plot: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf file for the picture.")] = None,
 ) -> None:
-    """Tell what each past step counts in averages at the end of a run, and how far they are from the first of them."""
+    """Print what each past step counts in averages at the end of a run, and how far they are from the first of them."""
     with told():
         check_steps(steps)
         check_picture(plot)

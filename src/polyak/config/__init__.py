@@ -94,6 +94,13 @@ class AveragerConfig(Options):
         return ConfigError(brief("\n  ".join([f"{where} cannot be used:", *explain(error, settings)])))
 
     @classmethod
+    @override
+    def _by_name(cls, value: object) -> str:
+        if hasattr(value, "parameters"):
+            return "A config builds averagers: config.build(model)"
+        return "Write strategy=..."
+
+    @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Self:
         """Return the config in a ``.toml``, ``.yaml`` or ``.json`` file.
 

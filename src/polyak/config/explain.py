@@ -33,6 +33,8 @@ def explain(error: ValidationError, data: Mapping[str, Any]) -> list[str]:
         return f"{meant or nearest(key, _OPTIONS)} Known: {listed(_OPTIONS)}."
 
     def setting(key: str) -> str:
+        if key in _OPTIONS:
+            return f" {key!r} is an option of the averager: move it out of 'strategy'."
         hint = nearest(key, [*settings, *_OPTIONS])
         others = [name for name, cls in registry().strategies().items() if key in cls.model_fields]
         if not hint and others:

@@ -8,16 +8,18 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 import yaml
 
 from polyak import atomic
 from polyak.config.yaml12 import dump_yaml, load_yaml
-from polyak.errors import ArgumentError, ConfigError
+from polyak.errors import ConfigError, MissingFileError
 from polyak.shown import brief, shown
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["read", "render", "write"]
 
@@ -65,7 +67,7 @@ def _text(file: Path) -> str:
         text = content.decode("utf-8-sig") if len(content) <= _LARGEST else ""
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a null byte
         message = brief(f"the config file {_named(file)} cannot be read: {getattr(error, 'strerror', None) or error}")
-        raise ConfigError(message) from error
+        raise (MissingFileError if isinstance(error, FileNotFoundError) else ConfigError)(message) from error
     if len(content) > _LARGEST:
         message = (
             f"the config file {_named(file)} has {size:,} bytes; expected a config of at most {_LARGEST // 1024} KiB"
@@ -121,15 +123,11 @@ def write(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         WriteError: If it cannot be written, as on a full disk.
     """
-    atomic.write_whole(Path(path), lambda scratch: scratch.write_text(text, encoding="utf-8"))
+    atomic.write_whole(_path(path), lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
 def _path(path: str | os.PathLike[str]) -> Path:
-    try:
-        return Path(path)
-    except TypeError:
-        message = f"a config file is named by its path; got {shown(path)}"
-        raise ArgumentError(message) from None
+    return atomic.as_path(path, "a config file")
 
 
 def _named(file: Path) -> str:

@@ -10,10 +10,12 @@ import torch
 from typing_extensions import override
 
 from polyak.attach import Update, attached
+from polyak.attributes import AttributeHints
 from polyak.engine import Engine
-from polyak.errors import ConfigError
+from polyak.errors import ArgumentError, ConfigError
 from polyak.optim.hindrance import alike, is_open, of_averager, of_optimizer
 from polyak.optim.one_pass import OnePass
+from polyak.shown import type_name
 from polyak.stepping import makes_state
 from polyak.tensors.kernels.adamw import AdamWCPU, Hyper
 from polyak.tensors.modes import Untracked
@@ -104,6 +106,12 @@ class AdamW(torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
+        if isinstance(params, AttributeHints):
+            message = (
+                f"polyak.optim.AdamW() got the {type_name(params)} first; the parameters come first: "
+                "polyak.optim.AdamW(model.parameters(), averager=averager)"
+            )
+            raise ArgumentError(message)
         if hasattr(lr, "applied"):
             message = f"lr: got {lr!r}; expected a number. Give an averager by its name: averager=..."
             raise ConfigError(message)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyak.atomic import check_target
+from polyak.atomic import as_path, check_target
 from polyak.checkpoints.tensor_file import write_tensors
 from polyak.errors import ConfigError
 from polyak.posthoc.snapshot import safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -57,7 +57,7 @@ class Synthesis:
             WriteError: If the file cannot be written, as on a full disk.
         """
         safetensors()
-        file = Path(path)
+        file = as_path(path, "the file of save()")
         check_savable(file, {str(tensor.dtype) for tensor in self.state_dict.values()})
         about = {
             "at_step": self.at_step,

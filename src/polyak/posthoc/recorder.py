@@ -5,11 +5,12 @@ from __future__ import annotations
 import weakref
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from polyak.atomic import as_path
+from polyak.averager import refuse_other
 from polyak.errors import ConfigError, StateError
 from polyak.posthoc.folder import Folder
 from polyak.posthoc.followed import (
@@ -97,13 +98,15 @@ class Recorder:
         blocks: bool | None = None,
         dtype: str | torch.dtype = "auto",
     ) -> None:
+        refuse_other("posthoc.Recorder", averager, directory, "directory, every=...")
         for name, value in (("every", every), ("keep", keep)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 message = f"{name}: got {value!r}; expected a whole number of at least 1"
                 raise ConfigError(message)
         safetensors()
         short = as_dtype(dtype)
-        self.directory, self._every = Path(directory).absolute(), every  # a script may change its directory
+        # A script may change its directory.
+        self.directory, self._every = as_path(directory, "the folder of a Recorder").absolute(), every
         self._engines = engines_of(averager)
         layout = layout_of(next(iter(self._engines.values())))
         self._blocks = block_means(self._engines, blocks)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyak.errors import StateError
+from polyak.atomic import as_path
+from polyak.errors import MissingFileError, StateError
 from polyak.posthoc.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -22,19 +22,20 @@ class Store:
         snapshots: The snapshots.
 
     Raises:
-        StateError: There is no such folder, a snapshot in it is damaged, or they are of different models.
+        MissingFileError: There is no such folder.
+        StateError: If a snapshot in it is damaged, or they are of different models.
 
     Examples:
         >>> Store("no-such-folder")
         Traceback (most recent call last):
-        polyak.errors.StateError: there is no folder 'no-such-folder'; expected what polyak.posthoc.Recorder wrote
+        polyak.errors.MissingFileError: there is no folder 'no-such-folder'; expected what polyak.posthoc.Recorder wrote
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = Path(directory)
+        self.directory = as_path(directory, "the folder of snapshots")
         if not self.directory.is_dir():
             message = f"there is no folder {str(directory)!r}; expected what polyak.posthoc.Recorder wrote"
-            raise StateError(message)
+            raise MissingFileError(message)
         # What begins with a dot is a file that is being written, or was when its process died.
         paths = sorted(path for path in self.directory.glob("*.safetensors") if not path.name.startswith("."))
         found = [snapshot for path in paths if (snapshot := Snapshot.read(path)) is not None]

@@ -6,24 +6,31 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from polyak.errors import ConfigError, PolyakWarning, WriteError
+from torch import Tensor
+
+from polyak.atomic import as_path
+from polyak.calls import users_level
+from polyak.errors import ArgumentError, ConfigError, PolyakWarning, WriteError
+from polyak.plot import POOR
+from polyak.posthoc.labels import label
 from polyak.posthoc.made import Synthesis, check_savable
 from polyak.posthoc.store import Store
 from polyak.posthoc.synthesis import Target, combine, nearest, target_profile, warn_of_poor
 from polyak.profile import Profile
 from polyak.progress import track
+from polyak.shown import shown
 from polyak.strategy import Strategy
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from matplotlib.axes import Axes
-    from torch import Tensor
 
+    from polyak.posthoc.snapshot import Snapshot
     from polyak.posthoc.solve import Fit
 
 __all__ = ["Row", "Sweep", "sweep"]
@@ -55,7 +62,7 @@ class Sweep:
 
     Attributes:
         rows: One for each target, in the order of their half-lives.
-        best: The best row.
+        best: The best row; one with a profile error above a tenth only if all have.
         synthesis: The best average.
         file: Where the best average was saved; None: it could not be written, and is in ``synthesis``.
     """
@@ -142,39 +149,57 @@ def sweep(
         >>> found.best.label
         'tail(fraction=0.2)'
     """
+    if callable(directory) or not callable(evaluate):
+        message = (
+            f"sweep() got {shown(directory)} as the folder and {shown(evaluate)} as the function; expected "
+            "polyak.posthoc.sweep(directory, evaluate), in this order"
+        )
+        raise ArgumentError(message)
     if mode not in {"min", "max"}:
         message = f"mode: got {mode!r}; expected 'min' (a loss) or 'max' (an accuracy)"
         raise ConfigError(message)
     store = directory if isinstance(directory, Store) else Store(directory)
     snapshots, step = store.until(at_step)
     labelled = _labelled(targets, step)
-    wanted = [target_profile(target, {}, snapshots, step) for _, target in labelled]
+    wanted = [_profile(name, target, snapshots, step) for name, target in labelled]
     if not wanted:
         message = "there is nothing to try; give at least one target"
         raise ConfigError(message)
-    file = store.directory / "best.safetensors" if output is None else Path(output)
+    file = store.directory / "best.safetensors" if output is None else as_path(output, "output")
     check_savable(file, snapshots[-1].layout.dtypes.values())
     if file.resolve() in {snapshot.path.resolve() for snapshot in store.snapshots}:
         message = f"output: {str(file)!r} is one of the snapshots; give another file"
         raise ConfigError(message)
     fits = nearest(snapshots, wanted, nonnegative=nonnegative)
     rows: list[Row] = []
-    sign = 1 if mode == "min" else -1
     best: tuple[Row, Synthesis, Fit] | None = None
-    labels = [label for label, _ in labelled]
+    labels = [name for name, _ in labelled]
     order = sorted(zip(labels, wanted, fits, strict=True), key=lambda one: one[1].half_life)
-    for label, profile, found in track(order, "trying averages"):
+    for name, profile, found in track(order, "trying averages"):
         made = combine(snapshots, found, profile, step)
         metric = _metric(evaluate, made, rows)
-        row = Row(label, profile.half_life / step, metric, made.profile_error, made.amplification)
+        row = Row(name, profile.half_life / step, metric, made.profile_error, made.amplification)
         rows.append(row)
-        if math.isfinite(metric) and (best is None or sign * metric < sign * best[0].metric):  # of equals the first
+        if math.isfinite(metric) and (best is None or _rank(row, mode) < _rank(best[0], mode)):  # of equals the first
             best = row, made, found
     if best is None:
         message = "every metric was NaN or infinite; check evaluate()"
         raise ConfigError(message)
-    warn_of_poor(best[2])
+    warn_of_poor(best[2], best[0].label)
     return Sweep(rows, *best[:2], _saved(best[1], file))
+
+
+def _rank(row: Row, mode: str) -> tuple[bool, float]:
+    """Return what is smaller for a better row; accurate ones come first."""
+    return row.profile_error > POOR, row.metric if mode == "min" else -row.metric
+
+
+def _profile(name: str, target: Target, snapshots: Sequence[Snapshot], step: int) -> Profile:
+    try:
+        return target_profile(target, {}, snapshots, step)
+    except ConfigError as error:
+        message = f"the target {shown(name)}: {error}"
+        raise type(error)(message) from error
 
 
 def _saved(made: Synthesis, file: Path) -> Path | None:
@@ -182,7 +207,7 @@ def _saved(made: Synthesis, file: Path) -> Path | None:
         made.save(file)
     except WriteError as error:  # the evaluations may have taken hours
         warnings.warn(
-            f"{error} The best average is in memory: sweep(...).synthesis.save(path)", PolyakWarning, stacklevel=3
+            f"{error} The best average is in memory: sweep(...).synthesis.save(path)", PolyakWarning, users_level()
         )
         return None
     return file
@@ -202,7 +227,7 @@ def _metric(evaluate: Callable[[dict[str, Tensor]], float], made: Synthesis, row
         _noted(error, rows)
         raise
     try:
-        return float(value)
+        return float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError) as error:
         message = f"evaluate() returned {value!r}; expected a number"
         raise ConfigError(message) from error
@@ -218,35 +243,10 @@ def _labelled(targets: Mapping[str, Target] | Iterable[Target] | None, step: int
     """Return the targets with labels, which are for reading only: several targets may have the same."""
     if targets is None:
         rates = [1 - 0.5 ** (1 / (part * step)) for part in _GRID if part * step >= 1]
-        targets = [{"name": "ema_debiased", "decay": 1 - float(f"{rate:.2g}")} for rate in rates]
+        targets = [{"name": "ema_debiased", "decay": round(1 - float(f"{rate:.2g}"), 12)} for rate in rates]
     if isinstance(targets, (str, Strategy, Profile)):
         message = f"targets are a list or a mapping of targets; got {targets!r}. For one target: synthesize()"
         raise ConfigError(message)
     if isinstance(targets, Mapping):
-        return [(str(label), target) for label, target in targets.items()]
-    return [(_label(target, number), target) for number, target in enumerate(targets, 1)]
-
-
-def _label(target: Target, number: int) -> str:
-    if isinstance(target, Profile):
-        return f"profile {number}"
-    if isinstance(target, str):
-        return target
-    own = _settings(target)
-    name = own.pop("name", "ema")
-    return f"{name}({', '.join(f'{key}={_short(value)}' for key, value in own.items())})"
-
-
-def _short(value: object) -> str:
-    return repr(value) if isinstance(value, float) else str(value)
-
-
-def _settings(target: Strategy | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the name and all settings of a target in one mapping, however deep it says them."""
-    if isinstance(target, Strategy):
-        return {"name": target.name, **target.model_dump(exclude_unset=True, exclude={"name"})}
-    own = dict(target)
-    inner = own.pop("strategy", None)
-    if inner is None:
-        return own
-    return {**({"name": inner} if isinstance(inner, str) else _settings(inner)), **own}
+        return [(str(name), target) for name, target in targets.items()]
+    return [(label(target, number), target) for number, target in enumerate(targets, 1)]

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from polyak.calls import users_level
 from polyak.checkpoints.tensor_file import Scratch
 from polyak.config import AveragerConfig
 from polyak.errors import ConfigError, PolyakWarning
 from polyak.plot import POOR
+from polyak.posthoc.labels import label
 from polyak.posthoc.made import Synthesis
 from polyak.posthoc.solve import Fit, fit, mixed
 from polyak.posthoc.store import Store
 from polyak.profile import Profile
 from polyak.progress import track
+from polyak.shown import shown
 from polyak.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -99,7 +102,7 @@ def synthesize(
     snapshots, step = store.until(at_step)
     wanted = target_profile(target, settings, snapshots, step)
     (found,) = nearest(snapshots, [wanted], nonnegative=nonnegative)
-    warn_of_poor(found)
+    warn_of_poor(found, label({"name": target, **settings} if isinstance(target, str) else target))
     return combine(snapshots, found, wanted, step)
 
 
@@ -135,14 +138,14 @@ def nearest(snapshots: Sequence[Snapshot], wanted: Sequence[Profile], *, nonnega
     return fit(profiles, wanted, noise=noise, nonnegative=nonnegative)
 
 
-def warn_of_poor(found: Fit) -> None:
-    """Warn where a combination is another average than was wanted, or amplifies what it should not."""
+def warn_of_poor(found: Fit, target: str) -> None:
+    """Warn if a combination is far from its target, or amplifies what it should not."""
     if found.error > POOR:
         warnings.warn(
-            f"the profile is {found.error:.2g} of the wanted one's norm away from it: another average than was wanted, "
-            "since the snapshots do not tell apart the steps that it needs. Record more of them",
+            f"{target} cannot be rebuilt accurately from these snapshots (profile error {found.error:.2g}; below "
+            f"{POOR:g} is good). Record more often (smaller every=) or with blocks=True.",
             PolyakWarning,
-            stacklevel=3,
+            users_level(),
         )
     if (found.amplification > _ILL and found.rounding > _EXACT) or found.rounding > _ROUNDED:
         warnings.warn(
@@ -150,7 +153,7 @@ def warn_of_poor(found: Fit) -> None:
             f"to {found.rounding:.1g} of the weights. Record more snapshots or block means, store float32, or take "
             "nonnegative=True",
             PolyakWarning,
-            stacklevel=3,
+            users_level(),
         )
 
 
@@ -172,6 +175,9 @@ def combine(snapshots: Sequence[Snapshot], found: Fit, wanted: Profile, step: in
 def _config(
     target: str | Strategy | Mapping[str, Any], settings: Mapping[str, Any], recorded: Sequence[NDArray[np.int64]]
 ) -> AveragerConfig:
+    if "step" in settings:
+        message = f"step: got {shown(settings['step'])}; the optimiser step of the average is given as at_step="
+        raise ConfigError(message)
     if isinstance(target, Strategy):
         if strange := settings.keys() - _CADENCE:
             message = f"the settings {sorted(strange)} were given beside the object {target!r}; set them on it instead"

@@ -13,6 +13,7 @@ import pluggy
 
 from polyak import hookspecs
 from polyak.errors import PluginError, UnknownStrategyError
+from polyak.habits import strategy_habit
 from polyak.registry.offers import Offer, Plugin, Strategies, checked, normal
 from polyak.shown import brief, listed, shown
 from polyak.strategies import BUILT_IN
@@ -28,6 +29,7 @@ __all__ = ["Offer", "Plugin", "Registry", "Strategies", "registry", "strategies"
 
 _log = logging.getLogger("polyak")
 _BUILT_IN = "polyak"
+_SIMILAR = 0.6  # of two names; less is a guess
 _LONGEST = 60  # letters of a name for which similar ones are looked up
 
 
@@ -194,8 +196,8 @@ class Registry:
     def _unknown(self, name: str) -> str:
         known = list(self.strategies())
         forms = _forms(name) if len(name) <= _LONGEST else ()
-        near = [match for form in forms for match in get_close_matches(form, known, 1, 0.5)]
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        near = [match for form in forms for match in get_close_matches(form, known, 1, _SIMILAR)]
+        hint = strategy_habit(name) or (f" Did you mean {near[0]!r}?" if near else "")
         failed = "".join(
             f"\n  plugin {p.name} ({p.distribution} {p.version}): {p.error}" for p in self.plugins if p.error
         )

@@ -74,11 +74,10 @@ class HalfLifeEMA(Strategy):
         given = {field for field in _NEEDS.values() if getattr(self, field) is not None}
         needed = {_NEEDS[self.unit]} if self.unit in _NEEDS else set()
         if given != needed:
-            wants = f"needs {_NEEDS[self.unit]!r} and no other" if needed else "needs none"
-            message = (
-                f"a half-life in {self.unit} {wants} of {', '.join(map(repr, _NEEDS.values()))}; "
-                f"got {', '.join(map(repr, sorted(given))) or 'none of them'}"
-            )
+            wanted = [f"{name}=" for name in _NEEDS.values() if name in needed]
+            others = ", ".join(name for name in _NEEDS.values() if name not in needed)
+            wants = f"needs {wanted[0]} (and none of {others})" if needed else f"needs none of {others}"
+            message = f"unit={self.unit!r} {wants}; got {', '.join(sorted(given)) or 'none'}"
             raise ValueError(message)
         return self
 

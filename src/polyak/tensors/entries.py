@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -132,7 +132,11 @@ def _tensors_of(model: Model) -> Iterator[Entry]:
             yield from _own_tensors(prefix, module)
         return
     if not isinstance(model, Mapping):
-        message = f"a model is a torch.nn.Module or a mapping of names to tensors; got {type_name(model)}"
+        got = f"the class {model.__name__}" if isinstance(model, type) else type_name(model)
+        # Such are parameters(), and lists of them.
+        parts = isinstance(model, Iterable) and not isinstance(model, (str, type, Tensor))
+        hint = "; pass the model itself, not model.parameters()" * parts
+        message = f"a model is a torch.nn.Module or a mapping of names to tensors; got {got}{hint}"
         raise ModelError(message)
     for name, tensor in model.items():
         if not isinstance(tensor, Tensor):

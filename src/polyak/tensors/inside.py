@@ -57,7 +57,7 @@ def complain(swap: Swap, plan: Plan, *, failed: bool) -> None:
     if written:
         message = (
             f"applied(): parameters were written inside ({_names(plan, written)}). The original weights are restored, "
-            "and what was written is lost or in the average; step optimisers and load checkpoints outside of it."
+            "and those writes are lost, or have changed the average; step optimisers and load checkpoints outside."
         )
         with suppress(PolyakWarning) if failed else nullcontext():  # where warnings are errors
             warnings.warn(message, PolyakWarning, stacklevel=6)

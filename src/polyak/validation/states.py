@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 from operator import mul
+from os import PathLike
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -181,6 +182,19 @@ def _names(names: Iterable[object]) -> str:
     return f"[{', '.join(map(shown, sorted(map(str, names))[:_SHOWN]))}]"
 
 
+def _meant(raw: object) -> str:
+    """Return what to do with something else that people have at hand; empty if it is something else again."""
+    if isinstance(raw, (str, PathLike)):
+        return ". A file is read by polyak.load(averager, path)"
+    if not isinstance(raw, Mapping):
+        return ""
+    inner = [key for key, value in raw.items() if isinstance(value, Mapping) and "format" in value]
+    if inner:
+        return f". Pass checkpoint[{shown(inner[0])}]"
+    weights = bool(raw) and all(isinstance(value, Tensor) for value in raw.values())
+    return ". These are weights: model.load_state_dict() loads them" * weights
+
+
 def check_format(raw: Any) -> None:  # noqa: ANN401 - a user's own object
     """Refuse what is no state of one averager, or of a newer polyak.
 
@@ -197,6 +211,7 @@ def check_format(raw: Any) -> None:  # noqa: ANN401 - a user's own object
     if type(version) is not int or version < 1:
         got = f"a mapping with the keys {_names(raw)}" if isinstance(raw, Mapping) else type(raw).__name__
         message = f"expected what averager.state_dict() returned (a mapping with 'format': {FORMAT}); got {got}"
+        message += _meant(raw)
         raise StateError(message)
     if version > FORMAT:
         message = (
@@ -216,6 +231,7 @@ def check_bank(raw: Any, names: Iterable[str]) -> Mapping[str, Any]:  # noqa: AN
         message = "expected what bank.state_dict() returned, a mapping with the key 'bank'"
         if isinstance(raw, Mapping) and "slots" in raw:
             message += "; this is one averager's: bank[name].load_state_dict(state)"
+        message += _meant(raw)
         raise StateError(message)
     if "format" in raw:
         check_format({"format": raw["format"]})
