@@ -475,7 +475,7 @@ def test_wrong_settings_are_refused_before_anything_is_made(tmp_path, settings, 
 def test_what_cannot_be_followed_is_refused_before_anything_is_made(tmp_path):
     model = mlp()
     never = tmp_path / "never"
-    with pytest.raises(ConfigError, match="got Sequential"):
+    with pytest.raises(ConfigError, match="got <Sequential>"):
         Recorder(model, never, every=5)
     captured = polyak.average(model, capturable=True, nonfinite="propagate")
     with pytest.raises(ConfigError, match="captured graph"):
