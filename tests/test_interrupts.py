@@ -186,6 +186,7 @@ def test_what_cannot_be_finished_is_counted_where_it_was_made(monkeypatch):
 # Threads
 
 
+@pytest.mark.filterwarnings("ignore:the weights have not changed:polyak.PolyakWarning")
 @pytest.mark.parametrize("settings", [{}, {"every": 3}, {"kernel": "foreach"}], ids=str)
 def test_updates_of_several_threads_are_all_counted(settings):
     averager = polyak.average(mlp(), "swa", **settings)
@@ -197,6 +198,7 @@ def test_updates_of_several_threads_are_all_counted(settings):
     assert averager.n == len(averager.profile()) == 300 // settings.get("every", 1)
 
 
+@pytest.mark.filterwarnings("ignore:the weights have not changed:polyak.PolyakWarning")
 def test_a_bank_and_one_of_its_averages_are_updated_by_two_threads():
     bank = polyak.bank(mlp(), {"a": "swa", "b": "swa"})
     with ThreadPoolExecutor(2) as pool:
