@@ -1371,3 +1371,29 @@ def test_other_settings_than_the_saved_ones_are_warned_of_at_the_users_line(tmp_
     with pytest.warns(polyak.PolyakWarning, match=r"settings differ from the saved ones .*: decay=0\.5") as caught:
         polyak.load(other, tmp_path / "a.pt") if read == "load" else other.load_state_dict(saved.state_dict())
     assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_every_wrong_part_is_said_at_once_also_beside_an_unknown_strategy():
+    with pytest.raises(polyak.UnknownStrategyError, match=r"(?s)dtype: got 'int8'.*strategy: .*'emaa'"):
+        polyak.average(mlp(), "emaa", dtype="int8")
+    with pytest.raises(polyak.ConfigError, match=r"(?s)the average 'a' .*'emaa'.*the average 'b' .*decay"):
+        polyak.bank(mlp(), {"a": "emaa", "b": {"name": "ema", "decay": 2}})
+
+
+def test_a_config_in_a_bank_is_given_as_a_mapping():
+    config = polyak.AveragerConfig(strategy="swa", every=2)
+    with pytest.raises(polyak.ArgumentError, match=r"in a bank write config\.model_dump\(\)"):
+        polyak.bank(mlp(), {"a": config})
+    assert polyak.bank(mlp(), {"a": config.model_dump()})["a"].strategy == polyak.SWA()
+
+
+def test_a_step_that_restarts_each_epoch_is_named_first():
+    averager = _averager()
+    averager.update(step=5)
+    with pytest.warns(polyak.PolyakWarning, match="count over the whole run, not per epoch"):
+        averager.update(step=1)
+
+
+def test_copy_to_another_model_speaks_of_no_update():
+    with pytest.raises(polyak.MismatchError, match=r"Give the model the averager was built from"):
+        _averager().copy_to(nn.Linear(3, 3))

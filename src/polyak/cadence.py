@@ -79,8 +79,8 @@ class Tick(NamedTuple):
             return f"update() twice at step {self.step}; the second is left out. Call it once per optimiser step."
         if self.order == "backward":
             return (
-                f"update(step={self.step}) after step {last.step}: the step went back; was a checkpoint of the model "
-                "loaded without the averager's state? The stride counts anew."
+                f"update(step={self.step}) after step {last.step}: the step went back; it must count over the whole "
+                "run, not per epoch. Or was a checkpoint of the model loaded without the averager's state?"
             )
         return ""
 

@@ -10,7 +10,7 @@ from polyak.calls import explained
 from polyak.config import AveragerConfig
 from polyak.config.chosen import AnyStrategy, refuse_swapped, written
 from polyak.errors import ArgumentError, ConfigError
-from polyak.shown import shown
+from polyak.shown import brief, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -130,6 +130,7 @@ def bank(model: Model, averages: Mapping[str, AnyStrategy], **common: Any) -> Ba
         message = 'a bank holds at least one average; got none. Give e.g. {"short": "ema", "mean": "swa"}'
         raise ConfigError(message)
     made: dict[str, Engine] = {}
+    problems: list[tuple[type[ConfigError], str]] = []
     for name, wanted in averages.items():
         if not isinstance(name, str) or not name:
             message = f"an average's name in a bank is a text; got {shown(name)}"
@@ -137,8 +138,9 @@ def bank(model: Model, averages: Mapping[str, AnyStrategy], **common: Any) -> Ba
         try:
             made[name] = cast("Engine", _average(model, wanted, common))
         except ConfigError as error:
-            message = f"the average {shown(name)} of the bank: {error}"
-            raise type(error)(message) from error
+            problems.append((type(error), f"the average {shown(name)} of the bank: {error}"))
+    if problems:
+        raise problems[0][0](brief("\n".join(message for _, message in problems)))
     return Bank(made)
 
 

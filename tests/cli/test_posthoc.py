@@ -207,14 +207,14 @@ def test_what_goes_wrong_inside_a_module_is_told_by_its_own_traceback(says, stor
         says(f"sweep blocks {module}:far")
 
 
-def test_a_function_that_raises_shows_its_own_traceback(says, stores):
+def test_a_function_that_raises_is_said_in_one_line_with_its_place(says, stores):
     done = subprocess.run(
         [sys.executable, "-m", "polyak", "sweep", "blocks", "task:breaks"],
         cwd=stores, env=environment(stores), capture_output=True, text=True, check=False, timeout=200,
     )  # fmt: skip
-    assert done.returncode == 1
-    assert 'task.py", line' in done.stderr
-    assert done.stderr.endswith("KeyError: 'mine alone'\n")
+    assert done.returncode == 2
+    line = (stores / "task.py").read_text().split("\n").index('    raise KeyError("mine alone")') + 1
+    assert done.stderr == f"polyak: task:breaks raised KeyError: 'mine alone' (task.py:{line})\n"
     assert not (stores / "blocks" / "best.safetensors").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from polyak.cli.files import check_picture, check_tensors, picture
 from polyak.cli.given import grid, settings, with_start
 from polyak.cli.tables import Listing, show, size
 from polyak.cli.told import told
-from polyak.errors import ConfigError
+from polyak.errors import ConfigError, PolyakError
 from polyak.plot import POOR
 from polyak.posthoc import Store
 from polyak.posthoc import sweep as swept
@@ -154,6 +155,15 @@ def _function(name: str) -> Callable[[Any], float]:
             value: float = found(state)
         except typer.Exit as error:  # which would end the command as if it had succeeded
             message = f"{name} ended the command with the exit code {error.exit_code}; expected a number"
+            raise ConfigError(message) from error
+        except PolyakError:
+            raise
+        except Exception as error:
+            frames = [frame for frame in extract_tb(error.__traceback__) if frame.filename != __file__]
+            own = [frame for frame in frames if frame.filename == getattr(sys.modules[module], "__file__", "")]
+            last = (own or frames)[-1]
+            said = f"{type(error).__name__}: {error}"
+            message = f"{name} raised {said} ({Path(last.filename).name}:{last.lineno})"
             raise ConfigError(message) from error
         return value
 

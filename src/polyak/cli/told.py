@@ -33,6 +33,6 @@ def told() -> Iterator[None]:
             warnings.showwarning = show
             yield
     except PolyakError as error:
-        first, *more = (line.strip() for line in str(error).splitlines())
+        first, *more = (line.strip() for line in [*str(error).splitlines(), *getattr(error, "__notes__", ())])
         typer.echo(f"polyak: {' '.join([first, '; '.join(more)]).strip()}", err=True)
         raise typer.Exit(2) from error

@@ -89,8 +89,9 @@ class AveragerConfig(Options):
     @override
     def _refused(cls, error: ValidationError, settings: Mapping[str, Any], where: str) -> ConfigError:
         causes = [detail.get("ctx", {}).get("error") for detail in error.errors()]
-        if unknown := [cause for cause in causes if isinstance(cause, UnknownStrategyError)]:
-            return UnknownStrategyError(brief(f"{where} cannot be used:\n  strategy: {unknown[0]}"))
+        if any(isinstance(cause, UnknownStrategyError) for cause in causes):
+            lines = explain(error, {**settings, "strategy": "ema"})  # its own settings are those of no strategy
+            return UnknownStrategyError(brief("\n  ".join([f"{where} cannot be used:", *lines])))
         return ConfigError(brief("\n  ".join([f"{where} cannot be used:", *explain(error, settings)])))
 
     @classmethod

@@ -39,7 +39,11 @@ def written(strategy: AnyStrategy, settings: Mapping[str, Any]) -> Mapping[str, 
     if isinstance(strategy, type) and issubclass(strategy, Strategy):
         return strategy(**settings)
     if not isinstance(strategy, (str, Mapping)):
-        hint = ". A config builds an averager itself: config.build(model)" if hasattr(strategy, "build") else ""
+        hint = (
+            ". A config builds an averager itself: config.build(model); in a bank write config.model_dump()"
+            if hasattr(strategy, "build")
+            else ""
+        )
         message = (
             "a strategy is a name such as 'ema', a mapping with a 'name', a class or an object such as polyak.EMA(); "
             f"got {shown(strategy)}{hint}"

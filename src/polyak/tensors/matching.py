@@ -141,7 +141,7 @@ def _message(problems: list[str], averaged: int, found: int, match: Match) -> st
     return (
         "the model's tensors are not those the average was built from "
         f"({averaged} averaged, {found} in the model, matched by {match}):\n  {shown}\n"
-        "Nothing was changed. Update with the model the averager was built from, or build a new averager for this one"
+        "Nothing was changed. Give the model the averager was built from, or build a new averager for this one"
         + (
             " after it was sharded; polyak.distributed.save and load carry an average from one layout to another."
             if any(problem.startswith("spread") for problem in problems)
