@@ -1397,3 +1397,9 @@ def test_a_step_that_restarts_each_epoch_is_named_first():
 def test_copy_to_another_model_speaks_of_no_update():
     with pytest.raises(polyak.MismatchError, match=r"Give the model the averager was built from"):
         _averager().copy_to(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("settings", [{"decay": "0.999"}, {"every": "3"}, {"decay": "1e-3"}], ids=str)
+def test_a_number_in_quotes_is_asked_for_without_them(settings):
+    with pytest.raises(polyak.ConfigError, match=r"\(got '.*'\)\. Write it without quotes\."):
+        polyak.average(mlp(), "ema", **settings)

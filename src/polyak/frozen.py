@@ -26,6 +26,7 @@ else:
 
 __all__ = ["Frozen", "line", "nearest"]
 
+_NUMBER = r"[-+]?\d*\.?\d+(e[-+]?\d+)?"
 _LONGEST = 40  # letters of a name for which similar ones are looked up
 
 
@@ -130,7 +131,9 @@ def line(detail: ErrorDetails, hint: Callable[[str], str]) -> str:
     if kind == "missing":
         return f"{where}: it has no default and must be given"
     allowed = re.findall(r"'([^']*)'", detail["ctx"]["expected"]) if kind == "literal_error" else []
-    return f"{where}: {detail['msg']} (got {got}).{_similar(detail['input'], allowed)}"
+    text = isinstance(detail["input"], str) and re.fullmatch(_NUMBER, detail["input"])
+    unquoted = " Write it without quotes." if text and kind != "literal_error" else ""
+    return f"{where}: {detail['msg']} (got {got}).{unquoted}{_similar(detail['input'], allowed)}"
 
 
 def nearest(key: str, known: Collection[str]) -> str:
