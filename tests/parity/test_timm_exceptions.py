@@ -150,6 +150,7 @@ def test_in_float32_a_long_timm_average_drifts_and_polyak_follows_the_exact_one(
     assert distance(exact, ours.averaged_state_dict()) <= 2e-6
 
 
+@pytest.mark.filterwarnings("ignore:the weights have not changed:polyak.PolyakWarning")
 @pytest.mark.parametrize(("their_class", "name", "settings"), GENERATIONS[:2])
 def test_constant_weights_drift_in_timm_and_stay_bit_for_bit_in_polyak(
     network: Network, their_class: Any, name: str, settings: dict[str, Any]
