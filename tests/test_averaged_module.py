@@ -403,7 +403,7 @@ def test_modes_and_forwards_of_the_module_write_nothing_of_the_model_or_the_aver
     assert everything(model, averager) == before
 
 
-def test_frozen_parameters_share_memory_with_the_model_s_and_follow_them():
+def test_parameters_that_are_not_averaged_share_the_model_s_memory_and_follow_it():
     model = mlp()
     model[0].requires_grad_(False)
     averager = polyak.average(model, "ema", include="2.*")

@@ -48,7 +48,7 @@ PROGRESS = {
 }  # fmt: skip
 HISTORIES = {
     "NaN": history([math.nan], [1], [3]), "a rate of 7": history([7.0], [1], [3]),
-    "a negative rate": history([-0.1], [1], [3]),
+    "a negative rate": history([-0.1], [1], [3]), "a rate of 7 before the last": history([7.0, 0.1], [1, 1], [1, 3]),
     "ends that go back": history([0.1, 0.2], [1, 1], [5, 3]), "an empty run": history([0.2, 0.1], [1, 1], [3, 3]),
     "a negative stride": history([0.1], [-4], [3]), "a stride of 0": history([0.1], [0], [3]),
     "another count": history([0.1], [1], [4]), "other lengths": history([0.1, 0.1], [1], [3]),

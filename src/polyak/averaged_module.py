@@ -41,8 +41,8 @@ class _Read(NamedTuple):
 class AveragedModule:
     """The eval-mode module of an averager, which ``follow`` keeps in step.
 
-    A parameter shares the memory of its average if that has the model's dtype and device. A frozen parameter that is
-    not averaged shares the model's memory. All else is a copy: converted averages; buffers, which a forward in train
+    A parameter shares the memory of its average if that has the model's dtype and device. A parameter that is not
+    averaged shares the model's memory. All else is a copy: converted averages; buffers, which a forward in train
     mode writes; tensor subclasses that are not averaged; and all tensors below a module with its own ``train()``,
     ``eval()`` or ``merge()``, which may write weights in place.
 

@@ -83,7 +83,7 @@ class Averager(Protocol):
         compiled form. Using it changes neither the model nor the average.
 
         A parameter shares the memory of its average if that has the model's dtype and device, and costs nothing then.
-        A frozen parameter that is not averaged shares the model's memory. Do not write shared parameters in place:
+        A parameter that is not averaged shares the model's memory. Do not write shared parameters in place:
         take ``copy.deepcopy(averager.module)`` to train or edit it. Copied are averages in another dtype or on another
         device, buffers, and all tensors below a module with its own ``train()``, ``eval()`` or ``merge()``. Copies are
         written at an update only while something refers to the module, a submodule or a tensor of it; an offloaded

@@ -31,7 +31,7 @@ class Held(NamedTuple):
     Attributes:
         tensor: The tensor.
         average: The name of the average it holds; empty if it holds what the model's tensor does.
-        shares: Whether its memory is that of the average, or of the model's frozen parameter.
+        shares: Whether its memory is that of the average, or of the model's parameter.
         buffer: Whether it is a buffer.
         place: Where the module has it.
         source: Where the model has its counterpart.

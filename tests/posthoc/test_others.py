@@ -100,6 +100,7 @@ def test_an_earlier_step_uses_nothing_later_here_and_does_there(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be rebuilt")  # a coarse store, on purpose
+@pytest.mark.filterwarnings("ignore:.*have not changed")  # constant weights, on purpose
 def test_a_constant_weight_stays_what_it_is_here_and_shrinks_there(tmp_path):
     from ema_pytorch import PostHocEMA
 
