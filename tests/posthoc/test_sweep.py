@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -70,10 +71,10 @@ def test_without_a_name_the_best_lies_in_the_folder_and_is_no_snapshot(tmp_path)
         found = sweep(tmp_path, lambda state: -state["w"].item())
         assert found.file == tmp_path / "best.safetensors"
     assert len(Store(tmp_path).snapshots) == before
-    accurate = [row for row in found.rows if row.profile_error <= 0.1]
-    assert found.best.half_life == min(row.half_life for row in accurate)  # the shortest lags the least
+    assert found.best.half_life == min(row.half_life for row in found.rows)  # the shortest lags the least
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot be rebuilt")  # a coarse store, on purpose
 def test_the_default_grid_reaches_from_short_to_half_of_the_run(noisy, tmp_path):
     found = sweep(noisy[0], loss, output=tmp_path / "x.safetensors")
     lives = [row.half_life for row in found.rows]
@@ -308,16 +309,18 @@ def test_a_wrong_target_is_named(noisy, tmp_path):
         sweep(noisy[0], loss, {"a": "swaa"}, output=tmp_path / "x.safetensors")
 
 
-def test_an_inaccurate_target_is_the_best_only_if_all_are(noisy, tmp_path):
-    short, long = {"name": "ema", "decay": 0.3}, {"name": "ema", "decay": 0.99}
-    metrics = iter([0.0, 1.0])
-    found = sweep(noisy[0], lambda state: next(metrics), {"s": short, "l": long}, output=tmp_path / "x.safetensors")
-    assert [row.profile_error > 0.1 for row in found.rows] == [True, False]
-    assert found.best.label == "l"
-    with pytest.warns(polyak.PolyakWarning, match=r"s cannot be rebuilt accurately .*profile error") as caught:
-        found = sweep(noisy[0], lambda state: 0.0, {"s": short}, output=tmp_path / "x.safetensors")
-    assert {warning.filename for warning in caught} == {__file__}
-    assert found.best.label == "s"
+def test_an_inaccurate_target_may_be_the_best_and_the_users_line_is_warned(noisy, tmp_path):
+    targets = {"s": {"name": "ema", "decay": 0.3}, "l": {"name": "ema", "decay": 0.99}}
+    for first, best in ([0.0, "s"], [2.0, "l"]):
+        metrics = iter([first, 1.0])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = sweep(noisy[0], lambda state, left=metrics: next(left), targets, output=tmp_path / "x.safetensors")
+        assert [row.profile_error > 0.1 for row in found.rows] == [True, False]
+        assert found.best.label == best
+        assert [(w.filename, "s cannot be rebuilt" in str(w.message)) for w in caught] == [(__file__, True)] * (
+            first < 1
+        )
 
 
 def test_a_step_for_a_synthesis_is_called_at_step(noisy):

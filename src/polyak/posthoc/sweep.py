@@ -13,7 +13,6 @@ from torch import Tensor
 from polyak.atomic import as_path
 from polyak.calls import users_level
 from polyak.errors import ArgumentError, ConfigError, PolyakWarning, WriteError
-from polyak.plot import POOR
 from polyak.posthoc.labels import label
 from polyak.posthoc.made import Synthesis, check_savable
 from polyak.posthoc.store import Store
@@ -62,7 +61,7 @@ class Sweep:
 
     Attributes:
         rows: One for each target, in the order of their half-lives.
-        best: The best row; one with a profile error above a tenth only if all have.
+        best: The best row.
         synthesis: The best average.
         file: Where the best average was saved; None: it could not be written, and is in ``synthesis``.
     """
@@ -172,6 +171,7 @@ def sweep(
         raise ConfigError(message)
     fits = nearest(snapshots, wanted, nonnegative=nonnegative)
     rows: list[Row] = []
+    sign = 1 if mode == "min" else -1
     best: tuple[Row, Synthesis, Fit] | None = None
     labels = [name for name, _ in labelled]
     order = sorted(zip(labels, wanted, fits, strict=True), key=lambda one: one[1].half_life)
@@ -180,18 +180,13 @@ def sweep(
         metric = _metric(evaluate, made, rows)
         row = Row(name, profile.half_life / step, metric, made.profile_error, made.amplification)
         rows.append(row)
-        if math.isfinite(metric) and (best is None or _rank(row, mode) < _rank(best[0], mode)):  # of equals the first
+        if math.isfinite(metric) and (best is None or sign * metric < sign * best[0].metric):  # of equals the first
             best = row, made, found
     if best is None:
         message = "every metric was NaN or infinite; check evaluate()"
         raise ConfigError(message)
     warn_of_poor(best[2], best[0].label)
     return Sweep(rows, *best[:2], _saved(best[1], file))
-
-
-def _rank(row: Row, mode: str) -> tuple[bool, float]:
-    """Return what is smaller for a better row; accurate ones come first."""
-    return row.profile_error > POOR, row.metric if mode == "min" else -row.metric
 
 
 def _profile(name: str, target: Target, snapshots: Sequence[Snapshot], step: int) -> Profile:
