@@ -64,6 +64,7 @@ def test_the_best_average_is_found_and_saved(noisy, tmp_path):
     assert {row.label: row.metric for row in worst.rows} == {row.label: row.metric for row in found.rows}
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot be rebuilt")  # a coarse store, on purpose
 def test_without_a_name_the_best_lies_in_the_folder_and_is_no_snapshot(tmp_path):
     counted(tmp_path, 100)
     before = len(Store(tmp_path).snapshots)
