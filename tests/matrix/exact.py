@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Exact:
     """``sum(share * weights)`` in float64, for each distinct floating tensor of a model.
 
-    The shares are those that the strategy states for its rates, whatever it keeps beside the average.
+    The shares are those that the strategy states for its rates, whatever it keeps next to the average. Buffers that the
+    strategy copies are those of the last step.
 
     Args:
         model: Its weights are taken in as they are, then after each step.
@@ -32,12 +33,19 @@ class Exact:
         self._shares = iter(np.asarray(updates).tolist())
         self.live = {name: tensor for name, tensor in distinct(model).items() if tensor.is_floating_point()}
         self.averages = {name: start * tensor.detach().double() for name, tensor in self.live.items()}
+        parameters = {id(parameter) for parameter in model.parameters()}
+        copies = strategy.engine().get("buffers") == "copy"
+        self._copied = {name for name, tensor in self.live.items() if copies and id(tensor) not in parameters}
 
     def update(self) -> None:
         """Add the weights of the next step with their share."""
         share = next(self._shares)
         for name, average in self.averages.items():
-            average.add_(self.live[name].detach().double(), alpha=share)
+            live = self.live[name].detach().double()
+            if name in self._copied:
+                average.copy_(live)
+            else:
+                average.add_(live, alpha=share)
 
 
 def _rates(strategy: polyak.Strategy, lrs: Sequence[float]) -> list[float]:

@@ -129,6 +129,12 @@ def test_every_strategy_is_compared_with_the_shares_that_it_states_itself(strate
     assert exact.error < 1e-6
 
 
+def test_buffers_that_a_strategy_copies_are_compared_with_those_of_the_last_step():
+    exact, *_ = measure("dema", "mobilenet_v3_small", 3)
+
+    assert exact.error < 1e-6
+
+
 def test_an_average_that_is_not_what_the_shares_say_needs_an_explanation(monkeypatch):
     assert measure("dema", "mlp_tiny", 7)[0].error < 1e-6
     monkeypatch.setattr(polyak.DoubleEMA, "shares", polyak.Strategy.shares)
