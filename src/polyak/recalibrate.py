@@ -73,7 +73,9 @@ def recalibrate(
     """
     if not isinstance(target, nn.Module):
         refuse_other("recalibrate", target, batches, "batches")
-    if isinstance(batches, (Tensor, Mapping, str)) or not any(hasattr(batches, name) for name in _READ_BY):
+    # The rows of a tensor may be batches, but not if they are single values or vectors of features.
+    one = isinstance(batches, Tensor) and batches.dim() < (3 if batches.is_floating_point() else 2)
+    if one or isinstance(batches, (Mapping, str)) or not any(hasattr(batches, name) for name in _READ_BY):
         message = (
             f"batches: got {shown(batches)}; expected an iterable of batches, such as a data loader. "
             "For one batch x write [x]" + ", or x.split(64)" * isinstance(batches, Tensor)
