@@ -30,7 +30,7 @@ _WRITES = attrgetter("_version")
 
 
 class _Read(NamedTuple):
-    """The model's tensor that a copy was made of, and what tells whether either has changed since."""
+    """The source of a copy, and what shows whether source or copy has changed since."""
 
     live: Tensor
     address: int

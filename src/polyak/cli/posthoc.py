@@ -214,7 +214,7 @@ def _show(found: Sweep) -> None:
     if poor := sum(row.profile_error > POOR for row in found.rows):
         typer.echo(
             f"{poor} target{'s' * (poor > 1)} (profile error above {POOR:g}) could not be rebuilt accurately; "
-            "a metric there is that of another average than was asked for."
+            "metrics there belong to different averages."
         )
     if len(found.rows) > 1 and found.best in {found.rows[0], found.rows[-1]}:
         typer.echo("The best one is at the end of what was tried; a better one may lie beyond.")
