@@ -39,6 +39,16 @@ def test_a_share_every_ten_steps_is_spread_over_ten_steps(ax):
     assert not shares[40:].any()
 
 
+def test_a_line_over_samples_has_no_point_for_each(ax):
+    profiles = {"swa": Profile.of(SWA(), 4, every=2**40), "ema": Profile.of(EMA(decay=0.5), 4, every=2**40)}
+    plot.shares(profiles, ax)
+    for label, profile in profiles.items():
+        ages, shares = lines(ax)[label].T
+        assert len(ages) <= 1_000_000
+        assert ages[-1] == pytest.approx(2**42, rel=1e-3)
+        assert shares @ np.append(np.diff(ages), 1.0) == pytest.approx(1 - profile.start, rel=1e-3)
+
+
 def test_profiles_that_are_nearly_the_same_are_one_line_and_others_are_not(ax):
     profiles = {name: Profile.of(EMA(decay=decay), 500) for name, decay in {"a": 0.9, "b": 0.9002, "c": 0.95}.items()}
     plot.shares(profiles, ax)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import polyak
 from oracle import strategies_to_try
-from polyak import EMA, LAWA, SWA, DoubleEMA, Profile
+from polyak import EMA, LAWA, SWA, DoubleEMA, HalfLifeEMA, Profile
 
 LONG = 20_000
 _CADENCE = {"every", "start", "origin"}
@@ -137,6 +137,23 @@ def test_a_stride_of_the_first_update_is_that_of_the_second_where_it_is_not_give
     assert len(Profile(np.array([0.5, 0.5]), np.array([10, 20])).by_age) == 20
     assert len(Profile(np.array([0.5, 0.5]), np.array([10, 20]), stride=3).by_age) == 13
     assert len(Profile(np.array([1.0]), np.array([10])).by_age) == 1
+
+
+def test_samples_as_steps_cost_no_more_than_steps():
+    step = 2**40
+    sparse, dense = (Profile.of(HalfLifeEMA(halflife=every), 40, every=every) for every in (step, 1))
+    np.testing.assert_allclose(sparse.shares, dense.shares, rtol=0, atol=1e-12)
+    assert sparse.steps.tolist() == (step * dense.steps).tolist()
+    other = [Profile.of(SWA(), 20, every=every) for every in (step, 1)]
+    assert sparse.distance(other[0]) == pytest.approx(dense.distance(other[1]), abs=1e-12)
+    assert sparse.half_life == step * dense.half_life
+    with pytest.raises(polyak.ConfigError, match="use shares and steps"):
+        sparse.by_age  # noqa: B018 - a property
+
+
+def test_updates_beyond_the_largest_step_are_refused():
+    with pytest.raises(polyak.ConfigError, match="expected at most 9223372036854775807"):
+        Profile.of(SWA(), 10, every=2**62)
 
 
 profiles = st.one_of(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from typing import Self
 
+    import numpy as np
     from numpy.typing import NDArray
 
 __all__ = ["Clock", "Clocks"]
@@ -63,15 +62,9 @@ class Clocks(NamedTuple):
     elapsed: NDArray[np.float64]
     counted: bool
 
-    @classmethod
-    def regular(cls, n: int, *, every: int = 1, first: int | None = None, lr: float | None = None) -> Self:
-        """Return the moments of ``n`` updates, one each ``every`` steps, from the step ``first`` on."""
-        count = np.arange(1.0, n + 1.0)
-        step = count * every + ((every if first is None else first) - every)
-        return cls(count, step, float(every), lr, np.zeros(n), count * every, counted=True)
-
-    def each(self) -> list[Clock]:
-        """Return them one by one; the mass is what the caller makes of it."""
-        stride = int(self.stride)
-        moments = zip(self.n.tolist(), self.step.tolist(), self.elapsed.tolist(), strict=True)
-        return [Clock(int(n), int(step), stride, self.lr, 0.0, int(elapsed)) for n, step, elapsed in moments]
+    def those(self, chosen: Any, kind: NDArray[np.int64]) -> Self:  # noqa: ANN401 - indices or a slice
+        """Return some of them, whose stride and whose being counted ``kind`` holds."""
+        return self._replace(
+            n=self.n[chosen], step=self.step[chosen], stride=float(kind[0]), mass=self.mass[chosen],
+            elapsed=self.elapsed[chosen], counted=bool(kind[1]),
+        )  # fmt: skip

@@ -28,6 +28,7 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)))
 _LABEL = 26  # characters in a line of a joint label
 _SIZE = 9.0  # points
+_POINTS = 1_000_000  # of a line
 POOR = 0.1
 """The error of a profile from which on the average is another one than was wanted."""
 
@@ -74,12 +75,13 @@ def shares(
         ['EMA', 'SWA']
     """
     ax = _axes(ax)
-    by_age = {label: profile.by_age for label, profile in profiles.items() if len(profile)}
-    longest = max(map(len, by_age.values()), default=0)
-    ages = np.arange(longest + 1.0) + (scale == "log")
+    runs = {label: profile.runs.ending_at_zero() for label, profile in profiles.items() if len(profile)}
     # The zero after the oldest step lets a line fall where its window ends.
-    lines = {label: (ages, np.pad(y, (0, longest + 1 - len(y)))) for label, y in by_age.items()}
-    _draw(ax, lines, looks, lambda a, b: float(np.abs(a - b).sum()) <= 2 * 0.01)
+    edges = _ages(1 - min((int(one.edges[0]) for one in runs.values()), default=0))
+    by_age = {label: one.between(-edges[::-1])[::-1] for label, one in runs.items()}
+    ages = edges[:-1].astype(np.float64) + (scale == "log")
+    lines = {label: (ages, y) for label, y in by_age.items()}
+    _draw(ax, lines, looks, lambda a, b: float(np.abs(a - b) @ np.diff(edges)) <= 2 * 0.01)
     ax.set(xlabel="age in optimiser steps (1: the last)", ylabel="share of the average", xscale=scale, yscale="log")
     ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     if tops := [float(y.max()) for y in by_age.values() if y.any()]:
@@ -172,6 +174,13 @@ def metrics(
         ax.axhline(value, color="0.5", linestyle="--", linewidth=1, label=name)
     ax.legend(frameon=False)
     return ax
+
+
+def _ages(longest: int) -> NDArray[np.int64]:
+    """Return the ages 0 … ``longest`` at which a line has a point; every single one where they are few."""
+    if longest <= _POINTS:
+        return np.arange(longest + 1)
+    return np.unique(np.concatenate(([0], np.geomspace(1, longest, _POINTS).round().astype(np.int64))))
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from polyak.clock import Clocks
 from polyak.errors import ArgumentError, ConfigError, RateError
 from polyak.plain import check_integer
 from polyak.recursion import recursion_shares
+from polyak.runs import Runs
 from polyak.shown import shown
 from polyak.strategy import Strategy
+from polyak.updates import Updates, rates_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Profile"]
 
 _LONGEST = 100_000_000  # updates, whose profile has some gigabytes
+_LAST = 2**63 - 1
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,6 +42,7 @@ class Profile:
         steps: The optimiser step of each update, int64, shape (n,); increasing.
         start: The share left on the weights that the average started from.
         stride: The optimiser steps that the first update stands for; 0: as many as the second.
+        updates: When the updates of an average that ran were made; None: of a profile on paper.
 
     Source: field notes of every paper on averaging; the identity itself is elementary.
 
@@ -55,6 +58,7 @@ class Profile:
     steps: NDArray[np.int64]
     start: float = 0.0
     stride: int = 0
+    updates: Updates | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.shares) != len(self.steps):
@@ -130,12 +134,20 @@ class Profile:
             message = f"origin: got {shown(origin)}; expected 'initial', 'first' or None (the strategy's own)"
             raise ConfigError(message)
         begin = max(every, -(-start // every) * every) if first is None else first
-        clocks = Clocks.regular(n, every=every, first=begin, lr=lr)
-        rates = _rates(strategy, clocks)
-        if n and (origin or ("first" if start else strategy.engine().get("origin", "initial"))) == "first":
+        if (last := begin + max(0, n - 1) * every) > _LAST:
+            message = f"n={n} updates, one each every={every} steps, end at step {last}; expected at most {_LAST}"
+            raise ConfigError(message)
+        origin = origin or ("first" if start else strategy.engine().get("origin", "initial"))
+        return cls.at(strategy, Updates.regular(n, every=every, first=begin, lr=lr), origin)
+
+    @classmethod
+    def at(cls, strategy: Strategy, updates: Updates, origin: str) -> Self:
+        """Return the profile that ``strategy`` has after these updates."""
+        rates = rates_of(strategy, updates)
+        if len(rates) and origin == "first":
             rates[0] = 1.0
         shares = strategy.shares(rates)
-        return cls(shares.updates, clocks.step.astype(np.int64), shares.start, every)
+        return cls(shares.updates, updates.steps, shares.start, updates.stride)
 
     def __len__(self) -> int:
         return len(self.shares)
@@ -149,9 +161,25 @@ class Profile:
         return (self.steps[-1] - self.steps).astype(np.float64) if len(self) else np.empty(0)
 
     @cached_property
+    def runs(self) -> Runs:
+        """What each single optimiser step counts; an update's share is spread over its stride."""
+        edges = np.concatenate((self.steps[:1] - self._strides[:1], self.steps))
+        return Runs(edges, self.shares / self._strides)
+
+    @cached_property
     def by_age(self) -> NDArray[np.float64]:
-        """What each single optimiser step counts, the last one first; an update's share is spread over its stride."""
-        return np.repeat(self.shares / self._strides, self._strides)[::-1]
+        """What each single optimiser step counts, the last one first; an update's share is spread over its stride.
+
+        Raises:
+            ConfigError: If there are too many steps; ``shares`` and ``steps`` say the same in less memory.
+        """
+        if (length := int(self._strides.sum())) > _LONGEST:
+            message = (
+                f"the profile reaches over {length} optimiser steps, and by_age has a number for each of at most "
+                f"{_LONGEST}; use shares and steps"
+            )
+            raise ConfigError(message)
+        return np.repeat(self.runs.each, self._strides)[::-1]
 
     @cached_property
     def _strides(self) -> NDArray[np.int64]:
@@ -204,9 +232,10 @@ class Profile:
         if not isinstance(other, Profile):
             message = f"a profile has a distance from another profile; got {shown(other)}"
             raise ArgumentError(message)
-        length = max(len(self.by_age), len(other.by_age))
-        mine, theirs = (np.pad(p.by_age, (0, length - len(p.by_age))) for p in (self, other))
-        return float(np.abs(mine - theirs).sum() + abs(self.start - other.start)) / 2
+        mine, theirs = self.runs.ending_at_zero(), other.runs.ending_at_zero()
+        edges = np.union1d(mine.edges, theirs.edges)
+        apart = np.abs(mine.between(edges) - theirs.between(edges)) @ np.diff(edges)
+        return float(apart + abs(self.start - other.start)) / 2
 
     def plot(self, ax: Axes | None = None, *, label: str = "share") -> Axes:
         """Draw what each past step counts; several profiles in one picture: ``polyak.plot.shares``.
@@ -227,19 +256,3 @@ class Profile:
         from polyak.plot import shares
 
         return shares({label: self}, ax)
-
-
-def _rates(strategy: Strategy, clocks: Clocks) -> NDArray[np.float64]:
-    """Return the rate of each update."""
-    n = len(clocks.n)
-    if strategy.elementwise:
-        moments: Any = clocks  # the names and the meanings of a clock, as arrays
-        weights = np.broadcast_to(np.asarray(strategy.weight(moments), np.float64), n)
-        moments = clocks._replace(mass=np.concatenate(([0.0], np.cumsum(weights)[:-1])) if n else clocks.mass)
-        return np.broadcast_to(np.asarray(strategy.rate(moments), np.float64), n).copy()
-    rates, mass = np.empty(n), 0.0
-    for i, moment in enumerate(clocks.each()):
-        clock = replace(moment, mass=mass) if mass else moment
-        rates[i] = strategy.rate(clock)
-        mass += strategy.weight(clock)
-    return rates

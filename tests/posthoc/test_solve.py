@@ -88,6 +88,20 @@ def test_an_error_is_that_of_the_dense_least_squares():
         assert found.error <= best * (1 + 1e-6)
 
 
+def test_steps_that_count_the_same_are_solved_as_one():
+    scale = 2**30
+
+    def stretched(profile):
+        return Profile(profile.shares, scale * profile.steps, profile.start, scale)
+
+    known = powers(6, 512)
+    for wanted in (Profile.of(EMA(decay=0.99), 512), Profile.of(SWA(), 300)):
+        (found,), (wide,) = fit(known, [wanted]), fit([*map(stretched, known)], [stretched(wanted)])
+        np.testing.assert_allclose(wide.coefficients, found.coefficients, rtol=1e-6)
+        whole = mixed([*map(stretched, known)], wide.coefficients, scale * 512)
+        np.testing.assert_allclose(whole.shares, mixed(known, found.coefficients, 512).shares, atol=1e-9)
+
+
 @pytest.mark.parametrize("which", [0, 5, 31])
 def test_a_stored_profile_is_found_exactly_and_alone(which):
     known = powers(16)

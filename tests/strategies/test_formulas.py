@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 import polyak
 from oracle import strategies_to_try
-from polyak.clock import Clocks
 from polyak.registry import registry
 from polyak.strategies import BUILT_IN
 from polyak.strategies.polynomial import _kept
 from polyak.strategy import checked_rate
+from polyak.updates import Updates, rates_of
 
 from .feeding import by_recursion, fed
 
@@ -164,10 +164,11 @@ TRIED = [
 @pytest.mark.parametrize(("name", "strategy"), TRIED)
 @pytest.mark.parametrize("every", [1, 3, 10])
 def test_all_rates_at_once_are_those_one_by_one(name, strategy, every):
-    clocks = Clocks.regular(2000, every=every)
-    together = np.broadcast_to(strategy.rate(clocks), 2000)
-    single = [checked_rate(strategy, clock) for clock in clocks.each()]
-    np.testing.assert_allclose(together, single, rtol=0, atol=1e-14)
+    regular = Updates.regular(2000, every=every, first=every)
+    left_out = regular._replace(steps=np.delete(regular.steps, [7, 300, 301]))
+    for updates in (regular, left_out, left_out._replace(counted=False)):
+        single = [checked_rate(strategy, clock) for clock in updates.clocks()]
+        np.testing.assert_allclose(rates_of(strategy, updates), single, rtol=0, atol=1e-14)
 
 
 def test_every_built_in_strategy_can_give_all_rates_at_once():

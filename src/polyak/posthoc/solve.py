@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Fit", "fit", "mixed"]
 
-_ROWS = 1 << 13  # optimiser steps that are taken into the factorisation at a time
+_ROWS = 1 << 13  # runs of steps that are taken into the factorisation at a time
 _NOTHING = 1e-18  # of the whole: the steps before are left out
 _SAME = 1e-12
 _CARE = 100.0  # weights are some hundred times as large as what they move by while they are averaged
@@ -40,17 +40,6 @@ class Fit(NamedTuple):
     error: float
     amplification: float
     rounding: float
-
-
-class _Column(NamedTuple):
-    """A profile by single steps, from step ``first`` on, and the start.
-
-    Runs that count from step 0, or begin at one that is less than ``every``, have steps before the first.
-    """
-
-    first: int
-    shares: Floats
-    start: float
 
 
 def fit(
@@ -77,7 +66,7 @@ def fit(
 
     Source: Karras et al. (2023), arXiv:2312.02696, appendix C, for power functions and without the sum.
     """
-    factor = _factor([_column(profile) for profile in (*known, *wanted)])
+    factor = _factor([*known, *wanted])
     basis = factor[:, : len(known)]
     rounded = np.asarray([0.0] * len(known) if noise is None else noise)
     solve = _nonnegative if nonnegative else _least_squares
@@ -85,15 +74,13 @@ def fit(
 
 
 def mixed(known: Sequence[Profile], coefficients: Floats, last: int) -> Profile:
-    """Return what each optimiser step up to ``last`` counts in a combination."""
-    columns = [_column(profile) for profile in known]
-    first = min(1, *(column.first for column in columns))
-    shares = np.zeros(last + 1 - first)
-    for column, x in zip(columns, coefficients, strict=True):
-        begin = column.first - first
-        shares[begin : begin + len(column.shares)] += x * column.shares
-    start = sum(x * column.start for column, x in zip(columns, coefficients, strict=True))
-    return Profile(shares, np.arange(first, last + 1), float(start), 1)
+    """Return what the optimiser steps up to ``last`` count in a combination, those that count the same as one."""
+    runs = [profile.runs for profile in known]
+    edges = np.unique(np.concatenate([*(one.edges for one in runs), [last]]).astype(np.int64))
+    each = sum((x * one.between(edges) for one, x in zip(runs, coefficients, strict=True)), np.zeros(len(edges) - 1))
+    start = sum(x * profile.start for profile, x in zip(known, coefficients, strict=True))
+    lengths = np.diff(edges)
+    return Profile(each * lengths, edges[1:], float(start), int(lengths[0]) if len(lengths) else 0)
 
 
 def _fitted(basis: Floats, target: Floats, noise: Floats, solve: Any) -> Fit:  # noqa: ANN401 - a function below
@@ -132,27 +119,18 @@ def _nonnegative(basis: Floats, target: Floats) -> Floats:
     return x
 
 
-def _factor(columns: Sequence[_Column]) -> Floats:
-    """Return the R of the QR factorisation of all columns, block by block: the matrix itself may be too large."""
-    factor = np.array([[column.start for column in columns]])
-    last = max(column.first + len(column.shares) for column in columns)
-    for begin in range(min(column.first for column in columns), last, _ROWS):
-        rows = np.zeros((min(_ROWS, last - begin), len(columns)))
-        for number, (first, shares, _) in enumerate(columns):
-            a, b = max(first, begin), min(first + len(shares), begin + len(rows))
-            if a < b:
-                rows[a - begin : b - begin, number] = shares[a - first : b - first]
+def _factor(profiles: Sequence[Profile]) -> Floats:
+    """Return the R of the QR factorisation of all profiles, block by block: the matrix itself may be too large.
+
+    Steps that count the same in each profile are one row, longer by the root of their number.
+    """
+    factor = np.array([[profile.start for profile in profiles]])
+    runs = [profile.runs.without_oldest(_NOTHING) for profile in profiles]
+    edges = np.unique(np.concatenate([one.edges for one in runs]))
+    for begin in range(0, len(edges) - 1, _ROWS):
+        here = edges[begin : begin + _ROWS + 1]
+        rows = np.column_stack([one.between(here) for one in runs]) * np.sqrt(np.diff(here))[:, None]
         if rows.any():
             reduced: Any = np.linalg.qr(np.vstack([factor, rows]), mode="r")  # typed as if it were Q and R
             factor = reduced
     return factor
-
-
-def _column(profile: Profile) -> _Column:
-    if not len(profile):
-        return _Column(1, np.empty(0), profile.start)
-    shares = profile.by_age[::-1]
-    last = int(profile.steps[-1])
-    older = np.cumsum(np.abs(shares)) <= _NOTHING
-    skipped = int(older.sum())
-    return _Column(last - len(shares) + 1 + skipped, shares[skipped:], profile.start)
