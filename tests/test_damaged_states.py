@@ -55,6 +55,11 @@ HISTORIES = {
     "two dimensions": history([[0.1]], [[1]], [[3]]), "fractions of strides": history([0.1], [1.0], [3]),
     "lists": ([0.1], [1], [3]), "two tensors": history([0.1], [1], [3])[:2], "nothing": None,
     "more values than bytes": (torch.ones(1).double().expand(10**12), *history([0.1], [1], [3])[1:]),
+    "an identity without marks": (*history([0.1], [1], [3]), {"start": "ab"}),
+    "an identity of numbers": (*history([0.1], [1], [3]), {"start": 5, "marks": []}),
+    "a mark without a digest": (*history([0.1], [1], [3]), {"start": "", "marks": [[3]]}),
+    "a mark that is a number": (*history([0.1], [1], [3]), {"start": "", "marks": [3]}),
+    "a mark at a truth": (*history([0.1], [1], [3]), {"start": "", "marks": [[True, "ab"]]}),
     "no values": (torch.ones(1, device="meta").double(), *history([0.1], [1], [3])[1:]),
 }  # fmt: skip
 OTHERS = {

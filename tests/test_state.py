@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ import torch
 
 import polyak
 from models import ZOO, Tied, average_bits, drifting, mlp
+from polyak.history import Identity
 
 
 def _through_a_file(state):
@@ -44,6 +47,20 @@ def test_the_history_of_a_constant_decay_stays_small():
         averager.update()
     assert averager.state_dict()["history"][0].numel() == 1
     assert len(averager.profile()) == 500
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors", "pickle", "copy"])
+def test_the_identity_of_a_history_is_saved_with_it(tmp_path, kind):
+    averager, other = (_used(mlp(), "ema", decay=0.5) for _ in range(2))
+    averager.configure(decay=0.75)
+    averager.identity = Identity("00ff", ((2, "ab"), (3, "cd")))
+    if kind in {"pickle", "copy"}:
+        other = pickle.loads(pickle.dumps(averager)) if kind == "pickle" else copy.deepcopy(averager)
+    else:
+        polyak.save(averager, tmp_path / f"average.{kind}")
+        polyak.load(other, tmp_path / f"average.{kind}")
+    assert other.identity == averager.identity
+    assert other.state_dict()["history"][3:] == averager.state_dict()["history"][3:]
 
 
 def test_a_state_taken_inside_applied_holds_the_average():

@@ -18,7 +18,7 @@ from polyak.computing import Computing
 from polyak.describe import describe
 from polyak.errors import AppliedError, StateError
 from polyak.export import averaged_state_dict, gathered, overwrite_model
-from polyak.history import History
+from polyak.history import History, Identity
 from polyak.settings import Settings, resumed
 from polyak.state import State, dump, parse
 from polyak.tensors.generators import OwnGenerators
@@ -48,8 +48,8 @@ class Received(NamedTuple):
 class Engine(Computing):
     """The averager that ``polyak.average`` makes; see ``polyak.Averager`` for its methods."""
 
-    restored = False
-    """Whether a state was loaded: the average goes on from another process's, or from an earlier moment."""
+    loads = 0
+    """How many states were loaded: each goes on from another process's average, or from an earlier moment."""
 
     # What it is
 
@@ -87,6 +87,15 @@ class Engine(Computing):
     def updated_model(self) -> Model:
         """The model whose weights the last update took."""
         return self._binding.own() if self.plan is None else self.plan.model
+
+    @property
+    def identity(self) -> Identity:
+        """What tells its history from others; recorders write it."""
+        return self._state.history.identity
+
+    @identity.setter
+    def identity(self, identity: Identity) -> None:
+        self._state.history.identity = identity
 
     @property
     def offloaded(self) -> bool:
@@ -183,7 +192,7 @@ class Engine(Computing):
         self._settings = received.settings
         if self._averaged is not None:
             self._averaged.moment = None
-        self.restored, self.built = True, None
+        self.loads, self.built = self.loads + 1, None
         if self._sources is not None:
             self._sources.forget()
         self._capture()
@@ -211,7 +220,7 @@ class Engine(Computing):
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self._strategy, self.options = saved["strategy"], saved["options"]
         self._knows, self._averaged, self.warned, self.listeners = bool, None, set(), []
-        self.restored, self.built = True, None
+        self.loads, self.built = 1, None
         self.pending, self._captured, self._outdated, self.guards = None, None, False, 0
         self._binding = Binding(None, self.options)
         raw = torch.load(io.BytesIO(saved["state"]), weights_only=False)  # a pickle within a pickle

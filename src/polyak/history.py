@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from polyak.strategy import Strategy
 
-__all__ = ["Change", "History"]
+__all__ = ["Change", "History", "Identity"]
 
 
 class Change(NamedTuple):
@@ -33,6 +33,18 @@ class Change(NamedTuple):
     after: Any
 
 
+class Identity(NamedTuple):
+    """What tells one history from another that has as many updates.
+
+    Attributes:
+        start: The digest of the weights that the average started from; empty if nobody recorded them.
+        marks: The optimiser step of each recorded snapshot and the digest of the average then.
+    """
+
+    start: str = ""
+    marks: tuple[tuple[int, str], ...] = ()
+
+
 class History:
     """The rates and strides of an averager's updates, run-length encoded.
 
@@ -43,6 +55,7 @@ class History:
         strides: The steps between its updates.
         last: The number of its last update.
         changes: The settings that were changed on the way. Their rates are in the runs.
+        identity: What tells it from other histories.
     """
 
     def __init__(
@@ -51,8 +64,9 @@ class History:
         strides: Iterable[int] = (),
         last: Iterable[int] = (),
         changes: Iterable[Change] = (),
+        identity: Identity = Identity(),  # noqa: B008 - it is immutable
     ) -> None:
-        self.changes = tuple(changes)
+        self.changes, self.identity = tuple(changes), identity
         self.rates = array("d", rates)
         self.strides = array("q", strides)
         self.last = array("q", last)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from polyak.cadence import Progress
 from polyak.errors import StateError
-from polyak.history import History
+from polyak.history import History, Identity
 from polyak.shown import brief, listed
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.spread import Spread, layout
@@ -74,10 +74,15 @@ def dump(state: State, holding: Sequence[Tensor], strategy: Strategy, options: O
             torch.tensor(history.strides, dtype=torch.int64, device="cpu"),
             torch.tensor(history.last, dtype=torch.int64, device="cpu"),
             *([[*map(list, history.changes)]] if history.changes else []),
+            *([_told(history.identity)] if history.identity != Identity() else []),
         ),
         "skipped": state.skipped,
         "generators": tuple(state.generators.states().items()),
     }
+
+
+def _told(identity: Identity) -> dict[str, Any]:
+    return {"start": identity.start, "marks": [*map(list, identity.marks)]}
 
 
 def parse(saved: SavedState, current: State, slots: Sequence[str], optional: Container[str] = ()) -> State:

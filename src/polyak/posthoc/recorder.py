@@ -220,7 +220,7 @@ class Recorder:
     def _begin(self, clock: Clock) -> None:
         """Look, at the first update, whether what lies in the folder is this run's."""
         self._new = self._new or all(engine.n <= 1 for engine in self._engines.values())
-        restored = any(engine.restored for engine in self._engines.values())
+        restored = any(engine.loads for engine in self._engines.values())
         self._folder.take_over(None if self._new else last_before(clock.step, self._engines), restored=restored)
         if not self._new:
             self._at_start = None

@@ -13,12 +13,12 @@ from pydantic import AfterValidator, ConfigDict, Field
 from torch import Tensor
 
 from polyak.errors import StateError
-from polyak.history import Change
+from polyak.history import Change, Identity
 from polyak.shown import shown
 from polyak.validation.schema import LARGEST, Count, Moment, Schema, Settings, checked, held, plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 __all__ = ["FORMAT", "SavedState", "check_bank"]
 
@@ -33,6 +33,7 @@ class _History(NamedTuple):
     strides: list[int]
     last: list[int]
     changes: tuple[Change, ...]
+    identity: Identity
 
 
 _RUNS = _History._fields[:3]
@@ -53,14 +54,16 @@ def _history(raw: Any) -> _History:  # noqa: ANN401 - a validator takes whatever
         if not isinstance(tensor, Tensor) or tensor.dim() != 1 or not held(tensor):
             message = f"{name}: expected a tensor of one dimension"
             raise ValueError(message)
-    rates, strides, last, *changes = raw
+    rates, strides, last, *more = raw
+    changes = [part for part in more if not isinstance(part, Mapping)]
+    told = [part for part in more if isinstance(part, Mapping)]
     if not rates.is_floating_point() or {strides.dtype, last.dtype} != {torch.int64}:
         message = f"got the dtypes {rates.dtype}, {strides.dtype} and {last.dtype}; expected float64 and int64"
         raise ValueError(message)
     if not len(rates) == len(strides) == len(last):
         message = f"got {len(rates)} rates, {len(strides)} strides and {len(last)} ends of runs"
         raise ValueError(message)
-    found = _History(rates.tolist(), strides.tolist(), last.tolist(), _changes(changes))
+    found = _History(rates.tolist(), strides.tolist(), last.tolist(), _changes(changes), _identity(told))
     if not all(0.0 <= rate <= 1.0 for rate in found.rates):
         message = "a rate is no number in [0, 1]"
         raise ValueError(message)
@@ -87,6 +90,25 @@ def _changes(raw: Any) -> tuple[Change, ...]:  # noqa: ANN401 - a validator take
         message = "a changed setting is no count, name and two values"
         raise ValueError(message)
     return tuple(Change(*one) for one in found)
+
+
+def _identity(raw: Sequence[Mapping[Any, Any]]) -> Identity:
+    """Return what tells a history from others.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if not raw:  # before histories had one, or where nothing was recorded
+        return Identity()
+    start, marks = raw[-1].get("start"), raw[-1].get("marks")
+    if type(start) is not str or not isinstance(marks, (list, tuple)):
+        message = "its identity is no digest of a start with marks"
+        raise ValueError(message)
+    pairs = [tuple(mark) if isinstance(mark, (list, tuple)) else () for mark in marks]
+    if [[*map(type, pair)] for pair in pairs] != [[int, str]] * len(pairs):
+        message = "a mark of its identity is no step with a digest"
+        raise ValueError(message)
+    return Identity(start, tuple(pairs))
 
 
 def _counted(config: Mapping[str, Any]) -> Mapping[str, Any]:
