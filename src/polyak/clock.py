@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from typing_extensions import override
+
 if TYPE_CHECKING:
     from typing import Self
 
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Clock", "Clocks"]
+__all__ = ["Clock", "Clocks", "WatchedClock"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,30 @@ class Clock:
     def __post_init__(self) -> None:
         if not self.elapsed:
             object.__setattr__(self, "elapsed", self.n * self.stride)
+
+
+class WatchedClock(Clock):
+    """A clock that notes whether its learning rate is read."""
+
+    __slots__ = ("is_read",)
+    is_read: bool
+
+    @classmethod
+    def of(cls, clock: Clock) -> Self:
+        """Return such a clock of the same moment."""
+        watched = cls(clock.n, clock.step, clock.stride, clock.lr, clock.mass, clock.elapsed, clock.counted)
+        object.__setattr__(watched, "is_read", False)
+        return watched
+
+    @override
+    def __repr__(self) -> str:
+        return repr(Clock(*(object.__getattribute__(self, name) for name in Clock.__slots__)))
+
+    @override
+    def __getattribute__(self, name: str) -> Any:
+        if name == "lr":
+            object.__setattr__(self, "is_read", True)
+        return object.__getattribute__(self, name)
 
 
 class Clocks(NamedTuple):

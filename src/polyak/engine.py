@@ -112,7 +112,7 @@ class Engine(Computing):
 
     @override
     def profile(self) -> Profile:
-        return self._state.history.profile(self._strategy, self._state.progress.averaged)
+        return self._state.history.profile(self._strategy, self._state.progress.averaged, self.options.start)
 
     @override
     def describe(self) -> str:

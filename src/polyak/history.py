@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from polyak.profile import Profile
+from polyak.updates import Updates
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from numpy.typing import NDArray
+
     from polyak.strategy import Strategy
 
-__all__ = ["Change", "History", "Identity"]
+__all__ = ["NO_LR", "Change", "History", "Identity"]
 
 
 class Change(NamedTuple):
@@ -33,6 +37,10 @@ class Change(NamedTuple):
     after: Any
 
 
+NO_LR = math.inf
+"""What stands for the learning rate where none was given."""
+
+
 class Identity(NamedTuple):
     """What tells one history from another that has as many updates.
 
@@ -48,7 +56,7 @@ class Identity(NamedTuple):
 class History:
     """The rates and strides of an averager's updates, run-length encoded.
 
-    A constant decay makes one run, however long the training; a rate that changes at each update 24 bytes each.
+    A constant decay makes one run, however long the training; a rate that changes at each update 33 bytes each.
 
     Attributes:
         rates: The rate of each run.
@@ -56,6 +64,8 @@ class History:
         last: The number of its last update.
         changes: The settings that were changed on the way. Their rates are in the runs.
         identity: What tells it from other histories.
+        lrs: The learning rate that the strategy was given; infinite if it uses none.
+        counted: Whether the averager counted the steps: 1, or 0 if they were given.
     """
 
     def __init__(
@@ -65,30 +75,40 @@ class History:
         last: Iterable[int] = (),
         changes: Iterable[Change] = (),
         identity: Identity = Identity(),  # noqa: B008 - it is immutable
+        lrs: Iterable[float] = (),
+        counted: Iterable[int] = (),
     ) -> None:
         self.changes, self.identity = tuple(changes), identity
         self.rates = array("d", rates)
         self.strides = array("q", strides)
         self.last = array("q", last)
-        if not len(self.rates) == len(self.strides) == len(self.last):
-            message = f"got {len(self.rates)} rates, {len(self.strides)} strides and {len(self.last)} ends of runs"
+        runs = len(self.last)
+        self.lrs = array("d", lrs) or array("d", [NO_LR]) * runs
+        self.counted = array("b", counted) or array("b", [1]) * runs
+        if not len(self.rates) == len(self.strides) == len(self.lrs) == len(self.counted) == runs:
+            message = f"got {len(self.rates)} rates, {len(self.strides)} strides and {runs} ends of runs"
             raise ValueError(message)
 
     def __len__(self) -> int:
         return self.last[-1] if self.last else 0
 
-    def record(self, n: int, rate: float, stride: int) -> None:
+    def record(self, n: int, rate: float, stride: int, *, lr: float | None = None, counted: bool = True) -> None:
         """Note update number ``n``; noting the same one twice changes nothing, wherever the first time was cut off."""
         runs = len(self.last)
         if len(self) >= n:
             return
-        if runs and (self.rates[runs - 1], self.strides[runs - 1]) == (rate, stride):
+        update = rate, stride, NO_LR if lr is None else lr, int(counted)
+        fields = self.rates, self.strides, self.lrs, self.counted
+        if (
+            runs
+            and (self.rates[runs - 1], self.strides[runs - 1], self.lrs[runs - 1], self.counted[runs - 1]) == update
+        ):
             self.last[-1] = n
             return
         # The ends are written last and tell how many runs there are.
-        del self.rates[runs:], self.strides[runs:]
-        self.rates.append(rate)
-        self.strides.append(stride)
+        for values, value in zip(fields, update, strict=True):
+            del values[runs:]
+            values.append(value)
         self.last.append(n)
 
     @property
@@ -97,13 +117,24 @@ class History:
         rates, ends = np.array(self.rates[: len(self.last)], np.float64), np.array([0, *self.last], np.float64)
         return float(np.prod((1.0 - rates) ** np.diff(ends)))
 
-    def profile(self, strategy: Strategy, last_step: int) -> Profile:
-        """Return the profile of all updates so far, the last of which was made at ``last_step``."""
+    def profile(self, strategy: Strategy, last_step: int, start: int | None = None) -> Profile:
+        """Return the profile of all updates so far.
+
+        Args:
+            strategy: The strategy.
+            last_step: The optimiser step of the last update.
+            start: The averager's option.
+        """
         runs = len(self.last)
-        ends = np.array([0, *self.last], np.int64)
-        counts = ends[1:] - ends[:-1]
-        rates = np.repeat(np.array(self.rates[:runs], np.float64), counts)
-        steps = np.cumsum(np.repeat(np.array(self.strides[:runs], np.int64), counts))
-        shares = strategy.shares(rates)
-        moved = steps + (last_step - steps[-1]) if len(steps) else steps
-        return Profile(shares.updates, moved, shares.start, self.strides[0] if runs else 0)
+        counts = np.diff(np.array([0, *self.last], np.int64))
+
+        def each(values: array[Any]) -> NDArray[Any]:
+            return np.repeat(np.array(values[:runs]), counts)
+
+        steps = np.cumsum(each(self.strides), dtype=np.int64)
+        steps += last_step - steps[-1] if runs else 0
+        shares = strategy.shares(each(self.rates).astype(np.float64))
+        lr = None if all(value == NO_LR for value in self.lrs[:runs]) else each(self.lrs)
+        counted = each(self.counted).astype(np.bool_) if 0 in self.counted[:runs] else True
+        stride = self.strides[0] if runs else 0
+        return Profile(shares.updates, steps, shares.start, stride, Updates(steps, stride, lr, counted, start))

@@ -42,7 +42,7 @@ class Profile:
         steps: The optimiser step of each update, int64, shape (n,); increasing.
         start: The share left on the weights that the average started from.
         stride: The optimiser steps that the first update stands for; 0: as many as the second.
-        updates: When the updates of an average that ran were made; None: of a profile on paper.
+        updates: When its updates were made, as far as it is known.
 
     Source: field notes of every paper on averaging; the identity itself is elementary.
 
@@ -143,11 +143,8 @@ class Profile:
     @classmethod
     def at(cls, strategy: Strategy, updates: Updates, origin: str) -> Self:
         """Return the profile that ``strategy`` has after these updates."""
-        rates = rates_of(strategy, updates)
-        if len(rates) and origin == "first":
-            rates[0] = 1.0
-        shares = strategy.shares(rates)
-        return cls(shares.updates, updates.steps, shares.start, updates.stride)
+        shares = strategy.shares(rates_of(strategy, updates, replaced=origin == "first"))
+        return cls(shares.updates, updates.steps, shares.start, updates.stride, updates)
 
     def __len__(self) -> int:
         return len(self.shares)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from polyak.cadence import Progress
 from polyak.errors import StateError
-from polyak.history import History, Identity
+from polyak.history import NO_LR, History, Identity
 from polyak.shown import brief, listed
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.spread import Spread, layout
@@ -54,6 +54,12 @@ def dump(state: State, holding: Sequence[Tensor], strategy: Strategy, options: O
         options: The engine's options.
     """
     history = state.history
+    more = []
+    if any(lr != NO_LR for lr in history.lrs) or 0 in history.counted:
+        more = [
+            torch.tensor(history.lrs, dtype=torch.float64, device="cpu"),
+            torch.tensor(history.counted, dtype=torch.int8, device="cpu"),
+        ]
     return {
         "format": FORMAT,
         "n": state.progress.n,
@@ -75,6 +81,7 @@ def dump(state: State, holding: Sequence[Tensor], strategy: Strategy, options: O
             torch.tensor(history.last, dtype=torch.int64, device="cpu"),
             *([[*map(list, history.changes)]] if history.changes else []),
             *([_told(history.identity)] if history.identity != Identity() else []),
+            *more,
         ),
         "skipped": state.skipped,
         "generators": tuple(state.generators.states().items()),

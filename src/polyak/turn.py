@@ -87,7 +87,8 @@ class Turn(NamedTuple):
 
     def commit(self) -> None:
         """Count the update; idempotent."""
-        self.state.history.record(self.clock.n, self.rate, self.now.stride)
+        lr = self.clock.lr if self.averager.uses_lr else None
+        self.state.history.record(self.clock.n, self.rate, self.now.stride, lr=lr, counted=self.now.counted)
         self.state.progress = self.after
         self.plan.settle()
 

@@ -27,7 +27,7 @@ class Updates(NamedTuple):
     Attributes:
         steps: The optimiser step of each, int64, shape (n,); increasing.
         stride: The optimiser steps that the first one stands for.
-        lr: The learning rate given to all, or to each (shape (n,), NaN: none); None: unknown.
+        lr: The learning rate given to all, or to each (shape (n,), infinite: none); None: unknown.
         counted: Whether the averager counted the steps: of all, or of each (shape (n,)).
         start: The option ``start`` of the averager; None: unknown.
     """
@@ -56,7 +56,7 @@ class Updates(NamedTuple):
         strides = self.strides
         moments = zip(self.steps.tolist(), strides.tolist(), np.cumsum(strides).tolist(), lrs, counted, strict=True)
         return [
-            Clock(i, step, stride, None if lr is None or np.isnan(lr) else lr, 0.0, elapsed, seen)
+            Clock(i, step, stride, None if lr is None or np.isinf(lr) else lr, 0.0, elapsed, seen)
             for i, (step, stride, elapsed, lr, seen) in enumerate(moments, 1)
         ]
 
@@ -76,12 +76,18 @@ class Updates(NamedTuple):
         return [(group, clocks.those(group, found[:, i])) for i, group in enumerate(groups)]
 
 
-def rates_of(strategy: Strategy, updates: Updates) -> NDArray[np.float64]:
-    """Return the rate of each update."""
+def rates_of(strategy: Strategy, updates: Updates, *, replaced: bool = False) -> NDArray[np.float64]:
+    """Return the rate of each update.
+
+    Args:
+        strategy: The strategy.
+        updates: Their moments.
+        replaced: Whether the first update replaces the start, so that its rate is 1 and not asked for.
+    """
     n = len(updates.steps)
     groups = updates.alike() if strategy.elementwise and not isinstance(updates.lr, np.ndarray) else []
     if n and not 0 < len(groups) <= _FEW:
-        return np.fromiter(_one_by_one(strategy, updates), np.float64, n)
+        return np.fromiter(_one_by_one(strategy, updates, replaced=replaced), np.float64, n)
     weights, rates = np.empty(n), np.empty(n)
     moments: Any  # the names and the meanings of a clock, as arrays
     for chosen, moments in groups:
@@ -89,12 +95,13 @@ def rates_of(strategy: Strategy, updates: Updates) -> NDArray[np.float64]:
     mass = np.concatenate(([0.0], np.cumsum(weights)[:-1])) if n else weights
     for chosen, moments in groups:
         rates[chosen] = strategy.rate(moments._replace(mass=mass[chosen]))
+    rates[: int(replaced)] = 1.0
     return rates
 
 
-def _one_by_one(strategy: Strategy, updates: Updates) -> Iterator[float]:
+def _one_by_one(strategy: Strategy, updates: Updates, *, replaced: bool) -> Iterator[float]:
     mass = 0.0
     for moment in updates.clocks():
         clock = replace(moment, mass=mass) if mass else moment
-        yield strategy.rate(clock)
+        yield 1.0 if replaced and clock.n == 1 else strategy.rate(clock)
         mass += strategy.weight(clock)

@@ -12,6 +12,7 @@ from polyak.binding import Binding
 from polyak.cadence import Progress, given_lr, tick
 from polyak.calls import refuse_arguments
 from polyak.captured import Captured, recording, refuse_recording
+from polyak.clock import WatchedClock
 from polyak.errors import AppliedError, ConfigError, MismatchError, PolyakWarning
 from polyak.history import History
 from polyak.options import Options
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Updating"]
 
+_ASKED = 2  # updates: the rate of the first is not asked for where it replaces the start
+
 
 class Updating(WithSources, Averager):
     """An averager that can be updated, and knows how far it is.
@@ -57,6 +60,9 @@ class Updating(WithSources, Averager):
         ModelError: The model has nothing that can be averaged.
         ConfigError: A glob matches no tensor.
     """
+
+    _asked: tuple[Strategy | None, int] = (None, 0)
+    _reads_lr = False
 
     def __init__(
         self,
@@ -159,6 +165,11 @@ class Updating(WithSources, Averager):
         return self._binding.lock
 
     @property
+    def uses_lr(self) -> bool:
+        """Whether the rate depends on the learning rate, as far as it was given one."""
+        return self._reads_lr
+
+    @property
     def checks(self) -> bool:
         """Whether weights that are not finite are refused."""
         return self.options.nonfinite != "propagate"
@@ -200,10 +211,11 @@ class Updating(WithSources, Averager):
             self.warn(now.order, complaint)
         if not now.due:
             return Seen(self, state, state.progress.seen(now))
-        clock = state.progress.clock(now, lr)
+        clock = self._watched(state.progress.clock(now, lr))
         plan = self._binding.planned(root, state)
         rate = self._rate(clock, plan)
         after = state.progress.averaged_at(clock, rate, checked_weight(self._strategy, clock))
+        self._reads_lr = self._reads_lr or (isinstance(clock, WatchedClock) and clock.is_read)
         moves = checked_moves(self._strategy, clock.n, rate)
         if clock.n == LOOK:
             doubt_weights(self, plan)
@@ -224,6 +236,16 @@ class Updating(WithSources, Averager):
 
     def keep_in_step(self) -> None:
         """Refresh such a module."""
+
+    def _watched(self, clock: Clock) -> Clock:
+        """Return a clock that notes whether the strategy reads the learning rate, for its first updates with one."""
+        strategy, asked = self._asked
+        if strategy is not self._strategy:
+            asked, self._reads_lr = 0, False
+        if clock.lr is None or asked >= _ASKED or self._reads_lr:
+            return clock
+        self._asked = self._strategy, asked + 1
+        return WatchedClock.of(clock)
 
     def _rate(self, clock: Clock, plan: Plan) -> float:
         if clock.n == 1 and self.options.origin == "first":

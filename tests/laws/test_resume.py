@@ -27,7 +27,7 @@ def saved_and_loaded(state):
 def everything(averager):
     """Return all that an averager knows, for comparison."""
     state = averager.state_dict()
-    tensors = [bytes(value.numpy().tobytes()) for value in state.pop("history")]
+    tensors = [value.numpy().tobytes() if isinstance(value, torch.Tensor) else value for value in state.pop("history")]
     generators = {name: bytes(value.numpy().tobytes()) for name, value in state.pop("generators")}
     state.pop("slots")
     return average_bits(averager), tensors, generators, state

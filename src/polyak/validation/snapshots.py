@@ -9,16 +9,18 @@ from pydantic import AfterValidator, Field
 
 from polyak.errors import StateError
 from polyak.shown import shown
-from polyak.validation.schema import Count, Schema, Settings, checked
+from polyak.validation.schema import LARGEST, Count, Schema, Settings, checked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-__all__ = ["About", "Recipe", "check_profile"]
+    from polyak.profile import Profile
 
-_LONGEST = 1 << 28  # optimiser steps of a run that is synthesised: each of them is a number in memory
+__all__ = ["About", "Recipe", "RunsRecipe", "SharesRecipe", "check_profile", "check_runs"]
+
+_LONGEST = 1 << 28  # updates of a run that is synthesised: each of them is a number in memory
 _DTYPES = frozenset(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))
 _TOLERANCE = 1e-6  # of a sum of shares
 
@@ -45,19 +47,36 @@ class _Layout(Schema):
     averaged: list[str]
 
 
-class Recipe(Schema):
-    """A profile as the settings that make it."""
+class _Made(Schema):
+    """How the updates were made, which other averages of the run need to know; unknown in the first files."""
+
+    counted: bool = True
+    not_before: Count | None = None
+
+
+class Recipe(_Made):
+    """A profile as the settings that make it: one update each ``every`` steps, from the step ``start`` on."""
 
     strategy: Settings
     n: Annotated[int, Field(ge=1, le=_LONGEST)]
-    every: Annotated[int, Field(ge=1, le=_LONGEST)]
-    start: Annotated[int, Field(ge=-_LONGEST, le=_LONGEST)]
+    every: Annotated[int, Field(ge=1, le=LARGEST)]
+    start: Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
     origin: Literal["initial", "first"]
 
 
-class _Shares(Schema):
+class RunsRecipe(_Made):
+    """A profile as the settings that make it, with the runs of updates of equal strides in a tensor."""
+
+    strategy: Settings
+    updates: Annotated[int, Field(ge=1, le=_LONGEST)]
+    origin: Literal["initial", "first"]
+
+
+class SharesRecipe(_Made):
+    """A profile share by share."""
+
     start_share: Share
-    stride: Annotated[int, Field(ge=0, le=_LONGEST)]
+    stride: Count
 
 
 class About(Schema):
@@ -65,7 +84,7 @@ class About(Schema):
 
     average: Name
     step: Count
-    profile: Recipe | _Shares
+    profile: Recipe | RunsRecipe | SharesRecipe
     layout: _Layout
     complex: list[str]
     run: str = ""
@@ -94,7 +113,9 @@ class About(Schema):
         recipe, layout = self.profile, self.layout
         if isinstance(recipe, Recipe) and self.step != (last := recipe.start + (recipe.n - 1) * recipe.every):
             return f"it is of step {self.step}, and its profile ends at step {last}"
-        if isinstance(recipe, _Shares) and not {"profile/shares", "profile/steps"} <= shapes.keys():
+        if isinstance(recipe, SharesRecipe) and not {"profile/shares", "profile/steps"} <= shapes.keys():
+            return "its profile is missing"
+        if isinstance(recipe, RunsRecipe) and len(shapes.get("profile/runs", ())) != 2:  # noqa: PLR2004 - a table
             return "its profile is missing"
         known = layout.dtypes.keys()
         if strange := [name for name in (*layout.keys.values(), *layout.averaged, *self.complex) if name not in known]:
@@ -105,27 +126,41 @@ class About(Schema):
         return next((f"the tensor {shown(name)} holds no complex numbers" for name in pairs), "")
 
 
-def check_profile(shares: NDArray[Any], steps: NDArray[Any], start: float, last: int) -> None:
+def check_runs(runs: NDArray[Any], updates: int) -> None:
+    """Refuse what are no runs of updates: their number, their stride, and whether their steps were counted.
+
+    Raises:
+        ValueError: If numbers or sums are wrong.
+    """
+    if runs.shape[1:] != (3,) or (runs[:, :2] < 1).any() or not {*runs[:, 2].tolist()} <= {0, 1}:
+        message = "its runs are no numbers of updates and strides"
+        raise ValueError(message)
+    rows = runs.tolist()
+    if sum(count for count, *_ in rows) != updates or sum(count * stride for count, stride, _ in rows) > LARGEST:
+        message = f"its runs are not of {updates} updates, or of too many steps"
+        raise ValueError(message)
+
+
+def check_profile(profile: Profile, last: int) -> None:
     """Refuse what is no profile of a snapshot.
 
     Args:
-        shares: The share of each update.
-        steps: The optimiser step of each.
-        start: The share of the start.
+        profile: The profile.
         last: The last step.
 
     Raises:
         ValueError: If shares, order or sums are wrong.
     """
+    shares, steps = profile.shares, profile.steps
     if shares.ndim != 1 or shares.shape != steps.shape:
         message = f"got shares of shape {shares.shape} and steps of shape {steps.shape}"
         raise ValueError(message)
-    if not abs(float(shares.sum()) + start - 1.0) <= _TOLERANCE:  # also if it is NaN
+    if not abs(float(shares.sum()) + profile.start - 1.0) <= _TOLERANCE:  # also if it is NaN
         message = "its shares do not add up to 1"
         raise ValueError(message)
     if (int(steps[-1]) if len(steps) else 0) != last or (steps[1:] <= steps[:-1]).any():
         message = f"its steps do not increase up to step {last}"
         raise ValueError(message)
-    if len(steps) and (last > _LONGEST or last - int(steps[0]) > _LONGEST):
-        message = f"it reaches from step {steps[0]} to step {last}; {_LONGEST} steps are the most that fit in memory"
+    if len(steps) and int(steps[0]) - profile.stride < -LARGEST:
+        message = f"its first update, at step {int(steps[0])}, stands for {profile.stride} steps"
         raise ValueError(message)

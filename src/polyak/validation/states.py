@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 from operator import mul
@@ -34,9 +35,12 @@ class _History(NamedTuple):
     last: list[int]
     changes: tuple[Change, ...]
     identity: Identity
+    lrs: list[float]
+    counted: list[int]
 
 
 _RUNS = _History._fields[:3]
+_MORE = _History._fields[5:]  # of histories in which a strategy used a learning rate, or steps were given
 
 
 def _history(raw: Any) -> _History:  # noqa: ANN401 - a validator takes whatever there is
@@ -50,27 +54,45 @@ def _history(raw: Any) -> _History:  # noqa: ANN401 - a validator takes whatever
     if not isinstance(raw, (list, tuple)) or len(raw) < len(_RUNS):
         message = "expected the rates, the strides and the ends of the runs"
         raise ValueError(message)
-    for name, tensor in zip(_RUNS, raw, strict=False):
-        if not isinstance(tensor, Tensor) or tensor.dim() != 1 or not held(tensor):
-            message = f"{name}: expected a tensor of one dimension"
-            raise ValueError(message)
     rates, strides, last, *more = raw
-    changes = [part for part in more if not isinstance(part, Mapping)]
+    columns = [part for part in more if isinstance(part, Tensor)]
     told = [part for part in more if isinstance(part, Mapping)]
-    if not rates.is_floating_point() or {strides.dtype, last.dtype} != {torch.int64}:
-        message = f"got the dtypes {rates.dtype}, {strides.dtype} and {last.dtype}; expected float64 and int64"
+    changes = [part for part in more if not isinstance(part, (Tensor, Mapping))]
+    if len(columns) not in {0, len(_MORE)}:
+        message = f"got {len(columns)} columns beside those of the runs; expected {' and '.join(_MORE)}"
         raise ValueError(message)
-    if not len(rates) == len(strides) == len(last):
-        message = f"got {len(rates)} rates, {len(strides)} strides and {len(last)} ends of runs"
-        raise ValueError(message)
-    found = _History(rates.tolist(), strides.tolist(), last.tolist(), _changes(changes), _identity(told))
+    _check_columns((rates, strides, last, *columns))
+    lrs, counted = [tensor.tolist() for tensor in columns] or ([], [])
+    found = _History(rates.tolist(), strides.tolist(), last.tolist(), _changes(changes), _identity(told), lrs, counted)
     if not all(0.0 <= rate <= 1.0 for rate in found.rates):
         message = "a rate is no number in [0, 1]"
         raise ValueError(message)
     if min(found.strides, default=1) < 1 or any(b <= a for a, b in pairwise([0, *found.last])):
         message = "a stride is less than 1, or a run ends before it begins"
         raise ValueError(message)
+    if any(math.isnan(lr) for lr in found.lrs) or not {*found.counted} <= {0, 1}:
+        message = "a learning rate is NaN, or whether a step was counted is neither 0 nor 1"
+        raise ValueError(message)
     return found
+
+
+def _check_columns(columns: tuple[Any, ...]) -> None:
+    """Refuse what are no columns of one table of runs.
+
+    Raises:
+        ValueError: If one is no tensor, or has another dtype or length.
+    """
+    expected = {"rates": None, "strides": torch.int64, "last": torch.int64, "lrs": None, "counted": torch.int8}
+    for (name, dtype), tensor in zip(expected.items(), columns, strict=False):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 1 or not held(tensor):
+            message = f"{name}: expected a tensor of one dimension"
+            raise ValueError(message)
+        if not (tensor.is_floating_point() if dtype is None else tensor.dtype == dtype):
+            message = f"{name}: got the dtype {tensor.dtype}; expected {dtype or torch.float64}"
+            raise ValueError(message)
+    if len({len(tensor) for tensor in columns}) != 1:
+        message = f"got {', '.join(f'{len(tensor)} {name}' for name, tensor in zip(expected, columns, strict=False))}"
+        raise ValueError(message)
 
 
 def _changes(raw: Any) -> tuple[Change, ...]:  # noqa: ANN401 - a validator takes whatever there is
