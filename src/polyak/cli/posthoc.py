@@ -74,7 +74,7 @@ def synthesize(
         chosen, step = store.until(at_step)
         _check_spared(output, chosen)
         config = with_start(settings(set_ or []), step)
-        wanted = target_profile(target, config, chosen, step)
+        wanted = target_profile(target, config, store.snapshots, step)
         (found,) = nearest(chosen, [wanted], nonnegative=nonnegative)
         warn_of_poor(found, label({"name": target, **config}))
         _tell(found, chosen, wanted, step)

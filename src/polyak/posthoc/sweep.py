@@ -160,7 +160,7 @@ def sweep(
     store = directory if isinstance(directory, Store) else Store(directory)
     snapshots, step = store.until(at_step)
     labelled = _labelled(targets, step)
-    wanted = [_profile(name, target, snapshots, step) for name, target in labelled]
+    wanted = [_profile(name, target, store.snapshots, step) for name, target in labelled]
     if not wanted:
         message = "there is nothing to try; give at least one target"
         raise ConfigError(message)

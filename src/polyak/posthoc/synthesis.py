@@ -6,18 +6,18 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from polyak.calls import users_level
 from polyak.checkpoints.tensor_file import Scratch
 from polyak.config import AveragerConfig
-from polyak.errors import ConfigError, PolyakWarning
+from polyak.errors import ConfigError, PolyakWarning, RateError
 from polyak.plot import POOR
 from polyak.posthoc.labels import label
 from polyak.posthoc.made import Synthesis
 from polyak.posthoc.solve import Fit, fit, mixed
 from polyak.posthoc.store import Store
+from polyak.posthoc.timeline import Timeline
 from polyak.profile import Profile
 from polyak.progress import track
 from polyak.shown import shown
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from polyak.posthoc.snapshot import Snapshot
+    from polyak.updates import Updates
 
 __all__ = [
     "Target",
@@ -100,7 +100,7 @@ def synthesize(
     """
     store = directory if isinstance(directory, Store) else Store(directory)
     snapshots, step = store.until(at_step)
-    wanted = target_profile(target, settings, snapshots, step)
+    wanted = target_profile(target, settings, store.snapshots, step)
     (found,) = nearest(snapshots, [wanted], nonnegative=nonnegative)
     warn_of_poor(found, label({"name": target, **settings} if isinstance(target, str) else target))
     return combine(snapshots, found, wanted, step)
@@ -108,6 +108,12 @@ def synthesize(
 
 def target_profile(target: Target, settings: Mapping[str, Any], snapshots: Sequence[Snapshot], step: int) -> Profile:
     """Return the profile that a target has at an optimiser step, updated as often as the recorded averages were.
+
+    Args:
+        target: What is wanted.
+        settings: The settings given with it.
+        snapshots: All of the run.
+        step: The optimiser step.
 
     Raises:
         ConfigError: The target is none, or has no updates up to that step.
@@ -118,9 +124,11 @@ def target_profile(target: Target, settings: Mapping[str, Any], snapshots: Seque
             raise ConfigError(message)
         profile = target
     else:
-        recorded = [snapshot.profile.steps for snapshot in snapshots if snapshot.step]
-        counted_from = min((int(steps[0]) for steps in recorded), default=1)
-        profile = _config(target, settings, recorded).profile(step, counted_from=counted_from)
+        config = _config(target, settings)
+        every = config.every if "every" in config.model_fields_set else None
+        updates = Timeline(snapshots).updates(step, every, config.start)
+        origin = "first" if config.start else config.strategy.engine().get("origin", "initial")
+        profile = _at(config.strategy, updates, config.origin or origin)
     if not len(profile):
         message = f"the target has no update up to step {step}; check start= and every="
         raise ConfigError(message)
@@ -172,9 +180,7 @@ def combine(snapshots: Sequence[Snapshot], found: Fit, wanted: Profile, step: in
     )
 
 
-def _config(
-    target: str | Strategy | Mapping[str, Any], settings: Mapping[str, Any], recorded: Sequence[NDArray[np.int64]]
-) -> AveragerConfig:
+def _config(target: str | Strategy | Mapping[str, Any], settings: Mapping[str, Any]) -> AveragerConfig:
     if "step" in settings:
         message = f"step: got {shown(settings['step'])}; the optimiser step of the average is given as at_step="
         raise ConfigError(message)
@@ -190,9 +196,18 @@ def _config(
     else:
         message = f"a target is a strategy's name, object or config, or a profile; got {target!r}"
         raise ConfigError(message)
-    # As often as most of what was recorded; the first update of a run that jumps is a step of its own.
-    every = min((int(np.median(np.diff(steps))) for steps in recorded if len(steps) > 1), default=1)
-    return AveragerConfig.of({"every": max(1, every), **data}, "the target")
+    return AveragerConfig.of(data, "the target")
+
+
+def _at(strategy: Strategy, updates: Updates, origin: str) -> Profile:
+    try:
+        return Profile.at(strategy, updates, origin)
+    except RateError as error:
+        message = (
+            f"the target cannot be computed from what was recorded: {error} Learning rates are recorded with averages "
+            "that use them"
+        )
+        raise ConfigError(message) from error
 
 
 def _state_dict(used: Sequence[tuple[Snapshot, float]], last: Snapshot) -> dict[str, Tensor]:
