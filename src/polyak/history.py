@@ -98,7 +98,7 @@ class History:
         if len(self) >= n:
             return
         update = rate, stride, NO_LR if lr is None else lr, int(counted)
-        fields = self.rates, self.strides, self.lrs, self.counted
+        fields: tuple[array[Any], ...] = (self.rates, self.strides, self.lrs, self.counted)
         if (
             runs
             and (self.rates[runs - 1], self.strides[runs - 1], self.lrs[runs - 1], self.counted[runs - 1]) == update
@@ -126,7 +126,7 @@ class History:
             start: The averager's option.
         """
         runs = len(self.last)
-        counts = np.diff(np.array([0, *self.last], np.int64))
+        counts: NDArray[np.int64] = np.diff(np.array([0, *self.last], np.int64))
 
         def each(values: array[Any]) -> NDArray[Any]:
             return np.repeat(np.array(values[:runs]), counts)

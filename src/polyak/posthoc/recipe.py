@@ -35,7 +35,7 @@ def described(profile: Profile, strategy: Strategy) -> tuple[dict[str, Any], dic
     """
     made = profile.updates or Updates(profile.steps)
     made = made._replace(stride=profile.stride or int(np.diff(profile.steps[:2]).sum()) or 1)
-    about = {"counted": bool(np.all(made.counted)), "not_before": made.start}
+    about: dict[str, Any] = {"counted": bool(np.all(made.counted)), "not_before": made.start}
     runs = _runs(made)
     if type(strategy).__module__.startswith("polyak.") and 0 < len(runs) * 3 <= max(len(profile) * 2, 12):
         for origin in ("initial", "first"):
