@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Configurable"]
 
-_OWN = frozenset({"options", "listeners", "pending", "guards", "warned", "built"})
+_OWN = frozenset({"options", "listeners", "openers", "pending", "guards", "warned", "built"})
 """The attributes without an underscore that only an instance has."""
 
 _UPDATES, _SHARE = 100, 0.5

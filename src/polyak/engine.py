@@ -219,7 +219,8 @@ class Engine(Computing):
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self._strategy, self.options = saved["strategy"], saved["options"]
-        self._knows, self._averaged, self.warned, self.listeners = bool, None, set(), []
+        self._knows, self._averaged, self.warned = bool, None, set()
+        self.listeners, self.openers = [], []
         self.loads, self.built = 1, None
         self.pending, self._captured, self._outdated, self.guards = None, None, False, 0
         self._binding = Binding(None, self.options)

@@ -52,6 +52,7 @@ class Updating(WithSources, Averager):
     Attributes:
         options: The engine's options, completed by the strategy.
         listeners: Called after each averaged update.
+        openers: Called before the first averaged update, when the average is what it starts from.
         pending: The update that is under way on another thread.
         guards: How many optimisers call ``release`` before each step.
         built: How often each tensor had been written to at construction; None once a state was loaded.
@@ -87,6 +88,7 @@ class Updating(WithSources, Averager):
         self._capture()
         self.warned: set[str] = set()
         self.listeners: list[Callable[[Averager, Clock], None]] = []
+        self.openers: list[Callable[[Averager], None]] = []
 
     @override
     def update(
@@ -213,6 +215,9 @@ class Updating(WithSources, Averager):
             return Seen(self, state, state.progress.seen(now))
         clock = self._watched(state.progress.clock(now, lr))
         plan = self._binding.planned(root, state)
+        if clock.n == 1:
+            for opener in self.openers:
+                opener(self)
         rate = self._rate(clock, plan)
         after = state.progress.averaged_at(clock, rate, checked_weight(self._strategy, clock))
         self._reads_lr = self._reads_lr or (isinstance(clock, WatchedClock) and clock.is_read)

@@ -106,6 +106,30 @@ def an_error_of_another_kind_on_rank_0_is_told_by_every_rank(rank, folder):
     assert averager.n == 2
 
 
+def ranks_agree_on_starts_and_histories(rank, folder):
+    for name, shard in {"ddp": ddp, "fsdp": fsdp}.items():
+        model, here = shard(built()), folder / f"identities {name}"
+        averager, other = (polyak.average(model, "ema", decay=0.5, buffers="skip") for _ in range(2))
+        with polyak.posthoc.Recorder(averager, here, every=2):
+            trained(model, 5, between=lambda step, averager=averager: averager.update())
+            saved = averager.state_dict()
+            told = [None, None]
+            torch.distributed.all_gather_object(told, averager.identity)
+            assert told[0] == told[1], name
+            assert told[0].start, name
+            assert [step for step, _ in told[0].marks] == [2, 4], name
+            trained(model, 5, between=lambda step, other=other: other.update())
+            averager.load_state_dict(other.state_dict())
+            if rank == 0 or name == "fsdp":  # under DDP the other rank neither writes nor looks
+                with pytest.raises(polyak.StateError, match="is of another run"):
+                    averager.update()
+        averager.load_state_dict(saved)
+        with polyak.posthoc.Recorder(averager, here, every=2):
+            averager.update(step=6)
+        torch.distributed.barrier()
+        assert max(path.name for path in here.glob("average-*")) == "average-000000000006.safetensors"
+
+
 def a_stage_of_a_pipeline_is_recorded_saved_and_loaded_by_its_own_ranks(rank, folder):
     """Rank 0 has no part of it, and is not asked."""
     stage = DeviceMesh("cpu", [1, 2])
@@ -143,5 +167,6 @@ ALL = [
     what_rank_0_cannot_do_is_told_by_every_rank_and_training_goes_on,
     what_one_rank_synthesised_goes_into_a_sharded_model,
     under_ddp_only_rank_0_writes,
+    ranks_agree_on_starts_and_histories,
     an_error_of_another_kind_on_rank_0_is_told_by_every_rank,
 ]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["bytes_of", "first_sum", "read_checksums", "with_checksums"]
+__all__ = ["bytes_of", "checksum", "first_sum", "read_checksums", "with_checksums"]
 
 _CHECKSUMS = "polyak_crc32"
 
@@ -41,10 +41,19 @@ def _texts_sum(texts: Mapping[str, str]) -> int:
     return crc32(json.dumps({key: text for key, text in texts.items() if key != _CHECKSUMS}, sort_keys=True).encode())
 
 
-def with_checksums(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the texts of a file with the checksums of texts and tensors among them."""
-    sums = {"texts": _texts_sum(texts), "tensors": {name: checksum(tensor) for name, tensor in tensors.items()}}
-    return {**texts, _CHECKSUMS: json.dumps(sums)}
+def with_checksums(
+    texts: Mapping[str, str], tensors: Mapping[str, Tensor], known: Mapping[str, int] | None = None
+) -> dict[str, str]:
+    """Return the texts of a file with the checksums of texts and tensors among them.
+
+    Args:
+        texts: The texts.
+        tensors: The tensors.
+        known: The checksums of some of the tensors. Defaults to none.
+    """
+    known = known or {}
+    sums = {name: known[name] if name in known else checksum(tensor) for name, tensor in tensors.items()}
+    return {**texts, _CHECKSUMS: json.dumps({"texts": _texts_sum(texts), "tensors": sums})}
 
 
 def read_checksums(texts: Mapping[str, str], names: Collection[str]) -> Mapping[str, int] | None:

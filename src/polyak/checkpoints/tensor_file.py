@@ -162,19 +162,22 @@ class TensorFile:
         raise StateError(message) from cause
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], sums: Mapping[str, int] | None = None
+) -> None:
     """Write a safetensors file with the checksums of its tensors and texts; it is whole or absent.
 
     Args:
         file: The file.
         tensors: The tensors, of which no two share memory.
         metadata: The texts.
+        sums: The checksums of some of the tensors. Defaults to none.
 
     Raises:
         WriteError: If it cannot be written, as on a full disk.
     """
     packed = {name: tensor.detach().cpu().resolve_neg().contiguous() for name, tensor in tensors.items()}
-    texts = with_checksums(metadata, packed)
+    texts = with_checksums(metadata, packed, sums)
     write_whole(file, lambda scratch: _write(scratch, packed, texts))
 
 

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
 from polyak import errors
 from polyak.distributed.sync import rank
 from polyak.errors import PolyakError, PolyakWarning, StateError
-from polyak.posthoc.snapshot import Layout, file_name, make_folder, write
+from polyak.posthoc.packed import Packed
+from polyak.posthoc.snapshot import START, Layout, file_name, make_folder, write
 from polyak.posthoc.store import Store
+from polyak.posthoc.strangers import newer_mark, refuse_other_start
 from polyak.tensors.agreement import first_rank, from_first, ranks_of
 from polyak.tensors.roll_call import answered
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
     import torch
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
+    from polyak.posthoc.strangers import Past
     from polyak.profile import Profile
     from polyak.strategy import Strategy
 
 __all__ = ["Folder"]
+
+T = TypeVar("T")
 
 _REST = "All ranks build the recorder, update and close it; this snapshot was not written, and those before are whole."
 
@@ -38,6 +43,7 @@ class Folder:
         layout: The model.
         dtype: The dtype of what is averaged; None: its own, but float32 at the least.
         keep: How many snapshots of each average are kept; None: all.
+        digested: The canonical names of the tensors that tell one average from another.
         meshes: The ranks that have parts of the tensors, if these are sharded. All of them then call, the first one
             writes, and what it raises is raised by all.
 
@@ -46,61 +52,110 @@ class Folder:
     """
 
     def __init__(
-        self, path: Path, layout: Layout, *, dtype: torch.dtype | None, keep: int | None, meshes: Sequence[DeviceMesh]
+        self,
+        path: Path,
+        layout: Layout,
+        *,
+        dtype: torch.dtype | None,
+        keep: int | None,
+        digested: Collection[str],
+        meshes: Sequence[DeviceMesh],
     ) -> None:
-        self.path, self.layout = path, layout
+        self.path, self.layout, self._digested = path, layout, digested
         self._dtype, self._keep, self._meshes = dtype, keep, meshes
         self._first = first_rank(meshes) if meshes else 0  # under DDP every rank has the same average
         self._run = uuid4().hex
-        self._by_first(lambda: make_folder(path))
+        self._by_first(lambda: make_folder(path), lambda: None)
 
-    def put(self, average: str, step: int, weights: Mapping[str, Tensor], profile: Profile, strategy: Strategy) -> None:
+    def put(
+        self,
+        average: str,
+        step: int,
+        weights: Mapping[str, Tensor],
+        profile: Profile,
+        strategy: Strategy,
+        *,
+        start: str = "",
+        suffix: str = "",
+    ) -> str:
         """Write a snapshot, and remove the oldest ones of its average where there are more than are kept.
+
+        Returns:
+            The digest of the weights in it.
 
         Raises:
             SnapshotError: It cannot be written.
         """
         whole = self._gathered(weights) if self._meshes else weights
 
-        def act() -> None:
+        def act() -> str:
+            packed = self._packed(whole, self._dtype)
             write(
-                self.path, run=self._run, average=average, step=step, weights=whole, profile=profile, strategy=strategy,
-                layout=self.layout, dtype=self._dtype,
+                self.path / file_name(average, step, suffix), packed, run=self._run, average=average, step=step,
+                start=start, profile=profile, strategy=strategy, layout=self.layout,
             )  # fmt: skip
-            if self._keep is not None:
+            if self._keep is not None and average != START:
                 for old in sorted(self.path.glob(file_name(average)))[: -self._keep]:
                     old.unlink(missing_ok=True)
+            return packed.digest
 
-        self._by_first(act)
+        return self._by_first(act, lambda: self._packed(whole, self._dtype).digest)
 
-    def take_over(self, last: int | None, *, restored: bool) -> None:
+    def digest(self, weights: Mapping[str, Tensor]) -> str:
+        """Return the digest of weights, whatever dtype snapshots have."""
+        whole = self._gathered(weights) if self._meshes else weights
+        return self._by_first(lambda: self._packed(whole, None).digest, lambda: self._packed(whole, None).digest)
+
+    def _packed(self, weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> Packed:
+        return Packed.of(weights, self.layout, self._digested, dtype)
+
+    def take_over(
+        self, last: int | None, pasts: Mapping[str, Past], starts: Collection[str], *, restored: bool
+    ) -> dict[str, tuple[int, str]]:
         """Look whether what lies in the folder is this run's, and leave there what is.
 
         Args:
             last: The last optimiser step that was averaged before; None where the run has just begun.
+            pasts: The averages before this update, by name.
+            starts: The identities of the starts of those that begin with it.
             restored: Whether the averager's state was loaded, so that steps may be made again.
+
+        Returns:
+            The marks of snapshots that were written after the state of their average was saved.
 
         Raises:
             StateError: It is another run's.
         """
-        self._by_first(lambda: self._take_over(last, restored=restored))
 
-    def _take_over(self, last: int | None, *, restored: bool) -> None:
+        def act() -> dict[str, tuple[int, str]]:
+            return self._take_over(last, pasts, starts, restored=restored)
+
+        return self._by_first(act, dict)
+
+    def _take_over(
+        self, last: int | None, pasts: Mapping[str, Past], starts: Collection[str], *, restored: bool
+    ) -> dict[str, tuple[int, str]]:
         found = Store(self.path).snapshots if self.path.is_dir() else []
         if found and found[0].layout != self.layout:
             message = f"{str(self.path)!r} holds snapshots of another model; give this run a folder of its own"
             raise StateError(message)
-        recorded = [snapshot for snapshot in found if snapshot.step]
-        if found and last is not None:
-            self._run = found[-1].about.run or self._run
-        later = [snapshot for snapshot in recorded if last is None or snapshot.step > last]
-        if later and (last is None or not restored):
+        recorded = [snapshot for snapshot in found if not snapshot.is_start]
+        kept = [snapshot for snapshot in recorded if last is not None and snapshot.step <= last]
+        # Those of step 0 are the run's own starts, whenever it begins.
+        over = -1 if last is None else last
+        later = [snapshot for snapshot in found if snapshot.step > over and (snapshot.step or not snapshot.is_start)]
+        if later and not restored:
             message = (
-                f"{str(self.path)!r} holds {len(recorded)} snapshots of another run, up to step {recorded[-1].step}, "
+                f"{str(self.path)!r} holds {len(recorded)} snapshots of another run, up to step {found[-1].step}, "
                 f"and this one has {'just begun' if last is None else f'come to step {last}'}; give it a folder of its "
                 "own, or load the state of the averager to go on with that run"
             )
             raise StateError(message)
+        if last is None:
+            refuse_other_start(self.path, found, starts)
+        marks = {name: mark for name, past in pasts.items() if (mark := newer_mark(self.path, name, past, kept))}
+        if found and (restored or last is not None):
+            self._run = found[-1].about.run or self._run
         if later:
             warnings.warn(
                 f"{len(later)} snapshots after step {last}, where this run goes on, are removed: they belong to steps "
@@ -110,6 +165,7 @@ class Folder:
             )
             for snapshot in later:
                 snapshot.path.unlink(missing_ok=True)
+        return marks
 
     def _gathered(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return whole tensors on the CPU of the first rank, gathered one by one, and none elsewhere."""
@@ -122,20 +178,24 @@ class Folder:
                     whole[name] = gathered.detach().cpu()
         return whole
 
-    def _by_first(self, act: Callable[[], None]) -> None:
+    def _by_first(self, act: Callable[[], T], elsewhere: Callable[[], T]) -> T:
+        """Return what the first rank does; ranks with whole averages ask nobody."""
         if not self._meshes:
-            if rank() == self._first:
-                act()
-            return
-        problem: tuple[str, str] | None = None
+            return act() if rank() == self._first else elsewhere()
+        problem, done = None, None
         if rank() == self._first:
             try:
-                act()
+                done = act()
             except PolyakError as error:
                 problem = type(error).__name__, str(error)
             except Exception as error:  # noqa: BLE001 - the others wait to be told
                 problem = "SnapshotError", f"{type(error).__name__}: {error}"
-        told = from_first(self._meshes, problem, f"let rank {self._first} write to {str(self.path)!r}", _REST)
-        if told is not None:
-            msg = f"rank {self._first}: {told[1]}"
-            raise getattr(errors, told[0], errors.SnapshotError)(msg)
+        problem, done = from_first(
+            self._meshes, (problem, done), f"let rank {self._first} write to {str(self.path)!r}", _REST
+        )
+        if problem is not None:
+            msg = f"rank {self._first}: {problem[1]}"
+            raise getattr(errors, problem[0], errors.SnapshotError)(msg)
+        told: Any = done
+        answer: T = told
+        return answer

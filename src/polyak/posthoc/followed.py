@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "block_means",
+    "digested_of",
     "engines_of",
     "fastest_of",
     "last_before",
@@ -94,6 +95,15 @@ def layout_of(engine: Engine) -> Layout:
     return Layout(keys, dtypes, [name for name in _averaged(engine) if name in kept])
 
 
+def digested_of(engine: Engine, layout: Layout) -> list[str]:
+    """Return the canonical names of the tensors that tell one average from another.
+
+    Those are its parameters: under DDP each rank has statistics of its own batches.
+    """
+    parameters = {s.name for s in engine.stored if s.kind == "parameter"}
+    return [name for name in layout.averaged if name in parameters] or layout.averaged
+
+
 def _plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {plain_name(model, key): value for key, value in model.state_dict(keep_vars=True).items()}
 
@@ -132,13 +142,11 @@ def weights_of(engine: Engine, layout: Layout) -> dict[str, Tensor]:
     return {name: averages.get(name, live[name]) for name in layout.dtypes}
 
 
-def start_of(engines: Mapping[str, Engine], layout: Layout) -> dict[str, Tensor] | None:
-    """Return a copy of the weights at construction, which count in plain EMAs; None where they are gone."""
-    own = [engine for engine in engines.values() if engine.options.origin == "initial"]
-    if any(engine.n for engine in engines.values()):
-        return None
-    weights = weights_of((own or [*engines.values()])[0], layout)
-    return {name: tensor.detach().clone() for name, tensor in weights.items()}
+def start_of(engine: Engine, layout: Layout) -> dict[str, Tensor]:
+    """Return the weights that an average without updates starts from; what it leaves alone is the model's own."""
+    own = {s.name: s.whole(s.average) for s in engine.stored}
+    live = {entry.name: entry.slots[0].tensor for entry in engine.entries()}
+    return {name: own.get(name, live[name]) for name in layout.dtypes}
 
 
 def fastest_of(engines: Mapping[str, Engine]) -> str:

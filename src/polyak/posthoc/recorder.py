@@ -7,26 +7,25 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-
 from polyak.atomic import as_path
 from polyak.averager import refuse_other
 from polyak.errors import ConfigError, StateError
 from polyak.posthoc.folder import Folder
 from polyak.posthoc.followed import (
     block_means,
+    digested_of,
     engines_of,
     fastest_of,
     last_before,
     layout_of,
     refuse_growth,
     shapes_of,
-    start_of,
     warn_unclosed,
     weights_of,
 )
-from polyak.posthoc.snapshot import safetensors
-from polyak.profile import Profile
+from polyak.posthoc.snapshot import START, safetensors
+from polyak.posthoc.starts import Starts
+from polyak.posthoc.strangers import Past
 from polyak.tensors.storage import as_dtype
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Recorder"]
 
-BLOCKS, START = "blocks", "start"
+BLOCKS = "blocks"
 
 
 class Recorder:
@@ -68,7 +67,7 @@ class Recorder:
         MissingExtraError: safetensors is not installed.
 
     While it follows, ``update()`` raises SnapshotError where a snapshot cannot be written (the update is made, and
-    training can go on), and StateError where the folder holds another run's snapshots.
+    training can go on), and StateError if the folder holds another run's snapshots, or another run's state was loaded.
 
     Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (2023), arXiv:2312.02696,
     section 3.2, for power-function averages; block means and other families are linear in the same way.
@@ -114,27 +113,33 @@ class Recorder:
         self._seen: dict[str, int] = {}
         self._written: dict[str, int] = {}
         self._updates: dict[str, int] = {}
+        self._loads: dict[str, int] = {}
         self._begun = self._new = False
+        self._before = 0
         own = {START} if self._blocks is None else {START, BLOCKS}
         if taken := sorted(own & self._engines.keys()):
             message = f"the names {taken} of averages are those of the recorder's own snapshots; give them others"
             raise ConfigError(message)
         stored = [stored for engine in self._engines.values() for stored in engine.stored]
         meshes = [one.spread.mesh for one in stored if one.spread]
-        self._folder = Folder(self.directory, layout, dtype=short, keep=keep, meshes=meshes)
-        self._at_start = start_of(self._engines, layout)
+        digested = digested_of(next(iter(self._engines.values())), layout)
+        self._folder = Folder(self.directory, layout, dtype=short, keep=keep, digested=digested, meshes=meshes)
+        self._starts = Starts(self._engines, self._folder, meshes)
         self._shapes = {name: shapes_of(engine) for name, engine in self._series().items()}
-        self._listeners = [(engine, self._listener(name)) for name, engine in self._engines.items()]
-        for engine, listener in self._listeners:
+        self._listeners = [(one, self._listener(name), self._opener(name)) for name, one in self._engines.items()]
+        for engine, listener, opener in self._listeners:
             engine.listeners.append(listener)
+            engine.openers.append(opener)
         self._unclosed = weakref.finalize(self, warn_unclosed, self.directory, self._seen, self._written)
 
     def close(self) -> None:
         """Write the snapshots of the last updates, and follow no longer; twice is once."""
-        for engine, listener in self._listeners:
+        for engine, listener, opener in self._listeners:
             engine.synchronize()
             if listener in engine.listeners:
                 engine.listeners.remove(listener)
+            if opener in engine.openers:
+                engine.openers.remove(opener)
         self._listeners = []
         self._unclosed.detach()
         with ExitStack() as rest:  # a snapshot that cannot be written keeps none of the others from being written
@@ -176,20 +181,30 @@ class Recorder:
     def _series(self) -> dict[str, Engine]:
         return self._engines if self._blocks is None else {**self._engines, BLOCKS: self._blocks}
 
+    def _opener(self, name: str) -> Callable[[Any], None]:
+        def opening(averager: Averager) -> None:
+            if averager is self._engines[name]:
+                self._notice_loads()
+                self._starts.take(name)
+
+        return opening
+
     def _listener(self, name: str) -> Callable[[Any, Clock], None]:
         def updated(averager: Averager, clock: Clock) -> None:
             if averager is not self._engines[name]:  # a copy of it, which took the listeners along
                 return
+            self._notice_loads()
             if clock.n != self._updates.get(name, clock.n - 1) + 1:
                 self._go_on_elsewhere()
             self._updates[name] = clock.n
             first = not self._begun
             if first:
                 self._begin(clock)
+            self._starts.identify_first(name)
             if self._blocks is not None and name == self._fastest:
                 self._blocks.update(self._engines[name].updated_model, step=clock.step)
             if first:
-                self._write_start()
+                self._starts.write(self._before)
             if name == self._fastest and self._blocks is not None:
                 self._due(BLOCKS, clock)
             self._due(name, clock)
@@ -207,12 +222,14 @@ class Recorder:
         if not engine.n:  # every update of a block was left out because of a NaN
             return
         refuse_growth(engine, self._shapes[name])
-        self._write_start()
+        self._starts.write(self._before)
         profile = engine.profile()
         step = int(profile.steps[-1])
         if engine is self._blocks and name in self._written:
             profile = replace(profile, stride=int(profile.steps[0]) - self._written[name])
-        self._folder.put(name, step, weights_of(engine, self._folder.layout), profile, engine.strategy)
+        weights, start = weights_of(engine, self._folder.layout), engine.identity.start
+        mark = self._folder.put(name, step, weights, profile, engine.strategy, start=start)
+        self._remember(engine, (step, mark))
         self._written[name] = step
         if engine is self._blocks:
             engine.restart()
@@ -221,10 +238,28 @@ class Recorder:
         """Look, at the first update, whether what lies in the folder is this run's."""
         self._new = self._new or all(engine.n <= 1 for engine in self._engines.values())
         restored = any(engine.loads for engine in self._engines.values())
-        self._folder.take_over(None if self._new else last_before(clock.step, self._engines), restored=restored)
-        if not self._new:
-            self._at_start = None
+        last = None if self._new else last_before(clock.step, self._engines)
+        self._before = max(0, last or 0)
+        pasts = {
+            name: Past(engine.identity, last_before(clock.step, {name: engine}))
+            for name, engine in self._engines.items()
+        }
+        marks = self._folder.take_over(last, pasts, self._starts.identify(), restored=restored)
+        for name, mark in marks.items():
+            self._remember(self._engines[name], mark)
         self._begun = True
+
+    def _remember(self, engine: Engine, mark: tuple[int, str]) -> None:
+        """Note in a history that a snapshot of it was written."""
+        if mark not in engine.identity.marks:
+            engine.identity = engine.identity._replace(marks=(*engine.identity.marks, mark))
+
+    def _notice_loads(self) -> None:
+        """Go on elsewhere if a state was loaded into an average since its last update."""
+        loads = {name: engine.loads for name, engine in self._engines.items()}
+        if self._loads not in ({}, loads):
+            self._go_on_elsewhere()
+        self._loads = loads
 
     def _go_on_elsewhere(self) -> None:
         """Forget what was seen before another state was loaded into the averager."""
@@ -233,16 +268,10 @@ class Recorder:
             self._blocks = block_means(self._engines, wanted=True)
 
     def _forget(self) -> None:
-        for steps in (self._seen, self._written, self._updates):
+        for steps in (self._seen, self._written, self._updates, self._loads):
             steps.clear()
+        self._starts.forget()
         self._begun = self._new = False
-
-    def _write_start(self) -> None:
-        if self._at_start is not None:
-            engine = self._engines[self._fastest]
-            nothing = Profile(np.empty(0), np.empty(0, np.int64), start=1.0)
-            self._folder.put(START, 0, self._at_start, nothing, engine.strategy)
-            self._at_start = None
 
 
 def _are_steps(state: Mapping[str, Any]) -> bool:

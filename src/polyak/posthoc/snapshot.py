@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polyak.checkpoints.tensor_file import Scratch
+    from polyak.posthoc.packed import Packed
     from polyak.profile import Profile
     from polyak.strategy import Strategy
 
-__all__ = ["Layout", "Snapshot", "file_name", "make_folder", "safetensors", "write"]
+__all__ = ["START", "Layout", "Snapshot", "file_name", "make_folder", "safetensors", "write"]
 
 FORMAT = 1
+START = "start"
 _DIGITS = 12
 _UNFINISHED = ".unfinished"  # where earlier versions left halves
 _ABOUT = "polyak_snapshot"
@@ -105,8 +107,13 @@ class Snapshot:
 
     @property
     def step(self) -> int:
-        """The optimiser step of its last update."""
+        """The optimiser step of its last update; of a start, the one before the first update."""
         return self.about.step
+
+    @property
+    def is_start(self) -> bool:
+        """Whether it holds the weights that an average started from."""
+        return self.average == START
 
     def fits(self, other: Snapshot) -> bool:
         """Return whether both are of one model."""
@@ -136,81 +143,70 @@ class Snapshot:
 
 
 def write(
-    directory: Path,
+    path: Path,
+    packed: Packed,
     *,
     run: str,
     average: str,
     step: int,
-    weights: Mapping[str, Tensor],
+    start: str,
     profile: Profile,
     strategy: Strategy,
     layout: Layout,
-    dtype: torch.dtype | None,
-) -> Path:
+) -> None:
     """Write a snapshot; the file is whole or absent.
 
     Args:
-        directory: Where.
+        path: The file.
+        packed: The tensors.
         run: What the snapshots of one run have in common.
         average: Its name.
-        step: The optimiser step of its last update; 0 for the weights at the start.
-        weights: The tensors, by canonical name.
+        step: The optimiser step of its last update; that before the first for the weights at the start.
+        start: The digest of the weights that it started from.
         profile: What each step counts in them.
         strategy: What made the profile.
         layout: The model.
-        dtype: The dtype of what is averaged; None: its own, but float32 at the least.
 
     Raises:
         SnapshotError: The file cannot be written, as on a full disk.
     """
     told, tensors = described(profile, strategy)
     tensors = {f"profile/{name}": tensor for name, tensor in tensors.items()}
-    packed, is_complex = _packed(weights, {*layout.averaged}, dtype)
-    tensors |= packed
+    tensors |= packed.tensors
     summary = {"half_life": profile.half_life, "mean_age": profile.mean_age} if len(profile) else {}
     about = {
         "format": FORMAT,
         "run": run,
         "average": average,
         "step": step,
+        "start": start,
+        "mark": packed.digest,
         "strategy": strategy.model_dump(mode="json"),
         "profile": told,
         "summary": {key: str(value) for key, value in summary.items()},
         "layout": layout._asdict(),
-        "complex": is_complex,
+        "complex": packed.complex,
     }
-    path = directory / f"{_quoted(average)}-{step:0{_DIGITS}d}.safetensors"
     try:
-        write_tensors(path, tensors, {_ABOUT: json.dumps(about)})
+        write_tensors(path, tensors, {_ABOUT: json.dumps(about)}, packed.sums)
     except WriteError as error:
         message = (
             f"the snapshot {path.name!r} could not be written: {error} "
             "The average is whole and training can go on; what is missing is this snapshot."
         )
         raise SnapshotError(message) from error
-    return path
 
 
-def _packed(
-    weights: Mapping[str, Tensor], averaged: set[str], dtype: torch.dtype | None
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Return tensors as the file has them, and the names of those that are complex, which no file has."""
-    packed, is_complex = {}, []
-    for name, tensor in weights.items():
-        here = tensor.detach().cpu().resolve_conj()
-        if here.is_complex():
-            is_complex.append(name)
-            here = torch.view_as_real(here)
-        if name in averaged:
-            here = here.to(dtype or torch.promote_types(here.dtype, torch.float32))
-        packed[f"weights/{name}"] = here.contiguous()
-    return packed, is_complex
+def file_name(average: str, step: int | None = None, suffix: str = "") -> str:
+    """Return the name of a snapshot.
 
-
-def file_name(average: str) -> str:
-    """Return the pattern of the names of an average's snapshots, which sort by their steps; ``"*"`` of all."""
-    name = average if average == "*" else _quoted(average)
-    return f"{name}-{'[0-9]' * _DIGITS}.safetensors"
+    Args:
+        average: The name of its average.
+        step: The optimiser step of its last update. Defaults to a pattern of all, which sort by their steps.
+        suffix: What tells it from another snapshot of the average at this step.
+    """
+    digits = "[0-9]" * _DIGITS if step is None else f"{step:0{_DIGITS}d}"
+    return f"{_quoted(average)}{suffix}-{digits}.safetensors"
 
 
 def _quoted(average: str) -> str:

@@ -48,10 +48,11 @@ def fit(
     *,
     noise: Sequence[float] | None = None,
     nonnegative: bool = False,
+    starts: Sequence[str] | None = None,
 ) -> list[Fit]:
     """Return, for each wanted profile, the combination of known ones with the sum 1 that is nearest.
 
-    ``min ||sum(x_j * p_j) - q||`` with ``sum(x) = 1``, over the exact shares of single optimiser steps and of the
+    ``min ||sum(x_j * p_j) - q||`` with ``sum(x) = 1``, over the exact shares of single optimiser steps and of each
     start; the share of an update that stands for several steps is spread over them. Large coefficients cost what they
     make of the snapshots' rounding: a nearer profile is no nearer average then.
 
@@ -60,13 +61,15 @@ def fit(
         wanted: The profiles to come near to.
         noise: How much the values behind each known profile are rounded, relative to them; None: not at all.
         nonnegative: Whether no coefficient may be negative (needs scipy).
+        starts: Which weights each known and each wanted profile starts from. Defaults to the same weights for all.
 
     Raises:
         MissingExtraError: scipy is not installed, and ``nonnegative``.
 
     Source: Karras et al. (2023), arXiv:2312.02696, appendix C, for power functions and without the sum.
     """
-    factor = _factor([*known, *wanted])
+    profiles = [*known, *wanted]
+    factor = _factor(profiles, starts or [""] * len(profiles))
     basis = factor[:, : len(known)]
     rounded = np.asarray([0.0] * len(known) if noise is None else noise)
     solve = _nonnegative if nonnegative else _least_squares
@@ -119,12 +122,13 @@ def _nonnegative(basis: Floats, target: Floats) -> Floats:
     return x
 
 
-def _factor(profiles: Sequence[Profile]) -> Floats:
+def _factor(profiles: Sequence[Profile], starts: Sequence[str]) -> Floats:
     """Return the R of the QR factorisation of all profiles, block by block: the matrix itself may be too large.
 
-    Steps that count the same in each profile are one row, longer by the root of their number.
+    Steps that count the same in each profile are one row, longer by the root of their number. Each start is a row.
     """
-    factor = np.array([[profile.start for profile in profiles]])
+    shares = np.array([profile.start for profile in profiles])
+    factor = np.array([shares * [start == one for start in starts] for one in dict.fromkeys(starts)])
     runs = [profile.runs.without_oldest(_NOTHING) for profile in profiles]
     edges = np.unique(np.concatenate([one.edges for one in runs]))
     for begin in range(0, len(edges) - 1, _ROWS):

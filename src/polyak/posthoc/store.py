@@ -39,7 +39,7 @@ class Store:
         # What begins with a dot is a file that is being written, or was when its process died.
         paths = sorted(path for path in self.directory.glob("*.safetensors") if not path.name.startswith("."))
         found = [snapshot for path in paths if (snapshot := Snapshot.read(path)) is not None]
-        self.snapshots = sorted(found, key=lambda snapshot: (snapshot.step, snapshot.average))
+        self.snapshots = sorted(found, key=lambda snapshot: (snapshot.step, not snapshot.is_start, snapshot.average))
         for one in self.snapshots[1:]:
             if not one.fits(self.snapshots[0]):
                 message = (
@@ -58,9 +58,9 @@ class Store:
             StateError: There is none.
         """
         chosen = [snapshot for snapshot in self.snapshots if step is None or snapshot.step <= step]
-        if not any(snapshot.step for snapshot in chosen):
+        if all(snapshot.is_start for snapshot in chosen):
             which = "are no snapshots" if not self.snapshots else f"is no snapshot up to step {step}"
-            first = next((f"; the first is of step {s.step}" for s in self.snapshots if s.step), "")
+            first = next((f"; the first is of step {s.step}" for s in self.snapshots if not s.is_start), "")
             message = f"there {which} in {str(self.directory)!r}{first}; record some with polyak.posthoc.Recorder"
             raise StateError(message)
         last = self.snapshots[-1].step

@@ -143,7 +143,18 @@ def target_profile(target: Target, settings: Mapping[str, Any], snapshots: Seque
 def nearest(snapshots: Sequence[Snapshot], wanted: Sequence[Profile], *, nonnegative: bool) -> list[Fit]:
     """Return the combinations of snapshots that are nearest to what is wanted; their tensors are not read."""
     profiles, noise = [s.profile for s in snapshots], [s.precision for s in snapshots]
-    return fit(profiles, wanted, noise=noise, nonnegative=nonnegative)
+    starts = [*(s.about.start for s in snapshots), *(_start(profile, snapshots) for profile in wanted)]
+    return fit(profiles, wanted, noise=noise, nonnegative=nonnegative, starts=starts)
+
+
+def _start(wanted: Profile, snapshots: Sequence[Snapshot]) -> str:
+    """Return which start a wanted average has: that of a recorded one which began with it, or the run's first."""
+    begun = [(int(s.profile.steps[0]), s.about.start) for s in snapshots if len(s.profile) and s.profile.start]
+    first = int(wanted.steps[0])
+    if alike := [start for step, start in begun if step == first]:
+        return alike[0]
+    known = [(s.step, s.about.start) for s in snapshots if s.is_start] + begun
+    return min(known, key=lambda one: one[0], default=(0, ""))[1]
 
 
 def warn_of_poor(found: Fit, target: str) -> None:

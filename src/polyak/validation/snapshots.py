@@ -88,6 +88,8 @@ class About(Schema):
     layout: _Layout
     complex: list[str]
     run: str = ""
+    start: str = ""
+    mark: str = ""
     summary: dict[str, Annotated[str, AfterValidator(_number_as_text)]] = Field(default_factory=dict)
 
     @classmethod
@@ -158,7 +160,7 @@ def check_profile(profile: Profile, last: int) -> None:
     if not abs(float(shares.sum()) + profile.start - 1.0) <= _TOLERANCE:  # also if it is NaN
         message = "its shares do not add up to 1"
         raise ValueError(message)
-    if (int(steps[-1]) if len(steps) else 0) != last or (steps[1:] <= steps[:-1]).any():
+    if (len(steps) and int(steps[-1]) != last) or (steps[1:] <= steps[:-1]).any():
         message = f"its steps do not increase up to step {last}"
         raise ValueError(message)
     if len(steps) and int(steps[0]) - profile.stride < -LARGEST:

@@ -1,0 +1,72 @@
+"""Tensors as a snapshot's file has them, and the digest that tells them from others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+import torch
+
+from polyak.checkpoints.checksums import checksum
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch import Tensor
+
+    from polyak.posthoc.snapshot import Layout
+
+__all__ = ["Packed"]
+
+_DIGEST = 16  # digits
+
+
+class Packed(NamedTuple):
+    """Tensors as a file has them.
+
+    Attributes:
+        tensors: The tensors by their names in the file, on the CPU.
+        complex: The canonical names of those that are complex, which no file has.
+        sums: The checksums of those that tell one average from another.
+    """
+
+    tensors: dict[str, Tensor]
+    complex: list[str]
+    sums: dict[str, int]
+
+    @classmethod
+    def of(
+        cls, weights: Mapping[str, Tensor], layout: Layout, digested: Iterable[str], dtype: torch.dtype | None
+    ) -> Self:
+        """Return tensors as a file has them.
+
+        Args:
+            weights: The tensors, by canonical name.
+            layout: The model.
+            digested: The canonical names of those that tell one average from another.
+            dtype: The dtype of what is averaged; None: its own, but float32 at the least.
+        """
+        tensors, is_complex = _packed(weights, {*layout.averaged}, dtype)
+        return cls(tensors, is_complex, {key: checksum(tensors[key]) for key in (f"weights/{n}" for n in digested)})
+
+    @property
+    def digest(self) -> str:
+        """What tells them from other values."""
+        return hashlib.sha256(json.dumps(self.sums, sort_keys=True).encode()).hexdigest()[:_DIGEST]
+
+
+def _packed(
+    weights: Mapping[str, Tensor], averaged: set[str], dtype: torch.dtype | None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return tensors as the file has them, and the names of those that are complex, which no file has."""
+    packed, is_complex = {}, []
+    for name, tensor in weights.items():
+        here = tensor.detach().cpu().resolve_conj().resolve_neg()
+        if here.is_complex():
+            is_complex.append(name)
+            here = torch.view_as_real(here)
+        if name in averaged:
+            here = here.to(dtype or torch.promote_types(here.dtype, torch.float32))
+        packed[f"weights/{name}"] = here.contiguous()
+    return packed, is_complex

@@ -1,0 +1,109 @@
+"""The weights that recorded averages start from, taken at their first updates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from polyak.posthoc.followed import fastest_of, start_of, weights_of
+from polyak.posthoc.snapshot import START
+from polyak.profile import Profile
+from polyak.tensors.agreement import agreement
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from polyak.engine import Engine
+    from polyak.posthoc.folder import Folder
+
+__all__ = ["Starts"]
+
+
+@dataclass(eq=False)
+class _Start:
+    weights: dict[str, Tensor]
+    digest: str = ""
+
+
+class Starts:
+    """The starts that were taken and not written yet.
+
+    Averages that the first update replaces have no start. If all do, the weights before that update are kept.
+
+    Args:
+        engines: The averages, by name.
+        folder: Where starts are written.
+        meshes: The ranks that have parts of the tensors, if these are sharded.
+    """
+
+    def __init__(self, engines: Mapping[str, Engine], folder: Folder, meshes: Sequence[DeviceMesh]) -> None:
+        self._engines, self._folder = engines, folder
+        self._counted = [name for name, engine in engines.items() if engine.options.origin == "initial"]
+        self._wanted = self._counted or [fastest_of(engines)]
+        for name in self._wanted:
+            _ = engines[name].averages  # one that the first update replaces takes the weights of now
+        self._agree = agreement(meshes)
+        self._taken: dict[str, _Start] = {}
+        self._written: set[str] = set()
+
+    def take(self, name: str) -> None:
+        """Copy the start of an average that has no update yet; averages that start alike share one copy."""
+        engine = self._engines[name]
+        if name not in self._wanted or name in self._written or engine.n:
+            return
+        weights = start_of(engine, self._folder.layout)
+        self._taken.pop(name, None)
+        for other in self._distinct():
+            same = all(_same(other.weights[key], tensor) for key, tensor in weights.items())
+            if same if self._agree is None else self._agree(same):
+                self._taken[name] = other
+                return
+        self._taken[name] = _Start({key: tensor.detach().clone() for key, tensor in weights.items()})
+
+    def identify(self) -> set[str]:
+        """Give each average that has just begun the identity of its start; return these identities."""
+        for name in self._wanted:
+            if name not in self._taken:  # its first update comes later than that of others
+                self.take(name)
+        for start in self._distinct():
+            start.digest = start.digest or self._folder.digest(start.weights)
+        begun = {self._engines[name]: self._taken[name].digest for name in self._counted if name in self._taken}
+        for engine, digest in begun.items():
+            engine.identity = engine.identity._replace(start=digest)
+        return {*begun.values()}
+
+    def identify_first(self, name: str) -> None:
+        """Give an average that its first update has just replaced the identity of these weights."""
+        engine = self._engines[name]
+        if engine.n == 1 and name not in self._counted:
+            digest = self._folder.digest(weights_of(engine, self._folder.layout))
+            engine.identity = engine.identity._replace(start=digest)
+
+    def write(self, step: int) -> None:
+        """Write the starts of averages that began after an optimiser step."""
+        for number, start in enumerate(self._distinct()):
+            names = [name for name, other in self._taken.items() if other is start]
+            nothing = Profile(np.empty(0), np.empty(0, np.int64), start=1.0)
+            strategy, suffix = self._engines[names[0]].strategy, f".{start.digest}" if number else ""
+            self._folder.put(START, step, start.weights, nothing, strategy, start=start.digest, suffix=suffix)
+            self._written |= {*names}
+        self._taken.clear()
+
+    def forget(self) -> None:
+        """Forget the starts of averages that go on elsewhere."""
+        self._taken.clear()
+        self._written.clear()
+
+    def _distinct(self) -> list[_Start]:
+        return [*dict.fromkeys(self._taken.values())]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    here, there = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in (one, other))
+    return here.dtype == there.dtype and here.device == there.device and torch.equal(here, there)
