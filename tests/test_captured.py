@@ -110,6 +110,76 @@ def test_a_step_that_is_not_due_moves_nothing():
     assert averager.n == 2
 
 
+@pytest.fixture
+def _eager_steps():
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+@pytest.mark.usefixtures("_eager_steps")
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_compiled_step_that_runs_eagerly_counts_once(every):
+    model = mlp()
+    averager = polyak.average(model, "swa", every=every, **READY)
+    alike = polyak.average(model, "swa", every=every)
+    step = torch.compile(averager.update, backend="eager")
+    for _ in drifting(model, 5):
+        averager.advance()
+        step()
+        alike.update()
+        assert (averager.n, average_bits(averager)) == (alike.n, average_bits(alike))
+
+
+@pytest.mark.usefixtures("_eager_steps")
+def test_an_announced_update_inside_applied_is_refused_where_it_runs_eagerly():
+    model = mlp()
+    averager = polyak.average(model, "ema", **READY)
+    averager.advance()
+    before = average_bits(averager)
+    with averager.applied(), pytest.raises(polyak.AppliedError, match="leave applied"):
+        averager.update()
+    assert average_bits(averager) == before
+
+
+def test_an_announcement_is_used_up_by_one_update():
+    model = mlp()
+    averager, alike = polyak.average(model, "swa", **READY), polyak.average(model, "swa")
+    updates = [torch.compile(averager.update, backend="eager", fullgraph=True), averager.update]
+    for (number, _), update in zip(enumerate(drifting(model, 6)), updates * 3, strict=True):
+        if number % 2 == 0:
+            averager.advance()
+        update()
+        alike.update()
+        assert (averager.n, average_bits(averager)) == (alike.n, average_bits(alike))
+
+
+def test_a_compiled_update_that_nobody_announced_is_made_and_warned_of_once():
+    model = mlp()
+    averager, alike = polyak.average(model, "swa", **READY), polyak.average(model, "swa")
+
+    @torch.compile(backend="eager")
+    def step():
+        averager.update()
+
+    with pytest.warns(polyak.PolyakWarning, match=r"advance\(\) was not called before the step") as caught:
+        for number, _ in enumerate(drifting(model, 6)):
+            if number in {2, 3}:
+                averager.advance()
+            step()
+            alike.update()
+            assert (averager.n, average_bits(averager)) == (alike.n, average_bits(alike))
+    assert len(caught) == 1
+
+
+def test_one_graph_of_a_step_that_nobody_announced_is_refused_by_the_compiler():
+    averager = polyak.average(mlp(), "ema", **READY)
+    step = torch.compile(averager.update, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="by_host"):
+        step()
+    assert averager.n == 0
+
+
 def test_outside_of_a_graph_update_does_all_of_it():
     model = mlp()
     averager, alike = polyak.average(model, "ema", **READY), polyak.average(model, "ema")

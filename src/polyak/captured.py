@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from polyak.calls import users_level
 from polyak.errors import ConfigError
 from polyak.tensors.kernels.cuda import FusedCUDA
 from polyak.tensors.kernels.kernel import SHORT
 
 if TYPE_CHECKING:
     from polyak.options import Options
+    from polyak.tensors.entries import Model
     from polyak.tensors.plan import Plan
 
 __all__ = ["Captured", "recording", "refuse_recording"]
@@ -40,6 +42,8 @@ class Captured:
     A replay adds nothing to the memory of an update: a few numbers for the rates.
 
     Attributes:
+        announced: Whether ``advance`` has put a rate that no update has used up.
+        by_host: Makes an update that is compiled and that nobody announced, with a warning.
         recorded: Whether a CUDA graph has recorded it.
 
     Raises:
@@ -48,7 +52,9 @@ class Captured:
 
     def __init__(self, plan: Plan, options: Options) -> None:
         _refuse(plan, options)
-        self.recorded = False
+        self.announced, self.recorded = False, False
+        # A compiler leaves the graph for it.
+        self.by_host = torch.compiler.disable(_by_host)  # type: ignore[no-untyped-call]  # torch's own
         self._memory = _memory(plan)
         self._sometimes = options.every > 1 or options.start > 0
         self._due: dict[torch.device, Tensor] = {}
@@ -78,6 +84,7 @@ class Captured:
             due.fill_(rate is not None)
         for kernel, _ in self._fused:
             kernel.guard.fill_(rate is None)
+        self.announced = True
 
     def move(self) -> None:
         """Move every average by the rate that was put, by operations that a graph can record."""
@@ -86,9 +93,15 @@ class Captured:
             for pair in self._pairs if compiled else self._others:
                 pair.move()
             if not compiled:
-                self.recorded = True
                 for kernel, rate in self._fused:
                     kernel(rate, [], 0)
+        if compiled or not _capturing():
+            self.announced = False
+            return
+        # A replay runs no Python: the graph itself uses the rate up.
+        self.recorded = True
+        for rate in self._rates.values():
+            rate.zero_()
 
     def _due_on(self, device: torch.device) -> Tensor:
         if device not in self._due:
@@ -100,6 +113,21 @@ class Captured:
         if (key := (average.device, dtype)) not in self._rates:
             self._rates[key] = torch.zeros(1, dtype=dtype, device=average.device)
         return self._rates[key]
+
+
+class _Updates(Protocol):
+    def update_now(self, model: Model | None, step: int | None, lr: float | None) -> None: ...
+
+    def warn(self, kind: str, message: str, level: int) -> None: ...
+
+
+def _by_host(averager: _Updates, model: Model | None, step: int | None, lr: float | None) -> None:
+    message = (
+        "a compiled step calls averager.update(), but averager.advance() was not called before the step; the update "
+        "was made outside of the graph. Call averager.advance() before each compiled step."
+    )
+    averager.warn("unannounced", message, users_level() + 1)
+    averager.update_now(model, step, lr)
 
 
 def _memory(plan: Plan) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
 from typing_extensions import override
 
 from polyak.averager import Averager
@@ -96,9 +97,21 @@ class Updating(WithSources, Averager):
     ) -> None:
         if more or unknown:
             refuse_arguments(more, unknown)
-        if self._captured is not None and recording():
-            self._captured.move()
-            return
+        captured = self._captured
+        if captured is None or not (captured.announced or recording()):
+            self.update_now(model, step, lr)
+        elif recording():
+            if captured.announced or not torch.compiler.is_compiling():
+                captured.move()
+            else:
+                captured.by_host(self, model, step, lr)
+        else:  # the compiled step runs eagerly: advance() has counted it
+            with self.lock:
+                self._refuse_average(self._binding.root(model))
+                captured.move()
+
+    def update_now(self, model: Model | None, step: int | None, lr: float | None) -> None:
+        """Do all of an update that is not recorded."""
         if not self.options.capturable:
             refuse_recording()
         if self._left_out(model):
@@ -203,9 +216,7 @@ class Updating(WithSources, Averager):
     def begin(self, model: Model | None, step: int | None, lr: float | None) -> Turn | Seen:
         """Return what an update is to do; nothing has changed."""
         root = self._binding.root(model)
-        if self._binding.holds_average(root):
-            message = "update() while the model holds the average would average the average; leave applied() first"
-            raise AppliedError(message)
+        self._refuse_average(root)
         lr = None if lr is None else given_lr(lr)
         state = self._state
         now = tick(state.progress, step, start=self.options.start, every=self.options.every)
@@ -225,6 +236,11 @@ class Updating(WithSources, Averager):
         if clock.n == LOOK:
             doubt_weights(self, plan)
         return Turn(self, state, root, plan, now, clock, rate, moves, after, state.progress, state.skipped)
+
+    def _refuse_average(self, root: Model) -> None:
+        if self._binding.holds_average(root):
+            message = "update() while the model holds the average would average the average; leave applied() first"
+            raise AppliedError(message)
 
     def announce(self, turn: Turn) -> None:
         """Call the listeners of an update that was made."""
