@@ -132,6 +132,19 @@ def test_a_compiled_step_that_runs_eagerly_counts_once(every):
 
 
 @pytest.mark.usefixtures("_eager_steps")
+def test_a_compiled_bank_that_runs_eagerly_counts_once():
+    model, wanted = mlp(), {"a": {"name": "ema", "decay": 0.5}, "b": "swa"}
+    bank, alike = polyak.bank(model, wanted, **READY), polyak.bank(model, wanted)
+    step = torch.compile(bank.update, backend="eager")
+    for _ in drifting(model, 3):
+        bank.advance()
+        step()
+        alike.update()
+        for name in wanted:
+            assert (bank[name].n, average_bits(bank[name])) == (alike[name].n, average_bits(alike[name]))
+
+
+@pytest.mark.usefixtures("_eager_steps")
 def test_an_announced_update_inside_applied_is_refused_where_it_runs_eagerly():
     model = mlp()
     averager = polyak.average(model, "ema", **READY)

@@ -105,9 +105,9 @@ class Bank(AttributeHints, WithSources, Mapping[str, "Averager"]):
         Raises:
             PolyakError: What ``Averager.update`` raises; no average has changed then.
         """
-        if recording():
+        if recording() or any(engine.announced for engine in self._averagers.values()):
             for engine in self._averagers.values():
-                engine.update(model)
+                engine.update(model, step=step, lr=lr)
             return
         if self._left_out(model):
             return

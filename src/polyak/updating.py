@@ -175,6 +175,11 @@ class Updating(WithSources, Averager):
         self.guards += by
 
     @property
+    def announced(self) -> bool:
+        """Whether ``advance`` has counted an update that was not made yet."""
+        return self._captured is not None and self._captured.announced
+
+    @property
     def lock(self) -> AbstractContextManager[object]:
         """What a thread holds while it updates, saves or loads the average."""
         return self._binding.lock
