@@ -289,6 +289,23 @@ def test_an_optimiser_that_holds_one_for_its_shard_counts_once(model, averager):
     assert averager.n == 3
 
 
+@pytest.mark.usefixtures("_process_group")
+@pytest.mark.parametrize("how", ["attached", "made"])
+def test_the_optimiser_of_one_rank_inside_another_is_refused_before_its_first_step(model, how):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    averager = polyak.average(model, "ema", nonfinite="propagate")
+    if how == "attached":
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), SGD, lr=0.1)
+        polyak.attach(optimizer.optim, averager)
+    else:
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), polyak.optim.AdamW, lr=0.1, averager=averager)
+    before = model_bits(model)
+    with pytest.raises(polyak.ConfigError, match=r"polyak\.attach\(zero, averager\)"):
+        train(model, optimizer, 1)
+    assert (averager.n, model_bits(model)) == (0, before)
+
+
 def test_an_optimiser_whose_step_runs_no_hooks_is_refused(model, averager):
     class Bare(Optimizer):
         def __init__(self, base):
@@ -427,13 +444,129 @@ def test_optimisers_that_update_in_turns_are_told_once_by_their_names(model, ave
     assert averager.n == 4 * count
 
 
-def test_an_optimiser_per_parameter_is_told(model, averager):
-    optimizers = [SGD([param], lr=0.1) for param in model.parameters()]
-    for optimizer in optimizers:
+def parts(model):
+    """Return an optimiser for each layer that has parameters."""
+    return SGD(model[0].parameters(), lr=0.1), AdamW(model[2].parameters(), lr=0.01)
+
+
+def of_each_round(model, averager, rounds):
+    """Return the averages by hand after each round: calls that make it up."""
+    alike = polyak.average(model, averager.strategy)
+    for acts in rounds:
+        for act in acts:
+            act()
+        alike.update()
+    return alike
+
+
+@pytest.mark.parametrize("how", ["list", "one by one"])
+def test_optimisers_of_different_parameters_make_one_update_behind_the_last_one(model, averager, how):
+    head, body = parts(model)
+    for optimizers in [(head, body)] if how == "list" else [[head], [body]]:
+        polyak.attach(optimizers, averager)
+    acts = step(model, head), step(model, body)
+    alike = of_each_round(model, averager, [acts, acts[::-1], acts])
+    assert (averager.n, average_bits(averager)) == (3, average_bits(alike))
+
+
+def test_an_optimiser_per_parameter_counts_once_per_step(model, averager):
+    for param in model.parameters():
+        optimizer = SGD([param], lr=0.1)
         polyak.attach(optimizer, averager)
+
+        def hook(param, optimizer=optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+
+        param.register_post_accumulate_grad_hook(hook)
+    alike = of_each_round(model, averager, [[lambda: backward(model)]] * 3)
+    assert (averager.n, average_bits(averager)) == (3, average_bits(alike))
+
+
+def test_two_optimisers_of_polyak_make_one_update_together(model):
+    averager = polyak.average(model, "ema", decay=0.5, nonfinite="propagate")
+    head = polyak.optim.AdamW(model[0].parameters(), lr=0.1, averager=averager)
+    body = polyak.optim.AdamW(model[2].parameters(), lr=0.1, averager=averager)
+    alike = of_each_round(model, averager, [(step(model, head), step(model, body))] * 3)
+    assert (averager.n, average_bits(averager)) == (3, average_bits(alike))
+    assert "other optimisers make the update together with it" in head.describe()
+
+
+def test_a_round_without_one_of_them_is_averaged_before_the_next_step_and_not_waited_for_again(model, averager):
+    head, body = parts(model)
+    polyak.attach([head, body], averager)
+    alike = polyak.average(model, averager.strategy)
+    counts = []
+    for optimizers in ([head, body], [head], [head], [head], [body, head], [head, body]):
+        for optimizer in optimizers:
+            train(model, optimizer, 1)
+        alike.update()
+        counts.append(averager.n)
+    assert counts == [1, 1, 3, 4, 5, 6]
+    assert average_bits(averager) == average_bits(alike)
+
+
+def test_one_that_is_removed_or_gone_is_not_waited_for(model, averager):
+    head, body = parts(model)
+    attachment = polyak.attach(body, averager)
+    polyak.attach(head, averager)
+    attachment.remove()
+    train(model, head, 1)
+    assert averager.n == 1
+    polyak.attach(SGD(model[2].parameters()), averager)
+    gc.collect()
+    train(model, head, 1)
+    assert averager.n == 2
+
+
+def test_a_part_whose_gradients_overflowed_is_not_waited_for(model, averager):
+    head = SGD(model[0].parameters(), lr=0.1, fused=True)
+    body = AdamW(model[2].parameters(), lr=0.1, fused=True)
+    polyak.attach([head, body], averager)
     backward(model)
-    with pytest.warns(polyak.PolyakWarning, match="by SGD and by another SGD"):
-        in_turns(2, *(optimizer.step for optimizer in optimizers))
+    body.found_inf = torch.ones(())
+    head.step()
+    body.step()
+    assert averager.n == 1
+    head.found_inf = torch.ones(())
+    head.step()
+    body.step()
+    assert averager.n == 1
+
+
+def test_several_optimisers_are_told_the_learning_rate_of_the_first(model):
+    rates = []
+    averager = polyak.average(model, "ema")
+    averager.listeners.append(lambda _, clock: rates.append(clock.lr))
+    head, body = parts(model)
+    polyak.attach([head, body], averager)
+    in_turns(2, step(model, body), step(model, head))
+    assert rates == [0.1, 0.1]
+
+
+def test_a_list_is_attached_whole_or_not_at_all_and_removed_whole(model, averager):
+    head, body = parts(model)
+    with pytest.raises(polyak.ConfigError, match="empty list"):
+        polyak.attach([], averager)
+    with pytest.raises(polyak.MismatchError):
+        polyak.attach([head, SGD(mlp().parameters())], averager)
+    with pytest.raises(polyak.ConfigError, match="attached to this optimiser already"):
+        polyak.attach([head, head], averager)
+    in_turns(2, step(model, head))
+    assert averager.n == 0
+    with polyak.attach([head, body], averager):
+        in_turns(2, step(model, head), step(model, body))
+    in_turns(2, step(model, head), step(model, body))
+    assert averager.n == 2
+
+
+def test_hooks_that_change_weights_are_averaged_whenever_they_were_registered(model, optimizer, averager):
+    other = polyak.average(model, averager.strategy)
+    polyak.attach(optimizer, averager)
+    polyak.attach(optimizer, other)
+    optimizer.register_step_post_hook(lambda *_: model[0].weight.data.clamp_(-0.05, 0.05))
+    alike = of_each_round(model, averager, [[step(model, optimizer)]] * 3)
+    assert average_bits(averager) == average_bits(other) == average_bits(alike)
 
 
 def test_a_hook_and_calls_behind_changes_of_the_weights_are_told(model, optimizer, averager):
@@ -694,7 +827,7 @@ class Wrapper(Optimizer):
         self.optimizer.step(closure)
 
 
-@pytest.mark.parametrize("wrong", [Wrapper, lambda optimizer: [optimizer], lambda optimizer: None])
+@pytest.mark.parametrize("wrong", [Wrapper, lambda optimizer: [Wrapper(optimizer)], lambda optimizer: None])
 def test_an_optimiser_without_step_hooks_is_refused_with_the_way_out(optimizer, averager, wrong):
     with pytest.raises(polyak.ConfigError, match=r"has no step hooks.*\.optimizer.*averager\.update\(\) yourself"):
         polyak.attach(wrong(optimizer), averager)

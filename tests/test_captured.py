@@ -175,14 +175,19 @@ def test_a_compiled_update_that_nobody_announced_is_made_and_warned_of_once():
     def step():
         averager.update()
 
-    with pytest.warns(polyak.PolyakWarning, match=r"advance\(\) was not called before the step") as caught:
-        for number, _ in enumerate(drifting(model, 6)):
-            if number in {2, 3}:
-                averager.advance()
-            step()
-            alike.update()
-            assert (averager.n, average_bits(averager)) == (alike.n, average_bits(alike))
-    assert len(caught) == 1
+    def one():
+        step()
+        alike.update()
+        assert (averager.n, average_bits(averager)) == (alike.n, average_bits(alike))
+
+    moments = drifting(model, 6)
+    next(moments)
+    with pytest.warns(polyak.PolyakWarning, match=r"advance\(\) was not called before the step"):
+        one()
+    for number, _ in enumerate(moments):  # a second warning would be an error
+        if number in {1, 2}:
+            averager.advance()
+        one()
 
 
 def test_one_graph_of_a_step_that_nobody_announced_is_refused_by_the_compiler():

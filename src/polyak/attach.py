@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
@@ -14,12 +14,10 @@ from polyak.attributes import AttributeHints
 from polyak.errors import AppliedError, ArgumentError, ConfigError, MismatchError, UnboundError
 from polyak.shown import shown, type_name
 from polyak.sources import Source, Sources
-from polyak.stepping import inner_optimizer, makes_state, step_hooks
+from polyak.stepping import inner_optimizer, makes_state, refuse_shard, run_last, step_hooks
 from polyak.tensors.entries import identity, walk
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
@@ -50,10 +48,10 @@ class Attachment:
 
     Args:
         guarded: The averager, where the hooks keep the optimiser from overwriting weights that are still read.
-        handles: What torch returned for each hook.
+        handles: What torch returned for each hook, or the attachments of several optimisers.
     """
 
-    def __init__(self, guarded: Guarded | None, handles: Sequence[RemovableHandle]) -> None:
+    def __init__(self, guarded: Guarded | None, handles: Sequence[RemovableHandle | Attachment]) -> None:
         self._guarded, self._handles = guarded, handles
         if guarded is not None:
             guarded.guard(1)
@@ -74,7 +72,7 @@ class Attachment:
         self.remove()
 
 
-def attach(optimizer: Optimizer, averager: _Updates) -> Attachment:
+def attach(optimizer: Optimizer | Sequence[Optimizer], averager: _Updates) -> Attachment:
     """Update an averager after each real step of an optimiser: ``averager.update(lr=...)`` as a step hook.
 
     Batches whose gradients are only accumulated, the inner evaluations of a closure (LBFGS), the steps that a
@@ -83,20 +81,27 @@ def attach(optimizer: Optimizer, averager: _Updates) -> Attachment:
     float; where it is a tensor on an accelerator, reading it waits for the device, and so does asking a fused
     optimiser under a ``GradScaler`` whether it left a step out.
 
-    Where several optimisers train one model, attach to the one that steps last; an offloaded average
-    (``device="cpu"``) would not be safe from the others, so call ``update()`` yourself there. An optimiser that holds
-    the one that steps (SAM with ``first_step()`` and ``second_step()``, Lookahead) counts once per step of that one.
-    Attach after other step hooks that change weights: hooks run in the order in which they were registered.
+    Where several optimisers train one model, attach them all: ``attach([muon, adamw], averager)``. They make one
+    update together, behind the last one's step, with the learning rate of the first. Where one of them does not step
+    (another phase, gradients that overflowed), the update is made before the next step of the others, which do not
+    wait for it again until it steps. An optimiser that holds the one that steps (SAM with ``first_step()`` and
+    ``second_step()``, Lookahead) counts once per step of that one.
+
+    The update comes after the optimiser's other step hooks, whenever these were registered. It comes before hooks for
+    all optimisers (``register_optimizer_step_post_hook``): where such a hook changes weights, call ``update()``
+    yourself.
 
     Args:
-        optimizer: The optimiser that trains the averager's model, or an optimiser around it.
+        optimizer: The optimiser that trains the averager's model, an optimiser around it, or a list of optimisers
+            that train different parameters of it.
         averager: What ``polyak.average`` returned.
 
     Returns:
         A handle: ``remove()`` ends it, and so does leaving it as a context. Copied optimisers have no hooks.
 
     Raises:
-        ConfigError: The optimiser runs no step hooks, the averager is none, or the two are attached already.
+        ConfigError: The optimiser runs no step hooks, the averager is none, the two are attached already, or the list
+            is empty. By the first step: the optimiser is the local part of a ``ZeroRedundancyOptimizer``.
         MismatchError: The optimiser changes no tensor of the averager's model.
         UnboundError: The averager has no model (it was unpickled).
 
@@ -116,7 +121,18 @@ def attach(optimizer: Optimizer, averager: _Updates) -> Attachment:
         >>> averager.n
         2
     """
-    return attached(optimizer, Update(averager))
+    if not isinstance(optimizer, Sequence):
+        return attached(optimizer, Update(averager))
+    if not optimizer:
+        message = "attach() got an empty list; expected an optimiser, or a list of them"
+        raise ConfigError(message)
+    attachments: list[Attachment] = []
+    try:
+        attachments.extend(attached(one, Update(averager)) for one in optimizer)
+    except BaseException:
+        Attachment(None, attachments).remove()
+        raise
+    return Attachment(None, attachments)
 
 
 def attached(optimizer: Optimizer, update: Update) -> Attachment:
@@ -136,10 +152,9 @@ def attached(optimizer: Optimizer, update: Update) -> Attachment:
         _refuse_stranger(optimizer, averager.model)
     inner = inner_optimizer(optimizer)
     update.follow(optimizer)
-    handles = [optimizer.register_step_pre_hook(update.before), optimizer.register_step_post_hook(update)]
+    handles = update.registered(optimizer)
     if inner is not None:
-        within = _Inner(update)
-        handles += [inner.register_step_pre_hook(within.before), inner.register_step_post_hook(within)]
+        handles += _Inner(update).registered(inner)
     if isinstance(averager, Guarded) and inner is None:
         # An offloaded update may still be reading the weights that the optimiser is about to overwrite.
         handles.append(optimizer.register_step_pre_hook(lambda *_: averager.release()))
@@ -162,6 +177,14 @@ class Update:
         self.averager = averager
         self.within = False
         self._feeds: tuple[Sources, Source] | None = None
+        self._number = -1
+        self._looked = False
+
+    def registered(self, optimizer: Optimizer) -> list[RemovableHandle]:
+        """Register both hooks with an optimiser and return what takes them off."""
+        handle = optimizer.register_step_post_hook(self)
+        self._number = handle.id
+        return [optimizer.register_step_pre_hook(self.before), handle]
 
     def follow(self, optimizer: Optimizer) -> None:
         """Tell the averager who updates it."""
@@ -170,6 +193,15 @@ class Update:
             kind = type(optimizer)
             ours = "polyak.optim." if kind.__module__.startswith("polyak.") else ""
             self._feeds = sources, sources.attach(optimizer, f"{ours}{kind.__name__}")
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other optimiser makes updates together with this one."""
+        return self._feeds is None or self._feeds[0].alone(self._feeds[1])
+
+    def order(self, optimizer: Optimizer) -> None:
+        """Run behind all other hooks of the step: they may change weights."""
+        run_last(optimizer, self._number, Update)
 
     def note(self) -> None:
         """Note an update that the step itself has made."""
@@ -182,25 +214,41 @@ class Update:
 
         Raises:
             AppliedError: If the model holds the average now.
+            ConfigError: If another optimiser steps by this one for a part of the ranks.
         """
+        if not self._looked:
+            refuse_shard(optimizer)
+            self._looked = True
         averagers = self.averager.values() if isinstance(self.averager, Mapping) else [self.averager]
         if any(getattr(averager, "is_applied", False) for averager in averagers) and not makes_state(optimizer):
             message = (
                 "optimizer.step() while the model holds the average would change the average; leave applied() first"
             )
             raise AppliedError(message)
+        self.order(optimizer)
+        if self._feeds is not None and self._feeds[0].overdue(self._feeds[1]):
+            self._update(self._feeds[0].lr)
         self.within = True
 
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401, ARG002 - torch's signature
-        """Update the averager, unless the step was left out."""
+        """Update the averager, unless the step was left out or other optimisers have yet to step."""
         self.within = False
+        if makes_state(optimizer):
+            return
         # A GradScaler calls fused optimisers for a step that is left out, too, and tells them so by this attribute.
         overflow = getattr(optimizer, "found_inf", None)
-        if (overflow is not None and bool(overflow)) or makes_state(optimizer):
-            return
+        moved = overflow is None or not bool(overflow)
         lr = optimizer.param_groups[0].get("lr")
+        lr = None if lr is None else float(lr)
+        if self._feeds is None:
+            if moved:
+                self.averager.update(lr=lr)
+        elif self._feeds[0].stepped(self._feeds[1], lr, moved=moved):
+            self._update(self._feeds[0].lr)
+
+    def _update(self, lr: float | None) -> None:
         with nullcontext() if self._feeds is None else self._feeds[0].updating():
-            self.averager.update(lr=None if lr is None else float(lr))
+            self.averager.update(lr=lr)
         self.note()
 
 
@@ -209,7 +257,7 @@ class _Inner(Update):
 
     def __init__(self, outer: Update) -> None:
         super().__init__(outer.averager)
-        self._outer = outer
+        self._outer, self._looked = outer, True
 
     @override
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -137,7 +137,8 @@ class Averager(Protocol):
         """Count an update that a CUDA graph or a compiled step is about to make, and put its rate on the device.
 
         For averagers built with ``capturable=True``: inside what is captured or compiled ``update()`` is tensor work
-        only and reads the rate from a tensor; call this before each replay.
+        only and reads the rate from a tensor; call this before each replay. The next ``update()`` uses it up, compiled
+        or not.
 
         Args:
             step: The optimiser step; calls are counted where it is None.

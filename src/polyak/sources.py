@@ -1,4 +1,4 @@
-"""Who updates an averager: two that do so for the same training steps count them twice."""
+"""Who updates an averager: several optimisers make one update together; steps that count twice are warned of."""
 
 from __future__ import annotations
 
@@ -49,12 +49,23 @@ class Source:
     Args:
         optimizer: The optimiser.
         name: The optimiser's name in warnings.
+
+    Attributes:
+        absent: Whether the others stepped without it in the last round.
+        lr: The learning rate of its last step.
     """
 
     def __init__(self, optimizer: Optimizer, name: str) -> None:
         self.name = name
+        self.absent = False
+        self.lr: float | None = None
         self._optimizer = weakref.ref(optimizer)
+        self._params = {id(param) for group in optimizer.param_groups for param in group["params"]}
         self._attached = self.versions()
+
+    def replaces(self, other: Source) -> bool:
+        """Return whether it trains parameters that another one has trained."""
+        return not self._params.isdisjoint(other._params)
 
     def versions(self) -> list[int] | None:
         """Return how often each parameter was written to in place, or None where that is unknown."""
@@ -63,20 +74,22 @@ class Source:
             return None
         return writes(param for group in optimizer.param_groups for param in group["params"])
 
-    def stepped(self) -> bool:
+    def trained(self) -> bool:
         """Return whether the parameters were written to so often that it stepped many times since it was attached."""
         return many(self._attached, self.versions())
 
 
 class Sources:
-    """Notices where an averager is updated twice for the same training steps; warns once.
+    """Joins the steps of several optimisers to one update, and warns once where training steps are counted twice.
+
+    Optimisers of different parameters make one update per round, behind the last one's step. A round ends without
+    those that do not step in it: before another one's next step. The next round does not wait for them.
 
     - A call of ``update()`` right behind the update of an attached optimiser is left out, unless the weights were
       written to in between (as their version counters say: writing through ``.data`` goes unnoticed).
     - Optimisers and calls that update in turns, one update each, are counted and warned of.
 
-    An optimiser that took another one's place, phases with an optimiser each, or single calls between many steps are
-    no turns.
+    An optimiser that took another one's place, or single calls between many steps are no turns.
     """
 
     def __init__(self) -> None:
@@ -86,6 +99,8 @@ class Sources:
         self._versions: list[int] | None = None
         self._turns: list[Source | None] = []
         self._warned: set[str] = set()
+        self._stepped: list[Source] = []
+        self._moved = False
 
     def attach(self, optimizer: Optimizer, name: str) -> Source:
         """Return what stands for an optimiser that updates the averager from now on."""
@@ -97,6 +112,44 @@ class Sources:
     def forget(self) -> None:
         """Forget the updates so far: a state was loaded."""
         self._last, self._versions, self._turns = None, None, []
+        self._stepped.clear()
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate of the round: that of the optimiser that was attached first."""
+        return next((source.lr for source in self._present() if source in self._stepped), None)
+
+    def alone(self, source: Source) -> bool:
+        """Return whether no other optimiser makes an update together with this one."""
+        return all(other is source or source.replaces(other) for other in self._present())
+
+    def overdue(self, source: Source) -> bool:
+        """Return whether an update is due before the next step of an optimiser: the others left its round out."""
+        if source not in self._stepped:
+            return False
+        for other in self._present():
+            other.absent = other not in self._stepped
+        return self._moved
+
+    def stepped(self, source: Source, lr: float | None, *, moved: bool) -> bool:
+        """Return whether an update is due now that an optimiser has stepped.
+
+        Args:
+            source: The optimiser.
+            lr: Its learning rate.
+            moved: Whether its step was made; a ``GradScaler`` may have left it out.
+        """
+        source.lr, self._moved = lr, moved or (self._moved and bool(self._stepped))
+        self._stepped.append(source)
+        waits = any(
+            other not in self._stepped and not other.absent and not source.replaces(other) for other in self._present()
+        )
+        if not waits and not self._moved:
+            self._stepped.clear()
+        return self._moved and not waits
+
+    def _present(self) -> list[Source]:
+        return [source for ref in self._attached if (source := ref()) is not None]
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -130,17 +183,19 @@ class Sources:
             first, second = (_BY_HAND if one is None else one.name for one in (turns[-1], source))
             message = (
                 f"the averager is updated in turns by {first} and by {'another ' * (first == second)}{second}: each "
-                "training step counts more than once. Attach only the optimiser that steps last."
+                "training step counts more than once. Update by one of them only."
             )
             self._warn("turns", message, level=6)
             turns.clear()
         turns.append(source)
+        for other in self._stepped:
+            other.absent = False
+        self._stepped.clear()
         self._last, self._versions = source, None if source is None else source.versions()
 
     def idle(self) -> str:
         """Return the name of an attached optimiser whose ``step()`` never runs though it trains, or ""."""
-        attached = [source for ref in self._attached if (source := ref()) is not None]
-        return next((source.name for source in attached if source.stepped()), "")
+        return next((source.name for source in self._present() if source.trained()), "")
 
     def _warn(self, kind: str, message: str, level: int) -> None:
         if kind not in self._warned:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
 from torch.optim import Optimizer
 
 from polyak.errors import ConfigError
@@ -12,7 +14,7 @@ from polyak.shown import type_name
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["inner_optimizer", "makes_state", "step_hooks"]
+__all__ = ["inner_optimizer", "makes_state", "refuse_shard", "run_last", "step_hooks"]
 
 
 def step_hooks(optimizer: Optimizer) -> Mapping[int, object]:
@@ -50,6 +52,39 @@ def inner_optimizer(optimizer: Optimizer) -> Optimizer | None:
         and not own.isdisjoint(id(param) for group in other.param_groups for param in group["params"])
     ]
     return held[0] if len(held) == 1 else None
+
+
+def run_last(optimizer: Optimizer, number: int, kind: type) -> None:
+    """Let a post hook run behind all others of an optimiser, except for those of its own kind."""
+    hooks = optimizer._optimizer_step_post_hooks  # noqa: SLF001 - torch orders them in no public way
+    for other in reversed(hooks):
+        if other == number:
+            return
+        if not isinstance(hooks[other], kind):
+            hooks.move_to_end(number)
+            return
+
+
+def refuse_shard(optimizer: Optimizer) -> None:
+    """Refuse an optimiser that steps this rank's part of the parameters, which are broadcast after its steps.
+
+    Raises:
+        ConfigError: If a ``ZeroRedundancyOptimizer`` holds it.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    # The outer one is known to nobody else: it holds the inner one, and no way leads back.
+    owners = gc.get_referrers(optimizer)
+    owners += [owner for held in owners if isinstance(held, dict) for owner in gc.get_referrers(held)]
+    if any(isinstance(owner, ZeroRedundancyOptimizer) for owner in owners):
+        message = (
+            f"{type_name(optimizer)} steps one rank's part of the parameters for a ZeroRedundancyOptimizer, and the "
+            "other parts come later; give the outer optimiser to polyak.attach(zero, averager), with an inner one of "
+            "torch: ZeroRedundancyOptimizer(params, torch.optim.AdamW)"
+        )
+        raise ConfigError(message)
 
 
 def makes_state(optimizer: Optimizer) -> bool:

@@ -391,6 +391,34 @@ def test_parameters_that_are_written_inside_are_warned_of(write, dtype):
     averager.update()
 
 
+class ScheduleFree(torch.optim.SGD):
+    """Evaluates at another point than it trains at, as facebookresearch's schedule-free optimisers do."""
+
+    def moved(self, weight):
+        with torch.no_grad():
+            for param in self.param_groups[0]["params"]:
+                param.lerp_(torch.ones_like(param), weight)
+
+    def eval(self):
+        self.moved(0.5)
+
+    def train(self):
+        self.moved(-1.0)
+
+
+def test_an_optimiser_that_is_put_in_eval_mode_inside_is_warned_of_and_may_be_so_around():
+    model, averager, _ = moved()
+    optimizer = ScheduleFree(model.parameters(), lr=0.1)
+    with pytest.warns(polyak.PolyakWarning, match="parameters were written inside"), averager.applied():
+        optimizer.eval()
+    before = [param.detach().clone() for param in model.parameters()]
+    optimizer.eval()
+    with averager.applied():
+        assert holds_average(model, averager)
+    optimizer.train()
+    assert all(torch.allclose(param, own) for param, own in zip(model.parameters(), before, strict=True))
+
+
 def test_a_write_inside_does_not_replace_an_exception():
     model, averager, (own, _) = moved()
 

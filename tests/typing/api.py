@@ -70,6 +70,7 @@ def several(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     with polyak.attach(optimizer, averager) as attached:
         optimizer.step()
     attached.remove()
+    polyak.attach([optimizer, torch.optim.SGD(model.parameters(), lr=0.1)], averager).remove()
     both: torch.optim.AdamW = polyak.optim.AdamW(model.parameters(), lr=1e-3, averager=averager)
     both.step()
     one = polyak.optim.AdamW(model.parameters(), averager=averager)

@@ -52,7 +52,8 @@ class AdamW(torch.optim.AdamW):
         params: As in torch; so are all that are not told here.
         averager: What ``polyak.average`` or ``polyak.bank`` returned for the model; None for torch's AdamW alone.
             Do not attach it, nor update it in the loop: such a call is left out, with a warning. It stays the
-            optimiser's: to resume, load its state, or build both anew. Copied optimisers have none.
+            optimiser's: to resume, load its state, or build both anew. Copied optimisers have none. The update is
+            part of the step: where step hooks change weights, ``polyak.attach`` it to torch's AdamW.
         fused: None: as True where parameters, gradients and moments are dense float32 or float64 tensors of the CPU, in
             the same order; elsewhere as in torch. (True where they are not in the same order mixes their elements up.)
 
@@ -87,6 +88,7 @@ class AdamW(torch.optim.AdamW):
     _why = "no step was made yet"
     _averager: Averager | Bank | None = None
     _pass: OnePass | None = None
+    _hook: Update | None = None
     _kernel: AdamWCPU | None = None
     _counts: Sequence[int] = ()
 
@@ -119,7 +121,8 @@ class AdamW(torch.optim.AdamW):
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, fused=fused, **more)
         self._averager = averager
         if averager is not None:
-            attached(self, _Otherwise(averager))
+            self._hook = _Otherwise(averager)
+            attached(self, self._hook)
             self._pass = OnePass(averager) if isinstance(averager, Engine) else None
 
     @override
@@ -172,6 +175,8 @@ class AdamW(torch.optim.AdamW):
         one = self._pass
         if one is None or makes_state(self):
             return "it only makes the state"
+        if self._hook is not None and not self._hook.alone:
+            return "other optimisers make the update together with it"
         with Untracked():
             kernel, grads = self._bound()
         hypers = [_hyper(group, count) for group, count in zip(self.param_groups, self._counts, strict=True)]
@@ -215,6 +220,10 @@ class AdamW(torch.optim.AdamW):
 
 class _Otherwise(Update):
     """The hook behind a step: updates the averager where the step did not."""
+
+    @override
+    def order(self, optimizer: Optimizer) -> None:
+        """Leave the hooks in their order: one pass is before all of them."""
 
     @override
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
