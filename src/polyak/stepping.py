@@ -61,7 +61,7 @@ def run_last(optimizer: Optimizer, number: int, kind: type) -> None:
         if other == number:
             return
         if not isinstance(hooks[other], kind):
-            hooks.move_to_end(number)
+            hooks[number] = hooks.pop(number)
             return
 
 
