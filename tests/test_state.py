@@ -49,13 +49,17 @@ def test_the_history_of_a_constant_decay_stays_small():
     assert len(averager.profile()) == 500
 
 
-@pytest.mark.parametrize("kind", ["pt", "safetensors", "pickle", "copy"])
+@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["pt", "safetensors", "dcp", "pickle", "copy"])
 def test_the_identity_of_a_history_is_saved_with_it(tmp_path, kind):
     averager, other = (_used(mlp(), "ema", decay=0.5) for _ in range(2))
     averager.configure(decay=0.75)
     averager.identity = Identity("00ff", ((2, "ab"), (3, "cd")))
     if kind in {"pickle", "copy"}:
         other = pickle.loads(pickle.dumps(averager)) if kind == "pickle" else copy.deepcopy(averager)
+    elif kind == "dcp":
+        polyak.distributed.save(averager, tmp_path / "average")
+        polyak.distributed.load(other, tmp_path / "average")
     else:
         polyak.save(averager, tmp_path / f"average.{kind}")
         polyak.load(other, tmp_path / f"average.{kind}")

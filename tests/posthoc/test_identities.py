@@ -139,6 +139,31 @@ def test_averages_that_the_first_update_replaces_keep_the_weights_before_it_for_
     assert starts(tmp_path) == {"start-000000000000.safetensors": 6.0}
 
 
+@pytest.mark.filterwarnings("ignore:the weights that the averager was built from:polyak.PolyakWarning")
+def test_a_start_that_is_not_finite_gets_into_nothing(tmp_path):
+    model = weights(float("nan"))
+    averager = polyak.average(model, "ema", decay=0.9)
+    with Recorder(averager, tmp_path, every=5, blocks=True):
+        steps_of(model, averager, range(1, 31))
+    assert starts(tmp_path) == {}
+    assert value(synthesize(tmp_path, averager.profile())) == averager.averages["w"].item()
+    assert value(synthesize(tmp_path, "swa")) == pytest.approx(15.5)
+
+
+def test_an_average_that_replaces_another_under_its_name_has_a_history_of_its_own(tmp_path):
+    model = weights(100.0)
+    one = polyak.bank(model, {"a": EMA})
+    with Recorder(one, tmp_path, every=5):
+        steps_of(model, one, range(1, 21))
+    two = polyak.bank(model, {"a": {**EMA, "decay": 0.5}, "b": EMA})
+    two["b"].load_state_dict(one["a"].state_dict())
+    with Recorder(two, tmp_path, every=5):
+        steps_of(model, two, range(21, 41))
+    for name in two:
+        assert value(synthesize(tmp_path, two[name].profile())) == two[name].averages["w"].item()
+    assert starts(tmp_path) == {"start-000000000000.safetensors": 100.0, "start-000000000020.safetensors": 20.0}
+
+
 def recorded(folder, values=float, steps=50, strategy="ema", every=10, **options):
     model = weights()
     averager = polyak.average(model, strategy, **options)

@@ -10,7 +10,7 @@ from polyak import errors
 from polyak.distributed.sync import rank
 from polyak.errors import PolyakError, PolyakWarning, StateError
 from polyak.posthoc.packed import Packed
-from polyak.posthoc.snapshot import START, Layout, file_name, make_folder, write
+from polyak.posthoc.snapshot import START, UNMARKED, Layout, file_name, make_folder, write
 from polyak.posthoc.store import Store
 from polyak.posthoc.strangers import newer_mark, refuse_other_start
 from polyak.tensors.agreement import first_rank, from_first, ranks_of
@@ -81,7 +81,7 @@ class Folder:
         """Write a snapshot, and remove the oldest ones of its average where there are more than are kept.
 
         Returns:
-            The digest of the weights in it.
+            The digest of the weights in it; what no history remembers has none on other ranks.
 
         Raises:
             SnapshotError: It cannot be written.
@@ -99,6 +99,8 @@ class Folder:
                     old.unlink(missing_ok=True)
             return packed.digest
 
+        if average in UNMARKED:
+            return self._by_first(act, str)
         return self._by_first(act, lambda: self._packed(whole, self._dtype).digest)
 
     def digest(self, weights: Mapping[str, Tensor]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from polyak.tensors.entries import Model
 
 __all__ = [
+    "are_steps",
     "block_means",
     "digested_of",
     "engines_of",
@@ -185,6 +186,14 @@ def block_means(engines: Mapping[str, Engine], wanted: bool | None) -> Engine | 
         match=own.match, nonfinite="propagate" if fastest.checks else "skip",
     )  # fmt: skip
     return Engine(model_of(fastest), SWA(), options)
+
+
+def are_steps(state: Mapping[str, Any]) -> bool:
+    """Return whether the series that were seen and written are names with optimiser steps."""
+    return all(
+        isinstance(steps, dict) and all(type(name) is str and type(step) is int for name, step in steps.items())
+        for steps in (state["seen"], state["written"])
+    )
 
 
 def warn_unclosed(directory: Path, seen: Mapping[str, int], written: Mapping[str, int]) -> None:

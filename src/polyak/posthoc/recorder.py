@@ -12,20 +12,20 @@ from polyak.averager import refuse_other
 from polyak.errors import ConfigError, StateError
 from polyak.posthoc.folder import Folder
 from polyak.posthoc.followed import (
+    are_steps,
     block_means,
     digested_of,
     engines_of,
     fastest_of,
-    last_before,
     layout_of,
     refuse_growth,
     shapes_of,
     warn_unclosed,
     weights_of,
 )
-from polyak.posthoc.snapshot import START, safetensors
+from polyak.posthoc.snapshot import BLOCKS, START, safetensors
 from polyak.posthoc.starts import Starts
-from polyak.posthoc.strangers import Past
+from polyak.posthoc.strangers import remember
 from polyak.tensors.storage import as_dtype
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from polyak.engine import Engine
 
 __all__ = ["Recorder"]
-
-BLOCKS = "blocks"
 
 
 class Recorder:
@@ -158,7 +156,7 @@ class Recorder:
         Raises:
             StateError: If it is no state of such a recorder. Nothing is changed then.
         """
-        if not isinstance(state, dict) or {*state} != {"seen", "written", BLOCKS} or not _are_steps(state):
+        if not isinstance(state, dict) or {*state} != {"seen", "written", BLOCKS} or not are_steps(state):
             message = "expected what Recorder.state_dict() returned"
             raise StateError(message)
         if (state[BLOCKS] is None) != (self._blocks is None):
@@ -229,7 +227,7 @@ class Recorder:
             profile = replace(profile, stride=int(profile.steps[0]) - self._written[name])
         weights, start = weights_of(engine, self._folder.layout), engine.identity.start
         mark = self._folder.put(name, step, weights, profile, engine.strategy, start=start)
-        self._remember(engine, (step, mark))
+        remember(engine, (step, mark))
         self._written[name] = step
         if engine is self._blocks:
             engine.restart()
@@ -237,22 +235,8 @@ class Recorder:
     def _begin(self, clock: Clock) -> None:
         """Look, at the first update, whether what lies in the folder is this run's."""
         self._new = self._new or all(engine.n <= 1 for engine in self._engines.values())
-        restored = any(engine.loads for engine in self._engines.values())
-        last = None if self._new else last_before(clock.step, self._engines)
-        self._before = max(0, last or 0)
-        pasts = {
-            name: Past(engine.identity, last_before(clock.step, {name: engine}))
-            for name, engine in self._engines.items()
-        }
-        marks = self._folder.take_over(last, pasts, self._starts.identify(), restored=restored)
-        for name, mark in marks.items():
-            self._remember(self._engines[name], mark)
+        self._before = self._starts.begin(clock.step, new=self._new)
         self._begun = True
-
-    def _remember(self, engine: Engine, mark: tuple[int, str]) -> None:
-        """Note in a history that a snapshot of it was written."""
-        if mark not in engine.identity.marks:
-            engine.identity = engine.identity._replace(marks=(*engine.identity.marks, mark))
 
     def _notice_loads(self) -> None:
         """Go on elsewhere if a state was loaded into an average since its last update."""
@@ -272,11 +256,3 @@ class Recorder:
             steps.clear()
         self._starts.forget()
         self._begun = self._new = False
-
-
-def _are_steps(state: Mapping[str, Any]) -> bool:
-    """Return whether the series that were seen and written are names with optimiser steps."""
-    return all(
-        isinstance(steps, dict) and all(type(name) is str and type(step) is int for name, step in steps.items())
-        for steps in (state["seen"], state["written"])
-    )

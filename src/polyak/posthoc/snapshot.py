@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from polyak.profile import Profile
     from polyak.strategy import Strategy
 
-__all__ = ["START", "Layout", "Snapshot", "file_name", "make_folder", "safetensors", "write"]
+__all__ = ["BLOCKS", "START", "UNMARKED", "Layout", "Snapshot", "file_name", "make_folder", "safetensors", "write"]
 
 FORMAT = 1
-START = "start"
+BLOCKS, START = UNMARKED = "blocks", "start"
+"""The series of a recorder itself, which no average's history remembers."""
+
 _DIGITS = 12
 _UNFINISHED = ".unfinished"  # where earlier versions left halves
 _ABOUT = "polyak_snapshot"

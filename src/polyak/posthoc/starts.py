@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from polyak.posthoc.followed import fastest_of, start_of, weights_of
+from polyak.posthoc.followed import fastest_of, last_before, start_of, weights_of
 from polyak.posthoc.snapshot import START
+from polyak.posthoc.strangers import Past, remember
 from polyak.profile import Profile
 from polyak.tensors.agreement import agreement
+from polyak.tensors.finite import FiniteCheck
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -53,15 +55,20 @@ class Starts:
         self._written: set[str] = set()
 
     def take(self, name: str) -> None:
-        """Copy the start of an average that has no update yet; averages that start alike share one copy."""
+        """Copy the start of an average that has no update yet; averages that start alike share one copy.
+
+        A start that is not finite is left out, since the first update replaces it.
+        """
         engine = self._engines[name]
         if name not in self._wanted or name in self._written or engine.n:
             return
         weights = start_of(engine, self._folder.layout)
         self._taken.pop(name, None)
+        if not self._agreed(FiniteCheck([_local(weights[key]) for key in self._folder.layout.averaged])()):
+            return
         for other in self._distinct():
             same = all(_same(other.weights[key], tensor) for key, tensor in weights.items())
-            if same if self._agree is None else self._agree(same):
+            if self._agreed(same):
                 self._taken[name] = other
                 return
         self._taken[name] = _Start({key: tensor.detach().clone() for key, tensor in weights.items()})
@@ -77,6 +84,26 @@ class Starts:
         for engine, digest in begun.items():
             engine.identity = engine.identity._replace(start=digest)
         return {*begun.values()}
+
+    def begin(self, step: int, *, new: bool) -> int:
+        """Look, at the first update, whether what lies in the folder is this run's; return the step before it.
+
+        Args:
+            step: The optimiser step.
+            new: Whether no average had an update before.
+
+        Raises:
+            StateError: If it is another run's.
+        """
+        last = None if new else last_before(step, self._engines)
+        pasts = {
+            name: Past(engine.identity, last_before(step, {name: engine})) for name, engine in self._engines.items()
+        }
+        restored = any(engine.loads for engine in self._engines.values())
+        marks = self._folder.take_over(last, pasts, self.identify(), restored=restored)
+        for name, mark in marks.items():
+            remember(self._engines[name], mark)
+        return max(0, last or 0)
 
     def identify_first(self, name: str) -> None:
         """Give an average that its first update has just replaced the identity of these weights."""
@@ -100,10 +127,18 @@ class Starts:
         self._taken.clear()
         self._written.clear()
 
+    def _agreed(self, answer: bool) -> bool:  # noqa: FBT001 - it is the answer
+        return answer if self._agree is None else self._agree(answer)
+
     def _distinct(self) -> list[_Start]:
         return [*dict.fromkeys(self._taken.values())]
 
 
+def _local(tensor: Any) -> Tensor:  # noqa: ANN401 - a DTensor, where it is sharded
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
-    here, there = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in (one, other))
+    here, there = _local(one), _local(other)
     return here.dtype == there.dtype and here.device == there.device and torch.equal(here, there)

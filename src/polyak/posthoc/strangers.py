@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
     from pathlib import Path
 
+    from polyak.engine import Engine
     from polyak.history import Identity
     from polyak.posthoc.snapshot import Snapshot
 
-__all__ = ["Past", "newer_mark", "refuse_other_start"]
+__all__ = ["Past", "newer_mark", "refuse_other_start", "remember"]
 
 
 class Past(NamedTuple):
@@ -26,6 +27,13 @@ class Past(NamedTuple):
 
     identity: Identity
     step: int
+
+
+def remember(engine: Engine, mark: tuple[int, str]) -> None:
+    """Note in the history of an average that there is a snapshot of it."""
+    identity = engine.identity
+    if mark not in identity.marks:
+        engine.identity = identity._replace(marks=(*identity.marks, mark))
 
 
 def refuse_other_start(folder: Path, found: Sequence[Snapshot], starts: Collection[str]) -> None:
