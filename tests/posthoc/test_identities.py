@@ -184,12 +184,48 @@ def test_a_state_of_another_run_with_as_many_updates_is_refused_while_recording(
     own, before = averager.state_dict(), {path.name for path in (tmp_path / "run").iterdir()}
     averager.load_state_dict(other.state_dict())
     for step in (51, 60):
-        with pytest.raises(StateError, match=r"of step [45]0 it remembers .*record into a folder of its own"):
+        with pytest.raises(StateError, match=r"is of another run than .*; expected .*record into a folder of its own"):
             steps_of(model, averager, [step], lambda _: 100.0)
     assert {path.name for path in (tmp_path / "run").iterdir()} == before
     averager.load_state_dict(own)
     steps_of(model, averager, range(51, 61), lambda _: 100.0)
     assert value(quietly(tmp_path / "run", "swa")) == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize("recorded_elsewhere", [True, False])
+def test_a_state_of_another_run_that_is_older_than_every_snapshot_removes_none(tmp_path, recorded_elsewhere):
+    model, averager, _ = recorded(tmp_path / "run")
+    other_model = weights(8.0)
+    other = polyak.average(other_model, "ema")
+    if recorded_elsewhere:
+        killed(Recorder(other, tmp_path / "other", every=10))
+    steps_of(other_model, other, range(1, 4))
+    before = {path.name for path in (tmp_path / "run").iterdir()}
+    averager.load_state_dict(other.state_dict())
+    with pytest.raises(StateError, match=r"it started from \w+"):
+        steps_of(model, averager, [4])
+    assert {path.name for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_one_average_of_a_bank_goes_back_and_is_resumed(tmp_path):
+    def built():
+        model = weights()
+        return model, polyak.bank(model, {"a": EMA, "b": {**EMA, "decay": 0.99}})
+
+    model, bank = built()
+    killed(Recorder(bank, tmp_path, every=5))
+    steps_of(model, bank, range(1, 13))
+    saved = copy.deepcopy(bank["b"].state_dict())
+    steps_of(model, bank, range(13, 23))
+    bank["b"].load_state_dict(saved)
+    steps_of(model, bank, range(23, 28))
+    saved = bank.state_dict()
+    model, bank = built()
+    bank.load_state_dict(saved)
+    with Recorder(bank, tmp_path, every=5):
+        steps_of(model, bank, range(28, 41))
+    for name in bank:
+        assert value(synthesize(tmp_path, bank[name].profile())) == bank[name].averages["w"].item()
 
 
 def test_a_branch_of_the_same_run_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from polyak.errors import PolyakError, PolyakWarning, StateError
 from polyak.posthoc.packed import Packed
 from polyak.posthoc.snapshot import START, UNMARKED, Layout, file_name, make_folder, write
 from polyak.posthoc.store import Store
-from polyak.posthoc.strangers import newer_mark, refuse_other_start
+from polyak.posthoc.strangers import newer_marks, refuse_other_start
 from polyak.tensors.agreement import first_rank, from_first, ranks_of
 from polyak.tensors.roll_call import answered
 
@@ -113,7 +113,7 @@ class Folder:
 
     def take_over(
         self, last: int | None, pasts: Mapping[str, Past], starts: Collection[str], *, restored: bool
-    ) -> dict[str, tuple[int, str]]:
+    ) -> dict[str, tuple[tuple[int, str], ...]]:
         """Look whether what lies in the folder is this run's, and leave there what is.
 
         Args:
@@ -129,20 +129,19 @@ class Folder:
             StateError: It is another run's.
         """
 
-        def act() -> dict[str, tuple[int, str]]:
+        def act() -> dict[str, tuple[tuple[int, str], ...]]:
             return self._take_over(last, pasts, starts, restored=restored)
 
         return self._by_first(act, dict)
 
     def _take_over(
         self, last: int | None, pasts: Mapping[str, Past], starts: Collection[str], *, restored: bool
-    ) -> dict[str, tuple[int, str]]:
+    ) -> dict[str, tuple[tuple[int, str], ...]]:
         found = Store(self.path).snapshots if self.path.is_dir() else []
         if found and found[0].layout != self.layout:
             message = f"{str(self.path)!r} holds snapshots of another model; give this run a folder of its own"
             raise StateError(message)
         recorded = [snapshot for snapshot in found if not snapshot.is_start]
-        kept = [snapshot for snapshot in recorded if last is not None and snapshot.step <= last]
         # Those of step 0 are the run's own starts, whenever it begins.
         over = -1 if last is None else last
         later = [snapshot for snapshot in found if snapshot.step > over and (snapshot.step or not snapshot.is_start)]
@@ -155,7 +154,7 @@ class Folder:
             raise StateError(message)
         if last is None:
             refuse_other_start(self.path, found, starts)
-        marks = {name: mark for name, past in pasts.items() if (mark := newer_mark(self.path, name, past, kept))}
+        marks = {name: newer_marks(self.path, name, past, found, over) for name, past in pasts.items()}
         if found and (restored or last is not None):
             self._run = found[-1].about.run or self._run
         if later:

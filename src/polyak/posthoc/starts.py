@@ -101,8 +101,8 @@ class Starts:
         }
         restored = any(engine.loads for engine in self._engines.values())
         marks = self._folder.take_over(last, pasts, self.identify(), restored=restored)
-        for name, mark in marks.items():
-            remember(self._engines[name], mark)
+        for name, newer in marks.items():
+            remember(self._engines[name], *newer)
         return max(0, last or 0)
 
     def identify_first(self, name: str) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from polyak.history import Identity
     from polyak.posthoc.snapshot import Snapshot
 
-__all__ = ["Past", "newer_mark", "refuse_other_start", "remember"]
+__all__ = ["Past", "newer_marks", "refuse_other_start", "remember"]
 
 
 class Past(NamedTuple):
@@ -29,11 +29,11 @@ class Past(NamedTuple):
     step: int
 
 
-def remember(engine: Engine, mark: tuple[int, str]) -> None:
-    """Note in the history of an average that there is a snapshot of it."""
+def remember(engine: Engine, *marks: tuple[int, str]) -> None:
+    """Note in the history of an average that there are snapshots of it."""
     identity = engine.identity
-    if mark not in identity.marks:
-        engine.identity = identity._replace(marks=(*identity.marks, mark))
+    if new := [mark for mark in marks if mark not in identity.marks]:
+        engine.identity = identity._replace(marks=(*identity.marks, *new))
 
 
 def refuse_other_start(folder: Path, found: Sequence[Snapshot], starts: Collection[str]) -> None:
@@ -57,36 +57,42 @@ def refuse_other_start(folder: Path, found: Sequence[Snapshot], starts: Collecti
         raise StateError(message)
 
 
-def newer_mark(folder: Path, name: str, past: Past, kept: Sequence[Snapshot]) -> tuple[int, str] | None:
-    """Return the mark of a snapshot that was written after the state of its average was saved, if there is one.
+def newer_marks(
+    folder: Path, name: str, past: Past, found: Sequence[Snapshot], last: int
+) -> tuple[tuple[int, str], ...]:
+    """Return the marks of snapshots that were written after the state of their average was saved.
 
-    That is what ``close()`` writes, at the step of the state.
+    One is at the step of the state: ``close()`` wrote it. Others are from steps that one average of a bank made again.
 
     Args:
         folder: The folder.
         name: The name of the average.
         past: The average before this update.
-        kept: The snapshots up to there, in order.
+        found: The snapshots in the folder, in order.
+        last: The last optimiser step of any average before this update. What lies behind it is removed.
 
     Raises:
-        StateError: If the last snapshot of the average is none that it remembers.
+        StateError: If the last snapshot before the state is none that the average remembers.
     """
-    own = [snapshot for snapshot in kept if snapshot.average == name and snapshot.about.mark]
+    own = [snapshot for snapshot in found if snapshot.average == name and snapshot.about.mark]
     if past.step < 0 or not own:
-        return None
-    newest, mark = own[-1], None
-    if newest.step == past.step and newest.step not in dict(past.identity.marks):
-        if len(own) == 1 and newest.about.start == past.identity.start:
-            return newest.step, newest.about.mark
-        if len(own) > 1:
-            newest, mark = own[-2], (newest.step, newest.about.mark)
-    remembered = [digest for step, digest in past.identity.marks if step == newest.step]
-    if newest.about.mark in remembered:
-        return mark
+        return ()
+    before = [snapshot for snapshot in own if snapshot.step <= past.step]
+    newer = [snapshot for snapshot in own if past.step < snapshot.step <= last]
+    if before and before[-1].step == past.step and past.step not in dict(past.identity.marks):
+        newer.insert(0, before.pop())
+    known = past.identity.start in {snapshot.about.start for snapshot in own}
+    remembered = [digest for step, digest in past.identity.marks if before and step == before[-1].step]
+    if known and (not before or before[-1].about.mark in remembered):
+        return tuple((snapshot.step, snapshot.about.mark) for snapshot in newer)
+    if known:
+        what = f"of step {before[-1].step} it remembers {_listed(remembered) or 'no snapshot'}"
+        there = before[-1].about.mark
+    else:
+        what, there = f"it started from {past.identity.start or 'unknown weights'}", own[-1].about.start or "unknown"
     message = (
-        f"the average {name!r} is of another run than the one in {str(folder)!r}: of step {newest.step} it remembers "
-        f"{_listed(remembered) or 'no snapshot'}, and the snapshot there is {newest.about.mark}. Load a state that was "
-        "saved while that run was recorded, or record into a folder of its own."
+        f"the average {name!r} is of another run than the one in {str(folder)!r}: {what}; expected {there}. "
+        "Load a state that was saved while that run was recorded, or record into a folder of its own."
     )
     raise StateError(message)
 
