@@ -126,7 +126,8 @@ class History:
             start: The averager's option.
         """
         runs = len(self.last)
-        counts: NDArray[np.int64] = np.diff(np.array([0, *self.last], np.int64))
+        ends = np.array([0, *self.last], np.int64)
+        counts = ends[1:] - ends[:-1]
 
         def each(values: array[Any]) -> NDArray[Any]:
             return np.repeat(np.array(values[:runs]), counts)
