@@ -19,6 +19,7 @@ from polyak.testing.rates import learning_rate
 from posthoc.runs import killed
 
 TRIED = strategies_to_try()
+SHORT = {"name": "ema", "decay": 0.5}
 EXACT = 1e-11  # of the profile: the shares of two ways to compute one recursion
 
 
@@ -42,7 +43,7 @@ class Run(NamedTuple):
     nan: set[int]  # updates whose weights are not finite
     resumes: list[Resume]
     snapshots: int  # the steps from one snapshot to the next
-    blocks: bool | None
+    blocks: bool
 
     @property
     def steps(self) -> list[int]:
@@ -54,9 +55,8 @@ def runs(draw):
     n = draw(st.integers(4, 16))
     is_given = draw(st.booleans())
     gaps = st.lists(st.integers(1, 5), min_size=n, max_size=n)
-    resumes = st.builds(
-        Resume, st.integers(1, n), st.booleans(), st.booleans(), st.sampled_from(["again", "bank", "wider", "more"])
-    )
+    kinds = ["again", "bank", "wider", *(["more", "fewer"] if is_given else [])]  # a new average would count from 1
+    resumes = st.builds(Resume, st.integers(1, n), st.booleans(), st.booleans(), st.sampled_from(kinds))
     return Run(
         first=draw(st.sampled_from([0, 1, 3, 5001])) if is_given else 1,
         gaps=draw(gaps) if is_given and draw(st.booleans()) else [1] * n,
@@ -66,12 +66,13 @@ def runs(draw):
         nan=draw(st.sets(st.integers(1, n - 1), max_size=3)),
         resumes=sorted(draw(st.lists(resumes, max_size=2, unique_by=lambda one: one.before))),
         snapshots=draw(st.integers(2, 9)),
-        blocks=draw(st.sampled_from([None, False])),
+        blocks=draw(st.booleans()),
     )
 
 
 def held(run, folder, name, own):
-    """Record a run and return the average that was recorded."""
+    """Record a run; return the average that was recorded, and how many updates it had at its last resume."""
+    resumed_at = 0
     generator = torch.Generator().manual_seed(0)
     model = {"w": torch.randn(5, generator=generator)}
     config = {"strategy": {"name": name, **{k: v for k, v in own.items() if k != "origin"}}, **run.cadence}
@@ -85,14 +86,18 @@ def held(run, folder, name, own):
         for resume in run.resumes:
             if resume.before == i:
                 saved, blocks = made.state_dict(), recorder.state_dict()
+                also = [one.state_dict() for key, one in getattr(whole, "items", dict)() if key != "average"]
                 killed(recorder) if resume.is_killed else recorder.close()
                 model = {"w": model["w"].clone()}
                 whole = made = polyak.average(model, **config, dtype="float64" if resume.into == "wider" else "float32")
                 if resume.into in {"bank", "more"}:
-                    more = {"short": {"name": "ema", "decay": 0.5}} if resume.into == "more" else {}
-                    whole = polyak.bank(model, {"average": config, **more})
+                    more = also or resume.into == "more"
+                    whole = polyak.bank(model, {"average": config, **({"short": SHORT} if more else {})})
                     made = whole["average"]
+                    for state in also:
+                        whole["short"].load_state_dict(state)
                 made.load_state_dict(saved)
+                resumed_at = made.n
                 recorder = Recorder(whole, **recording)
                 if resume.knows_blocks:
                     recorder.load_state_dict(blocks)
@@ -103,7 +108,7 @@ def held(run, folder, name, own):
         whole.update(step=step if run.is_given else None, lr=learning_rate(i + 1))
         model["w"].copy_(kept)
     recorder.close()
-    return made
+    return made, resumed_at
 
 
 @pytest.mark.property
@@ -113,8 +118,8 @@ def held(run, folder, name, own):
 def test_what_was_recorded_is_synthesised_to_the_bit(name, own, run):
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", polyak.PolyakWarning)
-        made = held(run, folder, name, own)
-        if not made.n:
+        made, resumed_at = held(run, folder, name, own)
+        if made.n == resumed_at:  # nothing more was recorded
             event("no update was due")
             return
         found = synthesize(folder, name, **own, **run.cadence)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import subprocess
 import sys
 import threading
@@ -615,6 +616,21 @@ def test_a_regular_profile_takes_a_few_bytes_however_long_the_run(tmp_path):
     for snapshot in series(tmp_path, "average"):
         expected = Profile.of(polyak.EMA(), snapshot.step)
         np.testing.assert_array_equal(snapshot.profile.shares, expected.shares)
+
+
+@pytest.mark.filterwarnings("ignore:the weights hold NaN")
+@pytest.mark.parametrize("name", ["ema", "swa", "lawa", "dema", "polynomial"])
+def test_each_step_that_is_left_out_takes_a_few_bytes_however_long_the_run(tmp_path, name):
+    sizes = {}
+    for holes in (1, 2):
+        for steps in (100, 2000):
+            values = [math.nan if step in range(30, 30 + 7 * holes, 7) else step for step in range(1, steps + 1)]
+            folder = tmp_path / f"{holes}-{steps}"
+            counted(folder, steps, averager=name, every=steps, values=values, blocks=False)
+            sizes[holes, steps] = (folder / f"average-{steps:012d}.safetensors").stat().st_size
+            assert len(Store(folder).snapshots[-1].profile) == steps - holes
+    assert abs(sizes[1, 2000] - sizes[1, 100]) <= 32
+    assert sizes[2, 100] - sizes[1, 100] <= 96
 
 
 def test_training_a_module_needs_no_call_but_the_update(tmp_path):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import polyak
-from polyak import Profile, StateError
+from polyak import ConfigError, Profile, StateError
 from polyak.posthoc import Recorder, Store, synthesize
+from polyak.testing.rates import learning_rate
 from posthoc.runs import by_parameter, net, quietly, relative, replayed, summed, trained
 
 STEPS, BLOCK = 400, 20
@@ -247,3 +248,53 @@ def test_what_is_saved_tells_how_it_was_made(run, tmp_path):
     with pytest.raises(polyak.ConfigError, match=r"\.pt.*expected \.safetensors"):
         made.save(tmp_path / "out.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("power", {"sigma_rel": 0.1}), ("ema", {"decay": 0.999}), ("ema_debiased", {"decay": 0.99}),
+     ("polynomial", {"eta": 3}), ("swa", {})],
+)  # fmt: skip
+@pytest.mark.parametrize("scale", [1, 2**20, 2**44])
+@pytest.mark.filterwarnings("ignore:after 300 updates the average is still")  # a long one, on purpose
+def test_a_run_that_goes_on_at_a_later_step_has_its_averages_back(tmp_path, name, settings, scale):
+    model = {"w": torch.zeros(3, dtype=torch.float64)}
+    averager = polyak.average(model, name, **settings)
+    with Recorder(averager, tmp_path, every=50 * scale, blocks=True):
+        for step in range(5001, 5301):
+            model["w"].add_(torch.randn(3, dtype=torch.float64))
+            averager.update(step=step * scale)
+    made = synthesize(tmp_path, name, **settings)
+    assert torch.equal(made.state_dict["w"], averager.averaged_state_dict()["w"])
+    assert made.profile_error < 1e-12
+    assert made.at_step == 5300 * scale
+
+
+def test_a_target_of_more_updates_than_fit_in_memory_is_refused(tmp_path):
+    model = {"w": torch.zeros(1)}
+    averager = polyak.average(model, "swa", every=2**30)
+    with Recorder(averager, tmp_path, every=2**30):
+        for step in range(1, 4):
+            averager.update(step=2**30 * step)
+    with pytest.raises(ConfigError, match="give a larger every="):
+        synthesize(tmp_path, "swa", every=1)
+
+
+def test_an_average_that_uses_the_learning_rate_has_that_of_the_run(tmp_path):
+    strategy = {"name": "lr_weighted", "power": 1.0}
+    model = {"w": torch.zeros(2, dtype=torch.float64)}
+    bank = polyak.bank(model, {"lr": {"name": "lr_weighted"}, "other": strategy, "ema": {"name": "ema", "decay": 0.9}})
+    recorded = polyak.bank(model, {"lr": {"name": "lr_weighted"}, "ema": {"name": "ema", "decay": 0.9}})
+    with Recorder(recorded, tmp_path / "run", every=1):
+        for step in range(1, 31):
+            model["w"].normal_()
+            for one in (bank, recorded):
+                one.update(lr=learning_rate(step))
+    made = quietly(tmp_path / "run", strategy)
+    torch.testing.assert_close(made.state_dict, bank["other"].averaged_state_dict(), rtol=0, atol=1e-9)
+    plain = polyak.average(model, "ema", decay=0.9)
+    with Recorder(plain, tmp_path / "plain", every=1):
+        for _ in range(2):
+            plain.update(lr=0.1)
+    with pytest.raises(ConfigError, match="Learning rates are recorded with averages that use them"):
+        synthesize(tmp_path / "plain", strategy)
