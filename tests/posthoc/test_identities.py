@@ -104,6 +104,17 @@ def test_averages_of_other_dtypes_start_from_other_weights_and_equal_ones_share_
     assert bank["a"].identity.start == bank["b"].identity.start != bank["short"].identity.start
 
 
+def test_averages_that_begin_together_from_other_weights_both_come_back_exactly(tmp_path):
+    model = weights(1.0 + 2**-12)
+    bank = polyak.bank(model, {"a": EMA, "short": {"name": "ema", "decay": 0.8, "dtype": "bfloat16"}})
+    with Recorder(bank, tmp_path, every=5):
+        steps_of(model, bank, range(1, 6))
+    for name, decay in [("a", 0.9), ("short", 0.8)]:
+        made = quietly(tmp_path, "ema", decay=decay)
+        assert made.coefficients == {f"{name}-000000000005.safetensors": 1.0}
+        assert value(made) == bank[name].averages["w"].item()
+
+
 def test_a_start_is_taken_at_the_first_update(tmp_path):
     first = weights(7.0)
     averager = polyak.average(first, "ema", decay=0.9, every=10)

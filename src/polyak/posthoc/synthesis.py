@@ -48,6 +48,7 @@ _CADENCE = frozenset({"start", "every", "origin"})
 _ILL = 30.0  # of the coefficients' absolute sum: a few snapshots then cancel each other
 _ROUNDED = 1e-3  # of the weights
 _EXACT = 1e-9  # of the weights: less than a float32 holds
+_REACHED = 1e-12  # of a profile: a smaller error is none
 _PIECE = 1 << 16  # values that are added at a time
 
 
@@ -143,18 +144,27 @@ def target_profile(target: Target, settings: Mapping[str, Any], snapshots: Seque
 def nearest(snapshots: Sequence[Snapshot], wanted: Sequence[Profile], *, nonnegative: bool) -> list[Fit]:
     """Return the combinations of snapshots that are nearest to what is wanted; their tensors are not read."""
     profiles, noise = [s.profile for s in snapshots], [s.precision for s in snapshots]
-    starts = [*(s.about.start for s in snapshots), *(_start(profile, snapshots) for profile in wanted)]
-    return fit(profiles, wanted, noise=noise, nonnegative=nonnegative, starts=starts)
+    tried = [(number, start) for number, profile in enumerate(wanted) for start in _starts(profile, snapshots)]
+    starts = [*(s.about.start for s in snapshots), *(start for _, start in tried)]
+    found = fit(profiles, [wanted[one] for one, _ in tried], noise=noise, nonnegative=nonnegative, starts=starts)
+    best: dict[int, Fit] = {}
+    for (number, _), one in zip(tried, found, strict=True):
+        best[number] = min(best.get(number, one), one, key=_merit)
+    return [*best.values()]
 
 
-def _start(wanted: Profile, snapshots: Sequence[Snapshot]) -> str:
-    """Return which start a wanted average has: that of a recorded one which began with it, or the run's first."""
+def _merit(found: Fit) -> tuple[float, float]:
+    return (found.error if found.error > _REACHED else 0.0), found.amplification
+
+
+def _starts(wanted: Profile, snapshots: Sequence[Snapshot]) -> list[str]:
+    """Return which starts a wanted average may have: those of recorded ones that began with it, or the run's first."""
     begun = [(int(s.profile.steps[0]), s.about.start) for s in snapshots if len(s.profile) and s.profile.start]
     first = int(wanted.steps[0])
     if alike := [start for step, start in begun if step == first]:
-        return alike[0]
+        return [*dict.fromkeys(alike)]
     known = [(s.step, s.about.start) for s in snapshots if s.is_start] + begun
-    return min(known, key=lambda one: one[0], default=(0, ""))[1]
+    return [min(known, key=lambda one: one[0], default=(0, ""))[1]]
 
 
 def warn_of_poor(found: Fit, target: str) -> None:
