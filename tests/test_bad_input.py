@@ -1380,13 +1380,6 @@ def test_every_wrong_part_is_said_at_once_also_beside_an_unknown_strategy():
         polyak.bank(mlp(), {"a": "emaa", "b": {"name": "ema", "decay": 2}})
 
 
-def test_a_config_in_a_bank_is_given_as_a_mapping():
-    config = polyak.AveragerConfig(strategy="swa", every=2)
-    with pytest.raises(polyak.ArgumentError, match=r"in a bank write config\.model_dump\(\)"):
-        polyak.bank(mlp(), {"a": config})
-    assert polyak.bank(mlp(), {"a": config.model_dump()})["a"].strategy == polyak.SWA()
-
-
 def test_a_step_that_restarts_each_epoch_is_named_first():
     averager = _averager()
     averager.update(step=5)

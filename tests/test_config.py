@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+import pickle
 import stat
-from typing import Literal
+import sys
+from enum import Enum
+from typing import Any, Generic, Literal, TypeVar
 
 import jsonschema
 import pytest
 import torch
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, computed_field
 
 import polyak
+from models import mlp
 from polyak import AveragerConfig, ConfigError
-from polyak.registry import registry
+from polyak.registry import Registry, registry
 from polyak.strategies import EMA
+from polyak.testing import check_strategy
 from scratch import distribute, installed, offering
 
 SUFFIXES = ["toml", "yaml", "yml", "json"]
@@ -450,3 +456,181 @@ def test_the_schema_knows_the_plugins_that_are_there_and_no_others(tmp_path, mon
         schema = jsonschema.Draft202012Validator(AveragerConfig.model_json_schema())
     assert schema.is_valid({"strategy": "lr_weighted"})
     assert not schema.is_valid({"strategy": "byol"})
+
+
+class Levels(polyak.Strategy):
+    decay: float = 0.9
+
+    def rate(self, clock):
+        return 1 - self.decay
+
+
+class Kind(Enum):
+    LOW = "low"
+    HIGH = "high"
+
+
+class Inner(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    cap: float = math.inf
+
+
+_T = TypeVar("_T")
+
+
+class WithEnum(Levels):
+    name: Literal["with_enum"] = "with_enum"
+    kind: Kind = Kind.LOW
+
+
+class WithComputed(Levels):
+    name: Literal["with_computed"] = "with_computed"
+
+    @computed_field
+    @property
+    def twice(self) -> float:
+        return 2 * self.decay
+
+
+class WithAlias(Levels):
+    name: Literal["with_alias"] = "with_alias"
+    window: int = Field(5, alias="win")
+
+
+class WithSerialisedAlias(Levels):
+    name: Literal["with_serialised_alias"] = "with_serialised_alias"
+    window: int = Field(5, serialization_alias="win")
+
+
+class WithPrivate(Levels):
+    name: Literal["with_private"] = "with_private"
+    scale: float = 1.0
+    _twice: float = PrivateAttr()
+
+    def model_post_init(self, _):
+        self._twice = 2 * self.scale
+
+
+class WithInner(Levels):
+    name: Literal["with_inner"] = "with_inner"
+    inner: Inner = Inner()
+
+
+class WithType(Levels, Generic[_T]):
+    name: Literal["with_type"] = "with_type"
+    value: _T
+
+
+class WithContainers(Levels):
+    name: Literal["with_containers"] = "with_containers"
+    several: tuple[float, ...] = (1.0, 2.0)
+    some: frozenset[int] = frozenset({1, 2})
+    table: dict[str, float] = Field({"a": 1.0})
+
+
+class WithExcluded(Levels):
+    name: Literal["with_excluded"] = "with_excluded"
+    secret: int = Field(3, exclude=True)
+
+
+class WithBytes(Levels):
+    name: Literal["with_bytes"] = "with_bytes"
+    raw: bytes = b"\xff"
+
+
+class WithAnything(Levels):
+    name: Literal["with_anything"] = "with_anything"
+    what: Any = None
+
+
+WithInt = WithType[int]
+COMES_BACK = [
+    WithEnum(kind=Kind.HIGH), WithComputed(decay=0.5), WithAlias(win=7), WithSerialisedAlias(window=7),
+    WithPrivate(scale=2.0), WithInner(inner=Inner(cap=2.0)), WithInner(), WithInt(value=3),
+    WithContainers(several=(3.0,), table={"b": 2.0}),
+]  # fmt: skip
+REFUSED = [WithExcluded(secret=4), WithBytes(), WithAnything(what=torch.nn.ReLU)]
+
+
+@pytest.fixture
+def _fields_of_every_kind(monkeypatch):
+    class Plugin:
+        @polyak.hookimpl
+        def polyak_strategies(self):
+            return [*{type(strategy) for strategy in (*COMES_BACK, *REFUSED)}]
+
+    names = Registry()
+    names.register(Plugin(), "fields")
+    for module in ("polyak.config", "polyak.config.explain", "polyak.registry"):
+        monkeypatch.setattr(sys.modules[module], "registry", lambda: names)
+
+
+@pytest.mark.usefixtures("_fields_of_every_kind")
+@pytest.mark.parametrize("strategy", COMES_BACK, ids=repr)
+def test_settings_of_every_kind_come_back_from_files_states_and_copies(strategy, tmp_path):
+    config = AveragerConfig(strategy=strategy, every=2, buffers={"*": "copy"})
+    for suffix in ("json", "yaml", "toml"):
+        config.to_file(tmp_path / f"a.{suffix}")
+        assert AveragerConfig.from_file(tmp_path / f"a.{suffix}") == config
+    first, second = polyak.average(mlp(), strategy), polyak.average(mlp(), strategy)
+    first.update()
+    second.load_state_dict(first.state_dict())
+    assert second.strategy == strategy
+    for again in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), config.model_copy(deep=True)):
+        assert again == config
+        assert hash(again) == hash(config)
+    check_strategy(strategy)
+
+
+@pytest.mark.usefixtures("_fields_of_every_kind")
+@pytest.mark.parametrize("strategy", REFUSED, ids=repr)
+def test_settings_that_cannot_be_saved_are_refused_before_anything_is_written(strategy, tmp_path):
+    with pytest.raises(polyak.ConfigError, match=r"cannot be saved|excludes 'secret'"):
+        AveragerConfig(strategy=strategy).to_file(tmp_path / "a.yaml")
+    assert [*tmp_path.iterdir()] == []
+    with pytest.raises(polyak.ConfigError, match=r"cannot be saved|excludes 'secret'"):
+        polyak.average(mlp(), strategy)
+    with pytest.raises(AssertionError, match=r"cannot be saved|excludes 'secret'"):
+        check_strategy(strategy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table.update(b="skip"), lambda table: table.pop("*"), lambda table: table.clear(),
+        lambda table: table.__setitem__("b", "skip"), lambda table: table.__delitem__("*"),
+        lambda table: table.popitem(), lambda table: table.setdefault("b", "skip"),
+        lambda table: table.__ior__({"b": "skip"}),
+    ],
+)  # fmt: skip
+def test_a_mapping_of_a_config_cannot_be_changed(change):
+    config = AveragerConfig(buffers={"*": "copy"})
+    with pytest.raises(polyak.FrozenError, match="settings are frozen"):
+        change(config.buffers)
+    assert config == AveragerConfig(buffers={"*": "copy"})
+
+
+def test_equal_configs_have_equal_hashes():
+    one = AveragerConfig(buffers={"a": "copy", "b": "skip"}, strategy=polyak.EMA(decay=0.5), include=["x", "y"])
+    same = AveragerConfig(
+        buffers={"b": "skip", "a": "copy"}, strategy={"name": "ema", "decay": 0.5}, include=("x", "y")
+    )
+    assert {one: 1}[same] == 1
+    assert len({one, same, AveragerConfig(), polyak.EMA(), polyak.EMA(decay=0.5)}) == 4
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_state_of_a_subclass_that_kept_the_name_is_told_of(back):
+    class Mine(polyak.EMA):
+        def rate(self, clock):
+            return super().rate(clock) / 2
+
+    averagers = [polyak.average(mlp(), Mine(decay=0.9)), polyak.average(mlp(), "ema", decay=0.9)]
+    saved, other = averagers[::-1] if back else averagers
+    saved.update()
+    names = [r"the class ema \(saved: '.*Mine'\)", r"the class .*Mine \(saved: 'ema'\)"]
+    with pytest.warns(polyak.PolyakWarning, match=names[back]):
+        other.load_state_dict(saved.state_dict())
+    again = polyak.average(mlp(), saved.strategy)
+    again.load_state_dict(saved.state_dict())

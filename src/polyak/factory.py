@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from polyak.bank import Bank
 from polyak.calls import explained
 from polyak.config import AveragerConfig
-from polyak.config.chosen import AnyStrategy, refuse_swapped, written
+from polyak.config.chosen import AnyStrategy, plain_mapping, refuse_swapped, written
 from polyak.errors import ArgumentError, ConfigError
-from polyak.shown import brief, shown
+from polyak.shown import brief, listed, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,7 @@ __all__ = ["average", "bank"]
 @explained("Settings and options are given by name: polyak.average(model, 'ema', decay=0.999)")
 def average(  # noqa: PLR0913 - each is one axis of an average, and users complete from this signature
     model: Model,
-    strategy: AnyStrategy = "ema",
+    strategy: AnyStrategy | AveragerConfig = "ema",
     *,
     start: int = 0,
     every: int = 1,
@@ -50,7 +50,8 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
 
     Args:
         model: The module that is trained, wrapped (DDP, torch.compile …) or not, or a mapping of names to tensors.
-        strategy: A name or a class with its ``settings``, a strategy object, or a mapping of a name and settings.
+        strategy: A name or a class with its ``settings``, a strategy object, a mapping of a name and settings, or a
+            whole ``AveragerConfig``; a namespace or a dataclass counts as a mapping.
         start: The first optimiser step that may be averaged.
         every: Average one optimiser step in so many; decays keep their meaning per step.
         origin: Whether the weights at construction count ("initial") or the first update replaces them
@@ -87,23 +88,38 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
         1
     """
     refuse_swapped("average", model, strategy)
-    chosen = written(strategy, settings)
+    strategy = plain_mapping(strategy)
     options = {
         "start": start, "every": every, "origin": origin, "buffers": buffers, "include": include, "exclude": exclude,
         "match": match, "device": device, "dtype": dtype, "nonfinite": nonfinite, "kernel": kernel,
         "capturable": capturable,
     }  # fmt: skip
-    return AveragerConfig.of({"strategy": chosen, **options}, "average(): the settings").build(model)
+    where = "average(): the settings"
+    if isinstance(strategy, AveragerConfig) or (isinstance(strategy, Mapping) and "strategy" in strategy):
+        defaults = {name: field.default for name, field in AveragerConfig.model_fields.items()}
+        given = {name: value for name, value in options.items() if value != defaults[name]}
+        return _beside(strategy, {**given, **settings}, where).build(model)
+    return AveragerConfig.of({"strategy": written(strategy, settings), **options}, where).build(model)
+
+
+def _beside(config: AveragerConfig | Mapping[str, Any], given: Mapping[str, Any], where: str) -> AveragerConfig:
+    """Return a config with what was given beside it."""
+    said = config.named() if isinstance(config, AveragerConfig) else config
+    if twice := sorted(said.keys() & given.keys()):
+        message = f"{where} cannot be used: {listed(map(repr, twice))} given beside a config that says it; give it once"
+        raise ConfigError(message)
+    return AveragerConfig.of({**said, **given}, where)
 
 
 @explained("Options are given by name: polyak.bank(model, {'short': 'ema', 'mean': 'swa'}, every=10)")
-def bank(model: Model, averages: Mapping[str, AnyStrategy], **common: Any) -> Bank:
+def bank(model: Model, averages: Mapping[str, AnyStrategy | AveragerConfig], **common: Any) -> Bank:
     """Return several averages of one model that are updated together: the weights are read once for all of them.
 
     Args:
         model: The module that is trained, wrapped or not, or a mapping of names to tensors.
         averages: For each average its name in the bank, and what ``polyak.average`` takes: the name of a strategy, a
-            class or an object, or a mapping of its name, settings and options (``{"name": "ema", "every": 10}``).
+            class or an object, a mapping of its name, settings and options (``{"name": "ema", "every": 10}``), or an
+            ``AveragerConfig``.
         **common: Engine options of all, such as ``every=`` or ``dtype=``; one that an average names itself wins.
 
     Raises:
@@ -123,6 +139,8 @@ def bank(model: Model, averages: Mapping[str, AnyStrategy], **common: Any) -> Ba
         ...     y = model(torch.zeros(2, 3))
     """
     refuse_swapped("bank", model, averages)
+    if not isinstance(averages, AveragerConfig):
+        averages = plain_mapping(averages)
     if not isinstance(averages, Mapping):
         message = f"a bank maps names to averages, such as {{'short': 'ema', 'mean': 'swa'}}; got {shown(averages)}"
         raise ArgumentError(message)
@@ -144,10 +162,10 @@ def bank(model: Model, averages: Mapping[str, AnyStrategy], **common: Any) -> Ba
     return Bank(made)
 
 
-def _average(model: Model, wanted: AnyStrategy, common: Mapping[str, Any]) -> Averager:
-    if not isinstance(wanted, Mapping):
+def _average(model: Model, wanted: AnyStrategy | AveragerConfig, common: Mapping[str, Any]) -> Averager:
+    own = wanted.named() if isinstance(wanted, AveragerConfig) else plain_mapping(wanted)
+    if not isinstance(own, dict):
         return average(model, wanted, **common)
-    own = dict(wanted)
     # "strategy" as in a config file, "name" as in a strategy.
     strategy = own.pop("strategy", None) or own.pop("name", "ema")
     return average(model, strategy, **{**common, **own})

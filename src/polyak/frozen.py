@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from difflib import get_close_matches
 from inspect import isabstract
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from typing_extensions import override
 
 from polyak.errors import ArgumentError, ConfigError, FrozenError
@@ -55,6 +55,50 @@ class _Direct(ModelMetaclass):
                 raise cls._refused(error, settings, f"{cls.__name__}()") from error
 
 
+class _FrozenDict(dict[Any, Any]):
+    """A setting that is a mapping; it cannot be changed in place."""
+
+    @override
+    def __setitem__(self, key: object, value: object) -> NoReturn:
+        self._refuse()
+
+    @override
+    def __delitem__(self, key: object) -> NoReturn:
+        self._refuse()
+
+    @override
+    def __ior__(self, other: object) -> NoReturn:
+        self._refuse()
+
+    @override
+    def clear(self) -> NoReturn:
+        self._refuse()
+
+    @override
+    def pop(self, *_: object) -> NoReturn:
+        self._refuse()
+
+    @override
+    def popitem(self) -> NoReturn:
+        self._refuse()
+
+    @override
+    def setdefault(self, *_: object) -> NoReturn:
+        self._refuse()
+
+    @override
+    def update(self, *_: object, **__: object) -> NoReturn:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        message = "settings are frozen, and mappings among them too; make another object with another mapping"
+        raise FrozenError(message)
+
+    @override
+    def __reduce__(self) -> tuple[type, tuple[dict[Any, Any]]]:
+        return _FrozenDict, ({**self},)
+
+
 class Frozen(BaseModel, metaclass=_Direct):
     """Frozen settings that are validated; what a config file may not say, code may not say either.
 
@@ -65,7 +109,19 @@ class Frozen(BaseModel, metaclass=_Direct):
         ArgumentError: If settings are given by position.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, use_attribute_docstrings=True, ser_json_inf_nan="constants"
+    )
+
+    @model_validator(mode="after")
+    def _freeze(self) -> Self:
+        for name, value in vars(self).items():
+            if isinstance(value, dict):
+                vars(self)[name] = _FrozenDict(value)
+        return self
+
+    def __hash__(self) -> int:
+        return hash((type(self), _hashable(vars(self))))
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
@@ -109,6 +165,15 @@ class Frozen(BaseModel, metaclass=_Direct):
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         schema: CoreSchema = plain(handler(source))
         return schema
+
+
+def _hashable(value: object) -> object:
+    """Return something that can be hashed, alike for values that are equal."""
+    if isinstance(value, dict):
+        return frozenset((key, _hashable(part)) for key, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_hashable, value))
+    return frozenset(value) if isinstance(value, (set, frozenset)) else value
 
 
 def line(detail: ErrorDetails, hint: Callable[[str], str]) -> str:

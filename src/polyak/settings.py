@@ -13,6 +13,7 @@ from polyak.history import Change
 from polyak.missing import MissingStrategy
 from polyak.options import Options
 from polyak.shown import brief, shown
+from polyak.strategy import settings_of, variant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,7 @@ class Settings(NamedTuple):
 
     def values(self) -> dict[str, Any]:
         """Return each setting by its name, as plain types."""
-        return {**self.options.model_dump(mode="json"), **self.strategy.model_dump(mode="json")}
+        return {**self.options.model_dump(mode="json"), **settings_of(self.strategy)}
 
     def built(self) -> dict[str, Any]:
         """Return each setting as it was when the averager was built."""
@@ -162,7 +163,9 @@ def resumed(state: SavedState, own: Settings, knows: Callable[[str], bool]) -> t
     kept = tuple(change for change in changes if change.name in alike)
     since = (Change(0, key, built[key], mine[key]) for key in mine if key not in alike and built[key] != mine[key])
     counted = {*_COUNTED, *type(own.strategy).model_fields}
-    words = [
+    kinds = [kind or own.strategy.name for kind in (variant(own.strategy), state.variant)]
+    words = [f"the class {kinds[0]} (saved: {shown(kinds[1])})"] if kinds[0] != kinds[1] else []
+    words += [
         f"{key}={mine[key]!r} (saved: {shown(theirs[key])})"
         for key in mine
         if key in counted and key in theirs and key not in alike and theirs[key] != mine[key]

@@ -12,6 +12,7 @@ from polyak.cadence import Progress
 from polyak.errors import StateError
 from polyak.history import NO_LR, History, Identity
 from polyak.shown import brief, listed
+from polyak.strategy import Strategy, settings_of, variant
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.spread import Spread, layout
 from polyak.tensors.wrappers import dtensor
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Container, Mapping, Sequence
 
     from polyak.options import Options
-    from polyak.strategy import Strategy
     from polyak.tensors.storage import Stored
 
 __all__ = ["State", "dump", "parse"]
@@ -60,11 +60,13 @@ def dump(state: State, holding: Sequence[Tensor], strategy: Strategy, options: O
             torch.tensor(history.lrs, dtype=torch.float64, device="cpu"),
             torch.tensor(history.counted, dtype=torch.int8, device="cpu"),
         ]
+    kind = variant(strategy)
     return {
         "format": FORMAT,
+        **({"class": kind} if kind else {}),
         "n": state.progress.n,
         "step": state.progress.step,
-        "strategy": strategy.model_dump(mode="json"),
+        "strategy": settings_of(strategy),
         "config": options.model_dump(mode="json"),
         "slots": {
             "average": {s.name: s.whole(t.detach().clone()) for s, t in zip(state.stored, holding, strict=True)},

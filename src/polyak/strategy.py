@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from typing_extensions import override
 
-from polyak.errors import ArgumentError, RateError
+from polyak.errors import ArgumentError, ConfigError, RateError
 from polyak.frozen import Frozen, nearest
 from polyak.habits import habit
 from polyak.recursion import Shares, recursion_shares
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from polyak.clock import Clock
 
-__all__ = ["RESERVED", "Move", "Strategy", "checked_moves", "checked_rate", "checked_weight"]
+__all__ = ["RESERVED", "Move", "Strategy", "checked_moves", "checked_rate", "checked_weight", "settings_of", "variant"]
 
 RESERVED = frozenset(
     {
@@ -187,6 +187,31 @@ class Strategy(Frozen):
 
 def _is_number(value: object) -> bool:
     return (type(value) is float or isinstance(value, Real)) and math.isfinite(value)
+
+
+def settings_of(strategy: Strategy) -> dict[str, Any]:
+    """Return a strategy's name and settings as plain types; what pydantic computes from them is left out.
+
+    Raises:
+        ConfigError: If a setting has no plain form, or is excluded from it.
+    """
+    kind = type(strategy)
+    try:
+        said: dict[str, Any] = strategy.model_dump(mode="json", round_trip=True)
+    except ValueError as error:  # pydantic's, and what a serialiser of the user's raises
+        message = f"the settings of {kind.__name__} cannot be saved: {error}. Give each a type of plain values"
+        raise ConfigError(message) from error
+    if lost := [name for name in kind.model_fields if name not in said]:
+        message = f"{kind.__name__} excludes {', '.join(map(repr, lost))} from what is saved, and a resume needs it"
+        raise ConfigError(message)
+    return said
+
+
+def variant(strategy: Strategy) -> str:
+    """Return the name of a strategy's class if it has the ``name`` of the class that it comes from, or ""."""
+    own = type(strategy)
+    known = (other.model_fields.get("name") for other in own.__mro__[1:] if issubclass(other, Strategy))
+    return own.__qualname__ if any(field and field.default == strategy.name for field in known) else ""
 
 
 def checked_rate(strategy: Strategy, clock: Clock) -> float:

@@ -19,7 +19,7 @@ from polyak.history import History
 from polyak.options import Options
 from polyak.sources import WithSources, writes
 from polyak.state import State
-from polyak.strategy import checked_moves, checked_rate, checked_weight
+from polyak.strategy import checked_moves, checked_rate, checked_weight, settings_of
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.modes import Untracked
 from polyak.transaction import Background, alone, carry_out, whole
@@ -75,6 +75,7 @@ class Updating(WithSources, Averager):
         knows: Callable[[str], bool] = bool,
         adapter: Adapter | None = None,
     ) -> None:
+        settings_of(strategy)  # refused now, and not when a state is saved
         self._strategy = strategy
         self.options = (options or Options()).completed(strategy)
         self._knows = knows

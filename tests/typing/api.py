@@ -27,6 +27,7 @@ def build(model: nn.Module, settings: dict[str, Any]) -> list[polyak.Averager]:
         polyak.average(model, **settings),
         polyak.AveragerConfig(strategy=polyak.SWA(), every=2).build(model),
         polyak.AveragerConfig.from_file("average.toml").build(model),
+        polyak.average(model, polyak.AveragerConfig(strategy=polyak.SWA()), dtype="float64"),
     ]
 
 

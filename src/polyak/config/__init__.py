@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import BeforeValidator, SerializeAsAny, SerializerFunctionWrapHandler, ValidationError, field_serializer
 from typing_extensions import override
 
+from polyak.config.chosen import plain_mapping
 from polyak.config.explain import explain
 from polyak.config.files import read, render, write
 from polyak.config.schema import OneOfTheInstalled, for_files
@@ -18,9 +19,9 @@ from polyak.errors import ArgumentError, ConfigError, UnknownStrategyError
 from polyak.options import Options
 from polyak.profile import Profile
 from polyak.registry import registry
-from polyak.shown import brief, shown
+from polyak.shown import brief, listed, shown
 from polyak.strategies import EMA
-from polyak.strategy import Strategy
+from polyak.strategy import Strategy, settings_of
 
 if TYPE_CHECKING:
     from polyak.averager import Averager
@@ -32,6 +33,12 @@ _EXPECTED = "a strategy is a name, a mapping with a 'name', or a polyak.Strategy
 
 
 def _resolve(value: Any) -> Any:  # noqa: ANN401 - a validator takes whatever the user wrote
+    value = plain_mapping(value)
+    if isinstance(value, AveragerConfig):
+        if options := sorted(value.model_fields_set - {"strategy"}):
+            message = f"{_EXPECTED}; got a config with the options {listed(options)}: give config.strategy"
+            raise ValueError(message)
+        return value.strategy
     if isinstance(value, type) and issubclass(value, Strategy):
         return value.model_validate({})
     if isinstance(value, str):
@@ -77,6 +84,7 @@ class AveragerConfig(Options):
             ArgumentError: If ``data`` is no mapping.
             ConfigError: A wrong key or value: its location, what was got, what is allowed and the nearest known name.
         """
+        data = plain_mapping(data)
         if not isinstance(data, Mapping):
             message = f"{where}: got {shown(data)}; expected a mapping with 'strategy' and options"
             raise ArgumentError(message)
@@ -84,6 +92,10 @@ class AveragerConfig(Options):
             return cls.model_validate(dict(data))
         except ValidationError as error:
             raise cls._refused(error, data, where) from error
+
+    def named(self) -> dict[str, Any]:
+        """Return the options that it names itself, and its strategy."""
+        return {"strategy": self.strategy, **{name: getattr(self, name) for name in self.model_fields_set}}
 
     @classmethod
     @override
@@ -114,7 +126,8 @@ class AveragerConfig(Options):
         """Write the config as ``.toml``, ``.yaml`` or ``.json``; the file is whole or absent.
 
         Raises:
-            ConfigError: If the file type is another, or the strategy's name belongs to another class.
+            ConfigError: If the file type is another, the strategy's name belongs to another class, or the strategy has
+                a setting that a file cannot hold.
             WriteError: If the file cannot be written, as on a full disk.
         """
         own, names = type(self.strategy), registry()
@@ -124,11 +137,16 @@ class AveragerConfig(Options):
                 f"mean that one; give it its own:  name: Literal['my_name'] = 'my_name'"
             )
             raise ConfigError(message)
+        settings_of(self.strategy)
         data, fields = self.model_dump(mode="json"), own.model_fields
         # Only a null that is no default must be written, and TOML cannot.
         defaults = {key for key, field in fields.items() if field.default is None and data["strategy"][key] is None}
         data["strategy"] = {key: value for key, value in data["strategy"].items() if key not in defaults}
-        write(path, render(path, data))
+        text = render(path, data)
+        if self.of(data, "what would be written") != self:
+            message = f"a file would not say what {own.__name__} is: {shown(self.strategy)} would come back as another"
+            raise ConfigError(message)
+        write(path, text)
 
     def build(self, model: Model) -> Averager:
         """Return an averager of a model.
@@ -167,7 +185,9 @@ class AveragerConfig(Options):
     @field_serializer("strategy", mode="wrap")
     def _named(self, strategy: Strategy, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # A name that two plugins offer is written as it was chosen: "dist:name".
-        return {**handler(strategy), "name": registry().called(strategy)}
+        computed = type(strategy).model_computed_fields
+        said = {name: value for name, value in handler(strategy).items() if name not in computed}
+        return {**said, "name": registry().called(strategy)}
 
     @classmethod
     @override

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,10 +13,26 @@ from polyak.errors import ArgumentError, ConfigError
 from polyak.shown import listed, shown, type_name
 from polyak.strategy import Strategy
 
-__all__ = ["AnyStrategy", "refuse_swapped", "written"]
+__all__ = ["AnyStrategy", "plain_mapping", "refuse_swapped", "written"]
 
 AnyStrategy = str | Strategy | type[Strategy] | Mapping[str, Any]
-"""A name, an object, a class, or a mapping of a name and settings."""
+"""A name, an object, a class, or a mapping of a name and settings.
+
+Wherever a mapping is taken, so are an ``argparse.Namespace``, a dataclass, and the containers of OmegaConf.
+"""
+
+
+def plain_mapping(value: object) -> Any:  # noqa: ANN401 - anything that is no mapping comes back as it is
+    """Return a dictionary of what other libraries keep settings in, and everything else as it is."""
+    if isinstance(value, Namespace):
+        value = vars(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Mapping) and not any(isinstance(tensor, Tensor) for tensor in value.values()):
+        return {key: plain_mapping(part) for key, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, tuple, list)):
+        return [plain_mapping(part) for part in value]
+    return value
 
 
 def written(strategy: AnyStrategy, settings: Mapping[str, Any]) -> Mapping[str, Any] | Strategy:
@@ -28,6 +46,7 @@ def written(strategy: AnyStrategy, settings: Mapping[str, Any]) -> Mapping[str, 
         ArgumentError: If ``strategy`` is something else.
         ConfigError: If settings are given beside an object, or a name is given twice.
     """
+    strategy = plain_mapping(strategy)
     if isinstance(strategy, Strategy):
         if settings:
             message = (
@@ -39,14 +58,9 @@ def written(strategy: AnyStrategy, settings: Mapping[str, Any]) -> Mapping[str, 
     if isinstance(strategy, type) and issubclass(strategy, Strategy):
         return strategy(**settings)
     if not isinstance(strategy, (str, Mapping)):
-        hint = (
-            ". A config builds an averager itself: config.build(model); in a bank write config.model_dump()"
-            if hasattr(strategy, "build")
-            else ""
-        )
         message = (
-            "a strategy is a name such as 'ema', a mapping with a 'name', a class or an object such as polyak.EMA(); "
-            f"got {shown(strategy)}{hint}"
+            "a strategy is a name such as 'ema', a mapping with a 'name', a class or an object such as polyak.EMA(), "
+            f"or a whole config; got {shown(strategy)}"
         )
         raise ArgumentError(message)
     if "name" in settings:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from polyak.config import AveragerConfig
+from polyak.config.chosen import plain_mapping
 from polyak.profile import Profile
 from polyak.strategy import Strategy
 
@@ -13,13 +15,13 @@ if TYPE_CHECKING:
 __all__ = ["label"]
 
 
-def label(target: str | Strategy | Mapping[str, Any] | Profile, number: int = 1) -> str:
+def label(target: str | Strategy | Mapping[str, Any] | AveragerConfig | Profile, number: int = 1) -> str:
     """Return the name of a target with its settings; a profile has a number."""
     if isinstance(target, Profile):
         return f"profile {number}"
     if isinstance(target, str):
         return target
-    own = _settings(target)
+    own = _settings(target.named() if isinstance(target, AveragerConfig) else plain_mapping(target))
     name = own.pop("name", "ema")
     return f"{name}({', '.join(f'{key}={_short(value)}' for key, value in own.items())})"
 

@@ -10,6 +10,7 @@ import torch
 from polyak.config import AveragerConfig
 from polyak.errors import StateError
 from polyak.profile import Profile
+from polyak.strategy import settings_of
 from polyak.updates import Updates
 from polyak.validation import Recipe, RunsRecipe, check_profile, check_runs
 
@@ -40,7 +41,7 @@ def described(profile: Profile, strategy: Strategy) -> tuple[dict[str, Any], dic
     if type(strategy).__module__.startswith("polyak.") and 0 < len(runs) * 3 <= max(len(profile) * 2, 12):
         for origin in ("initial", "first"):
             if Profile.at(strategy, made, origin).distance(profile) <= _EXACT:
-                about |= {"strategy": strategy.model_dump(mode="json"), "origin": origin}
+                about |= {"strategy": settings_of(strategy), "origin": origin}
                 if len(runs) == 1:
                     return {**about, "n": len(profile), "every": made.stride, "start": int(profile.steps[0])}, {}
                 return {**about, "updates": len(profile)}, {"runs": torch.from_numpy(runs)}

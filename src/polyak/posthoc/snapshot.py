@@ -17,6 +17,7 @@ from polyak.checkpoints.tensor_file import TensorFile, write_tensors
 from polyak.errors import ConfigError, MissingExtraError, SnapshotError, StateError, WriteError
 from polyak.posthoc.recipe import described, from_description
 from polyak.shown import shown
+from polyak.strategy import settings_of
 from polyak.validation import About
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def write(
         "step": step,
         "start": start,
         "mark": packed.digest,
-        "strategy": strategy.model_dump(mode="json"),
+        "strategy": settings_of(strategy),
         "profile": told,
         "summary": {key: str(value) for key, value in summary.items()},
         "layout": layout._asdict(),

@@ -11,6 +11,7 @@ import torch
 from polyak.calls import users_level
 from polyak.checkpoints.tensor_file import Scratch
 from polyak.config import AveragerConfig
+from polyak.config.chosen import plain_mapping
 from polyak.errors import ConfigError, PolyakWarning, RateError
 from polyak.plot import POOR
 from polyak.posthoc.labels import label
@@ -41,7 +42,7 @@ __all__ = [
     "warn_of_poor",
 ]
 
-Target = str | Strategy | Mapping[str, Any] | Profile
+Target = str | Strategy | Mapping[str, Any] | AveragerConfig | Profile
 """What is wanted: a strategy by name, as an object or as a config, or a profile."""
 
 _CADENCE = frozenset({"start", "every", "origin"})
@@ -201,10 +202,11 @@ def combine(snapshots: Sequence[Snapshot], found: Fit, wanted: Profile, step: in
     )
 
 
-def _config(target: str | Strategy | Mapping[str, Any], settings: Mapping[str, Any]) -> AveragerConfig:
+def _config(target: str | Strategy | Mapping[str, Any] | AveragerConfig, settings: Mapping[str, Any]) -> AveragerConfig:
     if "step" in settings:
         message = f"step: got {shown(settings['step'])}; the optimiser step of the average is given as at_step="
         raise ConfigError(message)
+    target = target.named() if isinstance(target, AveragerConfig) else plain_mapping(target)
     if isinstance(target, Strategy):
         if strange := settings.keys() - _CADENCE:
             message = f"the settings {sorted(strange)} were given beside the object {target!r}; set them on it instead"

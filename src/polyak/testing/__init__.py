@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["check_strategies", "check_strategy", "learning_rate"]
 
 
-def check_strategy(strategy: AnyStrategy, *, lr: Callable[[int], float] = learning_rate, **settings: Any) -> None:
+def check_strategy(
+    strategy: AnyStrategy | AveragerConfig, *, lr: Callable[[int], float] = learning_rate, **settings: Any
+) -> None:
     """Check that a strategy obeys the laws: rates, shares, fixed point, kernels, cadence, resume, configs, pickle.
 
     Takes a second at most and no network, and leaves the global random state alone.
@@ -53,7 +55,7 @@ def check_strategy(strategy: AnyStrategy, *, lr: Callable[[int], float] = learni
 
 
 def check_strategies(
-    strategies: Iterable[AnyStrategy] | None = None,
+    strategies: Iterable[AnyStrategy | AveragerConfig] | None = None,
     *,
     lr: Callable[[int], float] = learning_rate,
 ) -> None:
@@ -88,5 +90,7 @@ def _ready() -> list[str]:
     return [name for name, own in fields.items() if not any(field.is_required() for field in own)]
 
 
-def _instance(strategy: AnyStrategy, settings: dict[str, Any]) -> Strategy:
+def _instance(strategy: AnyStrategy | AveragerConfig, settings: dict[str, Any]) -> Strategy:
+    if isinstance(strategy, AveragerConfig):
+        strategy = strategy.strategy
     return AveragerConfig.of({"strategy": written(strategy, settings)}, "check_strategy(): the strategy").strategy

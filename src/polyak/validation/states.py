@@ -180,6 +180,7 @@ class SavedState(Schema):
     n: Count
     step: Moment | None = None
     strategy: Settings
+    variant: str = Field("", alias="class")
     config: Annotated[Settings, AfterValidator(_counted)] = Field(default_factory=dict)
     slots: Mapping[str, Mapping[str, Any]]
     progress: _Progress
