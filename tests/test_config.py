@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 import polyak
 from models import mlp
 from polyak import AveragerConfig, ConfigError
-from polyak.registry import Registry, registry
+from polyak.registry import Registry, made, registry
 from polyak.strategies import EMA
 from polyak.testing import check_strategy
 from scratch import distribute, installed, offering
@@ -87,10 +87,10 @@ class Offering:
 
 @pytest.fixture
 def optional():
-    registry.cache_clear()
+    made.cache_clear()
     registry().register(Offering(), "in-this-test")
     yield
-    registry.cache_clear()
+    made.cache_clear()
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -398,7 +398,7 @@ def test_an_infinite_setting_comes_back_from_json_and_from_every_file(tmp_path):
         def polyak_strategies(self):
             return [Limited]
 
-    registry.cache_clear()
+    made.cache_clear()
     registry().register(Offers(), "in-this-test")
     try:
         for limit in (math.inf, -math.inf):
@@ -408,7 +408,7 @@ def test_an_infinite_setting_comes_back_from_json_and_from_every_file(tmp_path):
                 config.to_file(tmp_path / f"a.{suffix}")
                 assert AveragerConfig.from_file(tmp_path / f"a.{suffix}") == config
     finally:
-        registry.cache_clear()
+        made.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import polyak
-from polyak.registry import Registry, registry
+from polyak.registry import Registry, made, registry
 from scratch import defining, distribute, installed, offering
 
 BUILT_IN = [
@@ -366,7 +366,7 @@ def test_without_its_plugin_a_state_loads_and_only_the_next_update_raises(site):
     averager.update()
     state = averager.state_dict()
     (site / "acme_half-1.0.dist-info" / "entry_points.txt").unlink()
-    registry.cache_clear()
+    made.cache_clear()
     assert not entry_points(group="polyak", name="acme-half")
     loaded = polyak.average(model, "ema")
     loaded.load_state_dict(state)
@@ -379,3 +379,19 @@ def test_without_its_plugin_a_state_loads_and_only_the_next_update_raises(site):
 def test_the_list_of_strategies_reads_as_a_list():
     assert repr(Registry([]).strategies()).startswith("<strategies: ema (polyak), ema_debiased (polyak)")
     assert len(Registry([]).strategies()) == len(BUILT_IN)
+
+
+def test_a_plugin_may_build_a_config_while_it_is_imported(tmp_path):
+    early = "import polyak\nCONFIG = polyak.AveragerConfig(strategy={'name': 'ema', 'decay': 0.5})\n"
+    distribute(tmp_path, "acme-early", early + offering("early"))
+    with installed(tmp_path):
+        assert {"early", "ema", "byol"} <= {*polyak.strategies()}
+        assert [plugin.error for plugin in registry().plugins] == [""] * len(registry().plugins)
+
+
+def test_a_plugin_that_needs_its_own_name_while_it_is_imported_is_named_and_breaks_nothing(tmp_path):
+    distribute(tmp_path, "acme-early", "import polyak\npolyak.AveragerConfig(strategy='early')\n" + offering("early"))
+    with installed(tmp_path):
+        assert "ema" in polyak.strategies()
+        (failed,) = [plugin for plugin in registry().plugins if plugin.error]
+        assert "no strategy is called 'early'" in failed.error

@@ -7,6 +7,7 @@ import os
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
+from threading import RLock
 from typing import TYPE_CHECKING
 
 import pluggy
@@ -31,6 +32,10 @@ _log = logging.getLogger("polyak")
 _BUILT_IN = "polyak"
 _SIMILAR = 0.6  # of two names; less is a guess
 _LONGEST = 60  # letters of a name for which similar ones are looked up
+
+
+_LOCK = RLock()
+_LOADING: list[Registry] = []
 
 
 class _BuiltIns:
@@ -69,8 +74,12 @@ class Registry:
         named = os.environ.get("POLYAK_DISABLE_PLUGINS", "").split(",")
         self._disabled = {normal(name) for name in (named if disabled is None else disabled)}
         self._admit(_BuiltIns(), _BUILT_IN)
-        for point in entry_points(group=hookspecs.GROUP) if points is None else points:
-            self._load(point)
+        _LOADING.append(self)
+        try:
+            for point in entry_points(group=hookspecs.GROUP) if points is None else points:
+                self._load(point)
+        finally:
+            _LOADING.remove(self)
 
     def register(self, plugin: object, distribution: str) -> None:
         """Add a plugin that is no entry point: in notebooks and tests.
@@ -217,9 +226,18 @@ def _said(error: Exception) -> str:
 
 
 @cache
-def registry() -> Registry:
-    """Return the registry of this process; plugins are loaded at the first call, never at import."""
+def made() -> Registry:
+    """Return the registry of this process, made by the first call."""
     return Registry()
+
+
+def registry() -> Registry:
+    """Return the registry of this process; plugins are loaded at the first call, never at import.
+
+    A plugin that asks for it while it is imported finds the built-in strategies and those of the plugins before it.
+    """
+    with _LOCK:
+        return _LOADING[-1] if _LOADING else made()
 
 
 def strategies() -> Strategies:
