@@ -31,7 +31,7 @@ __all__ = ["load", "save"]
 _METADATA = "polyak"
 _COMPLEX = "complex"
 _CHANGES = "changes"
-_HISTORY = ("rates", "strides", "last")
+_HISTORY = ("rates", "strides", "last", "lrs", "counted")
 _PIECE = 1 << 20  # bytes that are read at a time
 
 
@@ -184,7 +184,8 @@ def _read_safetensors(file: Path, opened: IO[bytes]) -> dict[str, Any]:
     for key, tensor in parts.pop("slots").items():
         slot, _, name = key.partition("/")
         slots.setdefault(slot, {})[name] = tensor
-    history = (*(parts["history"][key] for key in _HISTORY), *rest.pop(_CHANGES, ()))
+    columns = parts["history"]
+    history = (*(columns[key] for key in _HISTORY if key in columns), *rest.pop(_CHANGES, ()))
     return {**rest, "slots": slots, "history": history, "generators": tuple(parts["generators"].items())}
 
 
@@ -202,10 +203,11 @@ def _flattened(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
         for slot, own in state["slots"].items()
         for name, tensor in own.items()
     }
-    tensors |= {f"history/{key}": tensor for key, tensor in zip(_HISTORY, state["history"], strict=False)}
+    columns = [part for part in state["history"] if isinstance(part, torch.Tensor)]
+    tensors |= {f"history/{key}": tensor for key, tensor in zip(_HISTORY, columns, strict=False)}
     tensors |= {f"generators/{key}": tensor for key, tensor in state["generators"]}
     rest = {key: value for key, value in state.items() if key not in {"slots", "history", "generators"}}
-    if changes := state["history"][len(_HISTORY) :]:
+    if changes := [part for part in state["history"] if not isinstance(part, torch.Tensor)]:
         rest[_CHANGES] = changes
     rest[_COMPLEX] = [key for key, tensor in tensors.items() if tensor.is_complex()]
     real = {key: torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for key, t in tensors.items()}
