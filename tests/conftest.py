@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
+import threading
+
 import pytest
 import torch
 from hypothesis import settings
@@ -11,6 +15,17 @@ from polyak.tensors.kernels import pieces
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.register_profile("exhaustive", deadline=None, max_examples=500, database=None, print_blob=True)
 settings.load_profile("fixed")  # --hypothesis-profile=exhaustive comes later, and wins
+
+
+def pytest_unconfigure():
+    """End the process where a thread hangs that a test has started: Python would wait for it for ever."""
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    for thread in others:
+        if not thread.daemon:
+            thread.join(30)
+    if any(thread.is_alive() and not thread.daemon for thread in others):
+        faulthandler.dump_traceback()
+        os._exit(1)
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 import sys
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import FrameType, ModuleType
+    from types import CodeType, FrameType, ModuleType
 
 
 class AtOperation(TorchFunctionMode):
@@ -36,14 +38,30 @@ class AtOperation(TorchFunctionMode):
         return result
 
 
+@cache
+def _exits(code: CodeType) -> frozenset[int]:
+    """Return where the calls of ``__exit__(None, None, None)`` begin that end a with block."""
+    steps = [step for step in dis.get_instructions(code) if step.opname not in {"CACHE", "PRECALL", "NOP"}]
+    nones = [step.opname in {"LOAD_CONST", "LOAD_COMMON_CONSTANT"} and step.argval is None for step in steps]
+    return frozenset(
+        step.offset
+        for number, step in enumerate(steps[:-3])
+        if all(nones[number : number + 3]) and steps[number + 3].opname == "CALL"
+    )
+
+
 @contextmanager
 def at_line(modules: tuple[ModuleType | Path, ...], k: int | None = None) -> Iterator[list[str]]:
-    """Raise KeyboardInterrupt once, at the k-th line that is run in these modules or folders; yields the lines seen."""
+    """Raise KeyboardInterrupt once, at the k-th line that is run in these modules or folders; yields the lines seen.
+
+    The line of a with statement is run again when its block ends, before ``__exit__``: Python acts on no Ctrl-C there,
+    and an exception would leave a lock taken for all tests that follow.
+    """
     files = tuple(str(module) if isinstance(module, Path) else str(module.__file__) for module in modules)
     seen: list[str] = []
 
     def local(frame: FrameType, event: str, _: object):
-        if event == "line":
+        if event == "line" and frame.f_lasti not in _exits(frame.f_code):
             seen.append(f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}")
             if len(seen) - 1 == k:
                 sys.settrace(None)
