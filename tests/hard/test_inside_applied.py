@@ -186,7 +186,7 @@ def in_a_thread(call):
     def run():
         try:
             call()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - the caller looks at it
             raised.append(error)
         else:
             raised.append(None)
