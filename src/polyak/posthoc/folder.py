@@ -9,7 +9,7 @@ from uuid import uuid4
 from polyak import errors
 from polyak.distributed.sync import rank
 from polyak.errors import PolyakError, PolyakWarning, StateError
-from polyak.posthoc.packed import Packed
+from polyak.posthoc.packed import Packed, digest_of
 from polyak.posthoc.snapshot import START, UNMARKED, Layout, file_name, make_folder, write
 from polyak.posthoc.store import Store
 from polyak.posthoc.strangers import newer_marks, refuse_other_start
@@ -106,7 +106,7 @@ class Folder:
     def digest(self, weights: Mapping[str, Tensor]) -> str:
         """Return the digest of weights, whatever dtype snapshots have."""
         whole = self._gathered(weights) if self._meshes else weights
-        return self._by_first(lambda: self._packed(whole, None).digest, lambda: self._packed(whole, None).digest)
+        return self._by_first(lambda: digest_of(whole, self._digested), lambda: digest_of(whole, self._digested))
 
     def _packed(self, weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> Packed:
         return Packed.of(weights, self.layout, self._digested, dtype)

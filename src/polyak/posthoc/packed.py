@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from polyak.posthoc.snapshot import Layout
 
-__all__ = ["Packed"]
+__all__ = ["Packed", "digest_of"]
 
 _DIGEST = 16  # digits
 
@@ -53,7 +53,25 @@ class Packed(NamedTuple):
     @property
     def digest(self) -> str:
         """What tells them from other values."""
-        return hashlib.sha256(json.dumps(self.sums, sort_keys=True).encode()).hexdigest()[:_DIGEST]
+        return _joined(self.sums)
+
+
+def digest_of(weights: Mapping[str, Tensor], digested: Iterable[str]) -> str:
+    """Return what tells values from others, whatever dtype they are stored in.
+
+    Args:
+        weights: The tensors, by canonical name.
+        digested: The canonical names of those that count.
+    """
+    sums = {}
+    for name in digested:  # one by one: all in float64 may be more than the memory
+        packed, _ = _packed({name: weights[name]}, {name}, torch.float64)
+        sums |= {key: checksum(tensor) for key, tensor in packed.items()}
+    return _joined(sums)
+
+
+def _joined(sums: Mapping[str, int]) -> str:
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:_DIGEST]
 
 
 def _packed(

@@ -140,10 +140,11 @@ class Recorder:
                 engine.openers.remove(opener)
         self._listeners = []
         self._unclosed.detach()
+        if not self._begun and self._late():  # its state was loaded, and no update came
+            self._begin(max(self._seen.values()) + 1)
         with ExitStack() as rest:  # a snapshot that cannot be written keeps none of the others from being written
-            for name in reversed(self._series()):
-                if self._seen.get(name, -1) > self._written.get(name, -1):
-                    rest.callback(self._write, name)
+            for name in reversed(self._late()):
+                rest.callback(self._write, name)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an exact resume between two snapshots needs: the mean of the block that has begun."""
@@ -176,6 +177,9 @@ class Recorder:
     ) -> None:
         self.close()
 
+    def _late(self) -> list[str]:
+        return [name for name in self._series() if self._seen.get(name, -1) > self._written.get(name, -1)]
+
     def _series(self) -> dict[str, Engine]:
         return self._engines if self._blocks is None else {**self._engines, BLOCKS: self._blocks}
 
@@ -197,7 +201,7 @@ class Recorder:
             self._updates[name] = clock.n
             first = not self._begun
             if first:
-                self._begin(clock)
+                self._begin(clock.step)
             self._starts.identify_first(name)
             if self._blocks is not None and name == self._fastest:
                 self._blocks.update(self._engines[name].updated_model, step=clock.step)
@@ -232,10 +236,11 @@ class Recorder:
         if engine is self._blocks:
             engine.restart()
 
-    def _begin(self, clock: Clock) -> None:
+    def _begin(self, step: int) -> None:
         """Look, at the first update, whether what lies in the folder is this run's."""
-        self._new = self._new or all(engine.n <= 1 for engine in self._engines.values())
-        self._before = self._starts.begin(clock.step, new=self._new)
+        before = (engine.n - (engine.progress.averaged == step) for engine in self._engines.values())
+        self._new = self._new or not any(n > 0 for n in before)
+        self._before = self._starts.begin(step, new=self._new)
         self._begun = True
 
     def _notice_loads(self) -> None:
