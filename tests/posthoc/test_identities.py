@@ -95,6 +95,35 @@ def test_a_run_that_goes_back_before_an_average_was_added_removes_its_start(tmp_
     assert starts(tmp_path) == {"start-000000000000.safetensors": 100.0}
 
 
+def test_an_average_that_is_added_after_step_0_leaves_the_run_its_start(tmp_path):
+    model = weights(100.0)
+    bank = polyak.bank(model, {"a": EMA})
+    with Recorder(bank, tmp_path, every=5):
+        steps_of(model, bank, [0])
+    model["w"].fill_(7.0)
+    more = polyak.bank(model, {"a": EMA, "b": EMA})
+    more["a"].load_state_dict(bank["a"].state_dict())
+    with Recorder(more, tmp_path, every=5):
+        steps_of(model, more, range(1, 11))
+    assert sorted(starts(tmp_path).values()) == [7.0, 100.0]
+    assert starts(tmp_path)["start-000000000000.safetensors"] == 100.0
+
+
+def test_a_state_without_updates_is_known_in_a_wider_dtype(tmp_path):
+    model = {"w": torch.full((1,), 0.1)}
+    saved = polyak.average(model, "ema").state_dict()
+    for dtype in ("float32", "float64"):
+        averager = polyak.average(model, "ema", dtype=dtype)
+        averager.load_state_dict(saved)
+        recorder = killed(Recorder(averager, tmp_path, every=2))
+        if dtype == "float32":
+            steps_of(model, averager, range(1, 5))
+            continue
+        with pytest.warns(PolyakWarning, match="are removed"):
+            steps_of(model, averager, range(1, 3))
+        recorder.close()
+
+
 def test_averages_of_other_dtypes_start_from_other_weights_and_equal_ones_share_a_file(tmp_path):
     model = weights(1.0 + 2**-40)
     bank = polyak.bank(model, {"a": EMA, "b": EMA, "short": {**EMA, "dtype": "float32"}})

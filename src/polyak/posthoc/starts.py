@@ -53,6 +53,7 @@ class Starts:
         self._agree = agreement(meshes)
         self._taken: dict[str, _Start] = {}
         self._written: set[str] = set()
+        self._new = False
 
     def take(self, name: str) -> None:
         """Copy the start of an average that has no update yet; averages that start alike share one copy.
@@ -95,6 +96,7 @@ class Starts:
         Raises:
             StateError: If it is another run's.
         """
+        self._new = new
         last = None if new else last_before(step, self._engines)
         pasts = {
             name: Past(engine.identity, last_before(step, {name: engine})) for name, engine in self._engines.items()
@@ -117,7 +119,9 @@ class Starts:
         for number, start in enumerate(self._distinct()):
             names = [name for name, other in self._taken.items() if other is start]
             nothing = Profile(np.empty(0), np.empty(0, np.int64), start=1.0)
-            strategy, suffix = self._engines[names[0]].strategy, f".{start.digest}" if number else ""
+            # The run's own start may be of step 0, too, if steps count from there.
+            suffix = f".{start.digest}" if number or not (step or self._new) else ""
+            strategy = self._engines[names[0]].strategy
             self._folder.put(START, step, start.weights, nothing, strategy, start=start.digest, suffix=suffix)
             self._written |= {*names}
         self._taken.clear()
