@@ -63,7 +63,7 @@ def digest_of(weights: Mapping[str, Tensor], digested: Iterable[str]) -> str:
         weights: The tensors, by canonical name.
         digested: The canonical names of those that count.
     """
-    sums = {}
+    sums: dict[str, int] = {}
     for name in digested:  # one by one: all in float64 may be more than the memory
         packed, _ = _packed({name: weights[name]}, {name}, torch.float64)
         sums |= {key: checksum(tensor) for key, tensor in packed.items()}
