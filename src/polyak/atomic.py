@@ -136,6 +136,18 @@ def exclusive(folder: Path) -> Iterator[None]:
             os.close(opened)
 
 
+def lock_for_process(opened: int) -> bool:
+    """Lock an open file against other processes until it is closed; return False where one holds it. Best effort."""
+    if fcntl is not None:
+        try:
+            fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError:  # a disk without locks
+            return True
+    return True
+
+
 def remove_stale(parent: Path) -> None:
     """Remove the scratch folders whose writers are gone; best effort."""
     if fcntl is None:

@@ -20,6 +20,7 @@ import polyak
 from models import mlp
 from polyak import ConfigError, PolyakWarning, Profile, SnapshotError, StateError
 from polyak.posthoc import Recorder, Store, synthesize
+from polyak.posthoc.snapshot import Snapshot
 from polyak.tensors import plan
 from posthoc.runs import counted, killed, quietly
 
@@ -586,7 +587,7 @@ def test_the_start_that_could_not_be_written_at_first_comes_later(tmp_path):
     model, averager = fresh(decay=0.9)
     with Recorder(averager, folder, every=5):
         folder.rmdir()
-        with pytest.raises(SnapshotError, match="start-"):
+        with pytest.raises(SnapshotError, match="cannot be written to: No such file"):
             run_of(model, averager, [1])
         folder.mkdir()
         run_of(model, averager, range(2, 11))
@@ -650,14 +651,78 @@ def test_training_a_module_needs_no_call_but_the_update(tmp_path):
 
 def test_two_runs_that_record_into_one_folder_at_once_are_told_apart(tmp_path):
     (model, averager), (other_model, other) = fresh("swa"), fresh("swa")
-    with Recorder(averager, tmp_path, every=4), Recorder(other, tmp_path, every=4):
-        for _ in range(3):
-            averager.update()
-            other.update()
+    first, second = Recorder(averager, tmp_path, every=4), Recorder(other, tmp_path, every=4)
+    for _ in range(3):
+        averager.update()
+        other.update()
+    with pytest.raises(StateError, match="another recorder has begun to record into"):
         run_of(model, averager, range(4, 9))
-        run_of(other_model, other, range(4, 7))
-    with pytest.raises(StateError, match="two runs"):
-        synthesize(tmp_path, "swa")
+    run_of(other_model, other, range(4, 9))
+    second.close()
+    with pytest.raises(StateError, match="another recorder has begun to record into"):
+        first.close()
+    assert {snapshot.about.run for snapshot in Store(tmp_path).snapshots if snapshot.step} == {
+        Store(tmp_path).snapshots[-1].about.run
+    }
+
+
+def test_two_recorders_of_one_averager_in_one_folder_are_refused_at_the_first_snapshot(tmp_path):
+    model, averager = fresh("swa")
+    first, second = Recorder(averager, tmp_path, every=4), Recorder(averager, tmp_path, every=4)
+    with pytest.raises(StateError, match="another recorder has begun"):
+        run_of(model, averager, range(1, 5))
+    with pytest.raises(StateError, match="another recorder has begun"):
+        first.close()
+    second.close()
+
+
+def test_two_recorders_of_one_averager_in_two_folders_go_on(tmp_path):
+    model, averager = fresh("swa")
+    with Recorder(averager, tmp_path / "a", every=4), Recorder(averager, tmp_path / "b", every=2):
+        run_of(model, averager, range(1, 9))
+    assert [len(Store(tmp_path / name).snapshots) for name in "ab"] == [5, 9]
+
+
+ALIVE = """
+import sys, torch, polyak
+averager = polyak.average({"w": torch.zeros(3, dtype=torch.float64)}, "swa")
+recorder = polyak.posthoc.Recorder(averager, sys.argv[1], every=2)
+averager.update()
+print("records", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file locks are POSIX's")
+def test_a_job_whose_folder_another_process_records_into_is_refused_until_that_one_is_gone(tmp_path):
+    job = [sys.executable, "-c", ALIVE, str(tmp_path)]
+    with subprocess.Popen(job, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "records\n"
+        averager = polyak.average({"w": torch.zeros(3, dtype=torch.float64)}, "swa")
+        recorder = Recorder(averager, tmp_path, every=2)
+        with pytest.raises(StateError, match="another process records into"):
+            averager.update()
+        other.kill()
+    averager.update()
+    averager.update()
+    recorder.close()
+    assert Store(tmp_path).snapshots[-1].step == 3
+
+
+def test_a_snapshot_that_vanishes_while_the_folder_is_listed_is_left_out(tmp_path, monkeypatch):
+    counted(tmp_path, 30)
+    read = Snapshot.read.__func__
+    gone = []
+
+    def reading(cls, path):
+        if not gone and "-000000000010" in path.name:
+            gone.append(path)
+            path.unlink()
+        return read(cls, path)
+
+    monkeypatch.setattr(Snapshot, "read", classmethod(reading))
+    before = len(files(tmp_path))
+    assert len(Store(tmp_path).snapshots) == before - 1
 
 
 def test_a_run_that_began_elsewhere_takes_nothing_of_another_runs_folder(tmp_path):

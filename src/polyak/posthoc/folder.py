@@ -9,6 +9,7 @@ from uuid import uuid4
 from polyak import errors
 from polyak.distributed.sync import rank
 from polyak.errors import PolyakError, PolyakWarning, StateError
+from polyak.posthoc.claim import Claim
 from polyak.posthoc.packed import Packed, digest_of
 from polyak.posthoc.snapshot import START, UNMARKED, Layout, file_name, make_folder, write
 from polyak.posthoc.store import Store
@@ -64,7 +65,7 @@ class Folder:
         self.path, self.layout, self._digested = path, layout, digested
         self._dtype, self._keep, self._meshes = dtype, keep, meshes
         self._first = first_rank(meshes) if meshes else 0  # under DDP every rank has the same average
-        self._run = uuid4().hex
+        self._run, self._claim = uuid4().hex, Claim(path)
         self._by_first(lambda: make_folder(path), lambda: None)
 
     def put(
@@ -89,6 +90,7 @@ class Folder:
         whole = self._gathered(weights) if self._meshes else weights
 
         def act() -> str:
+            self._claim.check()
             packed = self._packed(whole, self._dtype)
             write(
                 self.path / file_name(average, step, suffix), packed, run=self._run, average=average, step=step,
@@ -107,6 +109,10 @@ class Folder:
         """Return the digest of weights, whatever dtype snapshots have."""
         whole = self._gathered(weights) if self._meshes else weights
         return self._by_first(lambda: digest_of(whole, self._digested), lambda: digest_of(whole, self._digested))
+
+    def release(self) -> None:
+        """Let another recorder have the folder."""
+        self._claim.release()
 
     def _packed(self, weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> Packed:
         return Packed.of(weights, self.layout, self._digested, dtype)
@@ -137,7 +143,8 @@ class Folder:
     def _take_over(
         self, last: int | None, pasts: Mapping[str, Past], starts: Collection[str], *, restored: bool
     ) -> dict[str, tuple[tuple[int, str], ...]]:
-        found = Store(self.path).snapshots if self.path.is_dir() else []
+        self._claim.take()
+        found = Store(self.path).snapshots
         if found and found[0].layout != self.layout:
             message = f"{str(self.path)!r} holds snapshots of another model; give this run a folder of its own"
             raise StateError(message)

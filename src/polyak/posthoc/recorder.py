@@ -143,6 +143,7 @@ class Recorder:
         if not self._begun and self._late():  # its state was loaded, and no update came
             self._begin(max(self._seen.values()) + 1)
         with ExitStack() as rest:  # a snapshot that cannot be written keeps none of the others from being written
+            rest.callback(self._folder.release)
             for name in reversed(self._late()):
                 rest.callback(self._write, name)
 

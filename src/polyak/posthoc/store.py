@@ -10,6 +10,7 @@ from polyak.posthoc.snapshot import Snapshot
 
 if TYPE_CHECKING:
     import os
+    from pathlib import Path
 
 __all__ = ["Store"]
 
@@ -38,7 +39,7 @@ class Store:
             raise MissingFileError(message)
         # What begins with a dot is a file that is being written, or was when its process died.
         paths = sorted(path for path in self.directory.glob("*.safetensors") if not path.name.startswith("."))
-        found = [snapshot for path in paths if (snapshot := Snapshot.read(path)) is not None]
+        found = [snapshot for path in paths if (snapshot := _read(path)) is not None]
         self.snapshots = sorted(found, key=lambda snapshot: (snapshot.step, not snapshot.is_start, snapshot.average))
         for one in self.snapshots[1:]:
             if not one.fits(self.snapshots[0]):
@@ -68,3 +69,10 @@ class Store:
             message = f"the last snapshot is of step {last}, and nothing is known of step {step}"
             raise StateError(message)
         return chosen, chosen[-1].step if step is None else step
+
+
+def _read(path: Path) -> Snapshot | None:
+    try:
+        return Snapshot.read(path)
+    except MissingFileError:  # its recorder removed it since the folder was listed
+        return None

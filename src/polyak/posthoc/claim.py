@@ -1,0 +1,86 @@
+"""Who records into a folder: one recorder at a time."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+from uuid import uuid4
+from weakref import finalize
+
+from polyak.atomic import lock_for_process
+from polyak.errors import SnapshotError, StateError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["Claim"]
+
+_NAME = "recorder.lock"
+
+
+class Claim:
+    """A file in the folder that names its recorder, locked against other processes as long as that one lives.
+
+    The lock ends with its process, however that ends. Where it does not hold (another recorder of this process, a disk
+    without locks) the name tells: the last recorder to begin has the folder, and the one before is refused at its next
+    snapshot.
+
+    Args:
+        folder: The folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._name = folder / _NAME, uuid4().hex.encode()
+        self._held: finalize[[int], Claim] | None = None
+        self._opened = -1
+
+    def take(self) -> None:
+        """Take the folder; idempotent.
+
+        Raises:
+            StateError: If another process has it.
+            SnapshotError: If it cannot be written to.
+        """
+        if self._held is not None:
+            return
+        try:
+            opened = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            message = f"the folder {str(self._path.parent)!r} cannot be written to: {error.strerror}. Give another one."
+            raise SnapshotError(message) from error
+        if not lock_for_process(opened):
+            os.close(opened)
+            message = (
+                f"another process records into {str(self._path.parent)!r}; wait for its end, or give this run a folder "
+                "of its own"
+            )
+            raise StateError(message)
+        self._held = finalize(self, os.close, opened)
+        self._opened = opened
+        os.truncate(opened, 0)
+        os.write(opened, self._name)
+
+    def check(self) -> None:
+        """Refuse to go on if another recorder has taken the folder since.
+
+        Raises:
+            StateError: If one has.
+        """
+        if self._held is not None and not self._is_ours():
+            message = (
+                f"another recorder has begun to record into {str(self._path.parent)!r}, and this one stops before they "
+                "overwrite each other; give each run a folder of its own"
+            )
+            raise StateError(message)
+
+    def release(self) -> None:
+        """Let others have the folder; idempotent."""
+        if self._held is not None:
+            if self._is_ours():
+                os.truncate(self._opened, 0)
+            self._held()
+            self._held = None
+
+    def _is_ours(self) -> bool:
+        # To open the file again and close it would end the lock.
+        return os.pread(self._opened, len(self._name), 0) == self._name
