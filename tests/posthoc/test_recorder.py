@@ -711,6 +711,7 @@ def test_a_job_whose_folder_another_process_records_into_is_refused_until_that_o
 
 def test_a_snapshot_that_vanishes_while_the_folder_is_listed_is_left_out(tmp_path, monkeypatch):
     counted(tmp_path, 30)
+    before = len(Store(tmp_path).snapshots)
     read = Snapshot.read.__func__
     gone = []
 
@@ -721,7 +722,6 @@ def test_a_snapshot_that_vanishes_while_the_folder_is_listed_is_left_out(tmp_pat
         return read(cls, path)
 
     monkeypatch.setattr(Snapshot, "read", classmethod(reading))
-    before = len(files(tmp_path))
     assert len(Store(tmp_path).snapshots) == before - 1
 
 

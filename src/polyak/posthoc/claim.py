@@ -83,4 +83,5 @@ class Claim:
 
     def _is_ours(self) -> bool:
         # To open the file again and close it would end the lock.
-        return os.pread(self._opened, len(self._name), 0) == self._name
+        os.lseek(self._opened, 0, os.SEEK_SET)
+        return os.read(self._opened, len(self._name)) == self._name
