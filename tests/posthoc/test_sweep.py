@@ -220,7 +220,7 @@ def test_an_evaluation_that_ends_the_process_is_an_error_with_the_metrics_so_far
     with pytest.raises(ConfigError, match=r"ended the process by sys\.exit") as error:
         sweep(noisy[0], evaluate, grid(), output=tmp_path / "best.safetensors")
     assert error.value.__notes__ == ["Metrics so far: half-life 10: 0.25, half-life 20: 0.25"]
-    assert not (tmp_path / "best.safetensors").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"best.safetensors", "best.metrics.json"}
 
 
 @pytest.mark.parametrize("raised", [RuntimeError("CUDA out of memory"), KeyboardInterrupt()], ids=repr)
@@ -327,3 +327,99 @@ def test_an_inaccurate_target_may_be_the_best_and_the_users_line_is_warned(noisy
 def test_a_step_for_a_synthesis_is_called_at_step(noisy):
     with pytest.raises(ConfigError, match=r"step: got 100; .* at_step="):
         polyak.posthoc.synthesize(noisy[0], "swa", step=100)
+
+
+# Going on from an earlier sweep
+
+
+def failing_at(*numbers):
+    """Return an evaluation that fails at some of its calls, and the metrics of the others."""
+    calls, seen = [], []
+
+    def evaluate(state):
+        calls.append(1)
+        if len(calls) in numbers:
+            raise RuntimeError
+        seen.append(loss(state))
+        return seen[-1]
+
+    return evaluate, seen
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_sweep_goes_on_where_an_earlier_one_stopped(noisy, tmp_path, mode):
+    whole = sweep(noisy[0], loss, grid(), mode=mode, output=tmp_path / "whole.safetensors")
+    output = tmp_path / "best.safetensors"
+    for stop, tried in ((3, 2), (2, 1)):
+        evaluate, seen = failing_at(stop)
+        with pytest.raises(RuntimeError):
+            sweep(noisy[0], evaluate, grid(), mode=mode, output=output, resume=True)
+        assert len(seen) == tried
+    evaluate, seen = failing_at()
+    found = sweep(noisy[0], evaluate, grid(), mode=mode, output=output, resume=True)
+    assert len(seen) == len(LIVES) - 3
+    assert found.rows == whole.rows
+    assert found.best == whole.best
+    assert output.read_bytes() == whole.file.read_bytes()
+    evaluate, seen = failing_at()
+    output.unlink()
+    assert sweep(noisy[0], evaluate, grid(), mode=mode, output=output, resume=True).rows == whole.rows
+    assert seen == []
+    assert output.read_bytes() == whole.file.read_bytes()
+    sweep(noisy[0], evaluate, grid(), mode=mode, output=output)
+    assert len(seen) == len(LIVES)
+
+
+def test_metrics_that_are_no_finite_numbers_are_kept_too(noisy, tmp_path):
+    metrics = iter([math.nan, math.inf, 3.0])
+    targets = dict(list(grid().items())[:3])
+    first = sweep(noisy[0], lambda _: next(metrics), targets, output=tmp_path / "best.safetensors")
+    again = sweep(noisy[0], loss, targets, output=tmp_path / "best.safetensors", resume=True)
+    assert repr(again.rows) == repr(first.rows)
+
+
+def test_targets_are_known_by_what_they_are_and_not_by_their_labels(noisy, tmp_path):
+    first, second = list(grid().values())[2:4]
+    evaluate, seen = failing_at()
+    for targets in ({"one": first, "other": second}, [second, first], {"one": second, "other": first}):
+        found = sweep(noisy[0], evaluate, targets, output=tmp_path / "best.safetensors", resume=True)
+        assert sorted(row.metric for row in found.rows) == sorted(seen)
+    assert len({*seen}) == len(seen) == 2
+
+
+@pytest.mark.parametrize("change", [{"at_step": 500}, {"nonnegative": True}], ids=str)
+def test_metrics_of_other_averages_are_refused(noisy, tmp_path, change):
+    output = tmp_path / "best.safetensors"
+    targets = dict(list(grid().items())[:2])
+    sweep(noisy[0], loss, targets, output=output)
+    before = output.with_suffix(".metrics.json").read_text()
+    with pytest.raises(ConfigError, match="holds the metrics of a sweep over other snapshots"):
+        sweep(noisy[0], loss, targets, output=output, resume=True, **change)
+    assert output.with_suffix(".metrics.json").read_text() == before
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be rebuilt")  # a coarse store, on purpose
+def test_metrics_of_a_run_that_has_gone_on_are_refused(tmp_path):
+    output = tmp_path / "best.safetensors"
+    counted(tmp_path / "short", 100)
+    sweep(tmp_path / "short", loss, ["swa"], output=output, resume=True)
+    counted(tmp_path / "long", 120)
+    with pytest.raises(ConfigError, match="over other snapshots"):
+        sweep(tmp_path / "long", loss, ["swa"], output=output, resume=True)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"rows": {}}', '{"of": "x", "rows": {"a": {"metric": "b", "label": ""}}}']
+)
+def test_a_damaged_file_of_metrics_is_refused_in_words(noisy, tmp_path, text):
+    (tmp_path / "best.metrics.json").write_text(text)
+    with pytest.raises(ConfigError, match="holds no metrics of a sweep"):
+        sweep(noisy[0], loss, ["swa"], output=tmp_path / "best.safetensors", resume=True)
+
+
+def test_metrics_that_cannot_be_written_are_warned_of_once(noisy, tmp_path):
+    (tmp_path / "best.metrics.json").mkdir()
+    with pytest.warns(PolyakWarning, match="The sweep goes on, and cannot be resumed") as told:
+        found = sweep(noisy[0], loss, grid(), output=tmp_path / "best.safetensors")
+    assert len([one for one in told if "resumed" in str(one.message)]) == 1
+    assert len(found.rows) == len(LIVES)

@@ -104,6 +104,9 @@ def sweep(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The .safetensors file for the best (default: in DIR).")
     ] = None,
+    resume: Annotated[  # noqa: FBT002 - a flag
+        bool, typer.Option("--resume", help="Keep the metrics of an earlier sweep with this output.")
+    ] = False,
 ) -> None:
     """Evaluate many averages of a recorded run by a function of yours, and keep the best."""
     with told():
@@ -116,6 +119,7 @@ def sweep(
         evaluate = _function(function)
         found = swept(
             store, evaluate, targets, at_step=at_step, mode=mode, nonnegative=nonnegative, output=output,
+            resume=resume,
         )  # fmt: skip
         _show(found)
         if plot is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from polyak.atomic import as_path
 from polyak.calls import users_level
 from polyak.errors import ArgumentError, ConfigError, PolyakWarning, WriteError
+from polyak.posthoc.journal import Journal
 from polyak.posthoc.labels import label
 from polyak.posthoc.made import Synthesis, check_savable
 from polyak.posthoc.store import Store
@@ -107,6 +108,7 @@ def sweep(
     mode: Literal["min", "max"] = "min",
     nonnegative: bool = False,
     output: str | os.PathLike[str] | None = None,
+    resume: bool = False,
 ) -> Sweep:
     """Return what each of many averages of a recorded run is worth, and the best of them.
 
@@ -118,17 +120,21 @@ def sweep(
         at_step: The optimiser step at which the averages are wanted; None: that of the last snapshot.
         mode: Whether a small metric is good ("min") or a large one ("max").
         nonnegative: Whether no coefficient may be negative.
-        output: A ``.safetensors`` file for the best average; None: ``best.safetensors`` in the folder.
+        output: A ``.safetensors`` file for the best average so far. Defaults to ``best.safetensors`` in the folder. The
+            metrics lie beside it (``best.metrics.json``). Both are written as they come.
+        resume: Whether targets that an earlier sweep with this ``output`` evaluated keep their metrics. Only you know
+            whether ``evaluate`` and its data are the same.
 
     Raises:
         StateError: If there are no snapshots, or damaged ones, or of different models.
-        ConfigError: If a target or the mode is wrong, there is no target, a metric is no number, or ``evaluate`` ends
-            the process by ``sys.exit()``.
+        ConfigError: If a target or the mode is wrong, there is no target, a metric is no number, ``evaluate`` ends the
+            process by ``sys.exit()``, or the metrics to resume from are of other snapshots.
 
     What ``evaluate`` raises is raised, with a note of the metrics so far.
 
     Warns:
-        PolyakWarning: If the best average cannot be written, as on a full disk. It is in ``Sweep.synthesis``.
+        PolyakWarning: If the best average or the metrics cannot be written, as on a full disk. The average is in
+            ``Sweep.synthesis``.
 
     Often confused with: a sweep of training runs. Here one run is evaluated many times; choose by held-out data that
     is not the test set, as with any other setting.
@@ -159,34 +165,52 @@ def sweep(
         raise ConfigError(message)
     store = directory if isinstance(directory, Store) else Store(directory)
     snapshots, step = store.until(at_step)
-    labelled = _labelled(targets, step)
-    wanted = [_profile(name, target, store.snapshots, step) for name, target in labelled]
-    if not wanted:
-        message = "there is nothing to try; give at least one target"
-        raise ConfigError(message)
+    labels, wanted = _wanted(targets, store, step)
     file = store.directory / "best.safetensors" if output is None else as_path(output, "output")
     check_savable(file, snapshots[-1].layout.dtypes.values())
     if file.resolve() in {snapshot.path.resolve() for snapshot in store.snapshots}:
         message = f"output: {str(file)!r} is one of the snapshots; give another file"
         raise ConfigError(message)
+    journal = Journal(file, snapshots, [step, nonnegative])
+    if resume:
+        journal.resume()
     fits = nearest(snapshots, wanted, nonnegative=nonnegative)
     rows: list[Row] = []
     sign = 1 if mode == "min" else -1
-    best: tuple[Row, Synthesis, Fit] | None = None
-    labels = [name for name, _ in labelled]
+    best: tuple[Row, Fit, Profile] | None = None
+    made: Synthesis | None = None
+    saved: Path | None = None
     order = sorted(zip(labels, wanted, fits, strict=True), key=lambda one: one[1].half_life)
     for name, profile, found in track(order, "trying averages"):
-        made = combine(snapshots, found, profile, step)
-        metric = _metric(evaluate, made, rows)
-        row = Row(name, profile.half_life / step, metric, made.profile_error, made.amplification)
-        rows.append(row)
+        metric, tried = journal.metric(profile), None
+        if metric is None:
+            tried = combine(snapshots, found, profile, step)
+            metric = _metric(evaluate, tried, rows)
+            journal.note(name, profile, metric)
+        rows.append(Row(name, profile.half_life / step, metric, found.error, found.amplification))
         if math.isfinite(metric) and (best is None or sign * metric < sign * best[0].metric):  # of equals the first
-            best = row, made, found
+            best, made = (rows[-1], found, profile), tried
+            saved = None if tried is None else _saved(tried, file)
     if best is None:
         message = "every metric was NaN or infinite; check evaluate()"
         raise ConfigError(message)
-    warn_of_poor(best[2], best[0].label)
-    return Sweep(rows, *best[:2], _saved(best[1], file))
+    row, found, profile = best
+    if made is None:  # an earlier sweep evaluated it
+        made = combine(snapshots, found, profile, step)
+        saved = _saved(made, file)
+    warn_of_poor(found, row.label)
+    return Sweep(rows, row, made, saved)
+
+
+def _wanted(
+    targets: Mapping[str, Target] | Iterable[Target] | None, store: Store, step: int
+) -> tuple[list[str], list[Profile]]:
+    """Return the labels of the targets, and their profiles."""
+    labelled = _labelled(targets, step)
+    if not labelled:
+        message = "there is nothing to try; give at least one target"
+        raise ConfigError(message)
+    return [name for name, _ in labelled], [_profile(name, target, store.snapshots, step) for name, target in labelled]
 
 
 def _profile(name: str, target: Target, snapshots: Sequence[Snapshot], step: int) -> Profile:
