@@ -70,15 +70,18 @@ class Timeline:
         finer = own or [one for one in self._series if every % one.every == 0]
         if not finer:
             return Updates(self._regular(step, every, start), every)
-        steps = np.unique(np.concatenate([one.updates.steps for one in finer]))
-        gap = int(steps[-1] - steps[-2]) if len(steps) > 1 else finer[0].every
-        later = _range(int(steps[-1]) + gap, step, gap)
-        steps = np.concatenate((steps[steps <= step], later))
-        if not own:
-            steps = np.concatenate((self._earlier(finer), steps))
-            previous = np.concatenate(([min(0, int(steps[0]) - 1)], steps[:-1])) if len(steps) else steps
-            steps = steps[(steps >= start) & (steps // every > previous // every)]
-        return self._with_known(Updates(steps, every))
+        steps = _together(finer)
+        known = _together([one for one in self._series if every % one.every == 0])
+        gap = int(known[-1] - known[-2]) if len(known) > 1 else finer[0].every
+        later = np.concatenate((known[known > steps[-1]], _range(int(known[-1]) + gap, step, gap)))
+        if own:
+            later = _due(later, every, int(steps[-1]))
+            steps = np.concatenate((steps, later))
+        else:
+            steps = np.concatenate((self._earlier(finer), steps, later))
+            steps = _due(steps, every, min(0, int(steps[0]) - 1))
+            steps = steps[steps >= start]
+        return self._with_known(Updates(steps[steps <= step], every))
 
     def _regular(self, step: int, every: int, start: int) -> NDArray[np.int64]:
         earliest = min(self._series, key=lambda one: one.first)
@@ -106,6 +109,17 @@ class Timeline:
             if isinstance(known.lr, np.ndarray):
                 lrs[same] = np.where(np.isfinite(known.lr[at[same]]), known.lr[at[same]], lrs[same])
         return made._replace(counted=counted, lr=lrs if np.isfinite(lrs).any() else None)
+
+
+def _together(series: Sequence[_Series]) -> NDArray[np.int64]:
+    """Return the steps of all updates of several averages."""
+    return np.unique(np.concatenate([one.updates.steps for one in series]))
+
+
+def _due(steps: NDArray[np.int64], every: int, before: int) -> NDArray[np.int64]:
+    """Return which of some steps are due at a cadence, where ``before`` is the step before the first."""
+    previous = np.concatenate(([before], steps[:-1])) if len(steps) else steps
+    return steps[steps // every > previous // every]
 
 
 def _range(first: int, last: int, every: int) -> NDArray[np.int64]:
