@@ -10,6 +10,7 @@ from polyak import errors
 from polyak.distributed.sync import rank
 from polyak.errors import PolyakError, PolyakWarning, StateError
 from polyak.posthoc.claim import Claim
+from polyak.posthoc.constants import Constants
 from polyak.posthoc.packed import Packed, digest_of
 from polyak.posthoc.snapshot import START, UNMARKED, Layout, file_name, make_folder, write
 from polyak.posthoc.store import Store
@@ -45,6 +46,7 @@ class Folder:
         dtype: The dtype of what is averaged; None: its own, but float32 at the least.
         keep: How many snapshots of each average are kept; None: all.
         digested: The canonical names of the tensors that tell one average from another.
+        frozen: The canonical names of the parameters that are not trained.
         meshes: The ranks that have parts of the tensors, if these are sharded. All of them then call, the first one
             writes, and what it raises is raised by all.
 
@@ -60,12 +62,14 @@ class Folder:
         dtype: torch.dtype | None,
         keep: int | None,
         digested: Collection[str],
+        frozen: Collection[str],
         meshes: Sequence[DeviceMesh],
     ) -> None:
         self.path, self.layout, self._digested = path, layout, digested
         self._dtype, self._keep, self._meshes = dtype, keep, meshes
         self._first = first_rank(meshes) if meshes else 0  # under DDP every rank has the same average
         self._run, self._claim = uuid4().hex, Claim(path)
+        self._constants = Constants(path, frozen)
         self._by_first(lambda: make_folder(path), lambda: None)
 
     def put(
@@ -94,7 +98,7 @@ class Folder:
             packed = self._packed(whole, self._dtype)
             write(
                 self.path / file_name(average, step, suffix), packed, run=self._run, average=average, step=step,
-                start=start, profile=profile, strategy=strategy, layout=self.layout,
+                start=start, profile=profile, strategy=strategy, layout=self.layout, constants=self._constants,
             )  # fmt: skip
             if self._keep is not None and average != START:
                 for old in sorted(self.path.glob(file_name(average)))[: -self._keep]:

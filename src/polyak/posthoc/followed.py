@@ -30,6 +30,7 @@ __all__ = [
     "digested_of",
     "engines_of",
     "fastest_of",
+    "frozen_of",
     "last_before",
     "layout_of",
     "model_of",
@@ -103,6 +104,13 @@ def digested_of(engine: Engine, layout: Layout) -> list[str]:
     """
     parameters = {s.name for s in engine.stored if s.kind == "parameter"}
     return [name for name in layout.averaged if name in parameters] or layout.averaged
+
+
+def frozen_of(engine: Engine, layout: Layout) -> list[str]:
+    """Return the canonical names of the parameters that are not trained beside those that are."""
+    parameters = [entry for entry in engine.entries() if entry.kind == "parameter" and entry.name in layout.dtypes]
+    frozen = [entry.name for entry in parameters if not any(slot.tensor.requires_grad for slot in entry.slots)]
+    return frozen if len(frozen) < len(parameters) else []  # a mapping of tensors tells nothing
 
 
 def _plain_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from polyak.posthoc.followed import (
     digested_of,
     engines_of,
     fastest_of,
+    frozen_of,
     layout_of,
     refuse_growth,
     shapes_of,
@@ -121,7 +122,10 @@ class Recorder:
         stored = [stored for engine in self._engines.values() for stored in engine.stored]
         meshes = [one.spread.mesh for one in stored if one.spread]
         digested = digested_of(next(iter(self._engines.values())), layout)
-        self._folder = Folder(self.directory, layout, dtype=short, keep=keep, digested=digested, meshes=meshes)
+        frozen = frozen_of(next(iter(self._engines.values())), layout)
+        self._folder = Folder(
+            self.directory, layout, dtype=short, keep=keep, digested=digested, frozen=frozen, meshes=meshes
+        )
         self._starts = Starts(self._engines, self._folder, meshes)
         self._shapes = {name: shapes_of(engine) for name, engine in self._series().items()}
         self._listeners = [(one, self._listener(name), self._opener(name)) for name, one in self._engines.items()]

@@ -15,6 +15,7 @@ import torch
 from polyak.atomic import remove_stale
 from polyak.checkpoints.tensor_file import TensorFile, write_tensors
 from polyak.errors import ConfigError, MissingExtraError, SnapshotError, StateError, WriteError
+from polyak.posthoc.constants import PREFIX, Joined
 from polyak.posthoc.recipe import described, from_description
 from polyak.shown import shown
 from polyak.strategy import settings_of
@@ -26,13 +27,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polyak.checkpoints.tensor_file import Scratch
+    from polyak.posthoc.constants import Constants
     from polyak.posthoc.packed import Packed
     from polyak.profile import Profile
     from polyak.strategy import Strategy
 
 __all__ = ["BLOCKS", "START", "UNMARKED", "Layout", "Snapshot", "file_name", "make_folder", "safetensors", "write"]
 
-FORMAT = 1
+FORMATS = 1, 2
+"""Files of the second one have their frozen tensors elsewhere."""
 BLOCKS, START = UNMARKED = "blocks", "start"
 """The series of a recorder itself, which no average's history remembers."""
 
@@ -65,7 +68,7 @@ class Snapshot:
         layout: The model.
     """
 
-    file: TensorFile
+    file: TensorFile | Joined
     about: About
     layout: Layout
 
@@ -86,17 +89,21 @@ class Snapshot:
         if not isinstance(raw, Mapping) or type(raw.get("format")) is not int:
             message = f"{str(path)!r} is a damaged snapshot: what its metadata say is incomplete; remove it"
             raise StateError(message)
-        if raw["format"] != FORMAT:
-            message = f"{str(path)!r} has format {shown(raw['format'])}, and this polyak reads {FORMAT}; upgrade polyak"
+        if raw["format"] not in FORMATS:
+            message = (
+                f"{str(path)!r} has format {shown(raw['format'])}, and this polyak reads {FORMATS[-1]}; upgrade polyak"
+            )
             raise StateError(message)
-        about = About.of(raw, repr(str(path)), {name: file.shape(name) for name in file.names})
+        constants = raw.get("constants")
+        whole = Joined(file, _checked_name(constants, path)) if constants else file
+        about = About.of(raw, repr(str(path)), {name: whole.shape(name) for name in whole.names})
         layout = about.layout
-        if strange := [name for name in layout.averaged if not file.dtype(f"weights/{name}").is_floating_point]:
+        if strange := [name for name in layout.averaged if not whole.dtype(f"weights/{name}").is_floating_point]:
             message = (
                 f"{str(path)!r} is a damaged snapshot: {shown(strange[0])} is averaged and holds no floats; remove it"
             )
             raise StateError(message)
-        return cls(file, about, Layout(layout.keys, layout.dtypes, layout.averaged))
+        return cls(whole, about, Layout(layout.keys, layout.dtypes, layout.averaged))
 
     @property
     def path(self) -> Path:
@@ -130,6 +137,10 @@ class Snapshot:
         tensors = {name.removeprefix("profile/"): self.file.read(name) for name in names}
         return from_description(self.about, tensors)
 
+    def constant(self, name: str) -> str:
+        """Return the file that holds one of its tensors for other snapshots too, or ""."""
+        return self.file.holds_apart(f"weights/{name}") if isinstance(self.file, Joined) else ""
+
     @property
     def precision(self) -> float:
         """The relative rounding of a value in it: half a unit in the last place of its shortest dtype."""
@@ -156,6 +167,7 @@ def write(
     profile: Profile,
     strategy: Strategy,
     layout: Layout,
+    constants: Constants,
 ) -> None:
     """Write a snapshot; the file is whole or absent.
 
@@ -169,16 +181,22 @@ def write(
         profile: What each step counts in them.
         strategy: What made the profile.
         layout: The model.
+        constants: What it need not hold itself.
 
     Raises:
         SnapshotError: The file cannot be written, as on a full disk.
     """
+    try:
+        weights, apart = constants.apart(packed.tensors)
+    except WriteError as error:
+        raise _refused(path, error) from error
     told, tensors = described(profile, strategy)
     tensors = {f"profile/{name}": tensor for name, tensor in tensors.items()}
-    tensors |= packed.tensors
+    tensors |= weights
     summary = {"half_life": profile.half_life, "mean_age": profile.mean_age} if len(profile) else {}
     about = {
-        "format": FORMAT,
+        "format": FORMATS[bool(apart)],
+        **({"constants": apart} if apart else {}),
         "run": run,
         "average": average,
         "step": step,
@@ -190,14 +208,25 @@ def write(
         "layout": layout._asdict(),
         "complex": packed.complex,
     }
+    sums = {name: value for name, value in packed.sums.items() if name in tensors}
     try:
-        write_tensors(path, tensors, {_ABOUT: json.dumps(about)}, packed.sums)
+        write_tensors(path, tensors, {_ABOUT: json.dumps(about)}, sums)
     except WriteError as error:
-        message = (
-            f"the snapshot {path.name!r} could not be written: {error} "
-            "The average is whole and training can go on; what is missing is this snapshot."
-        )
-        raise SnapshotError(message) from error
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: WriteError) -> SnapshotError:
+    return SnapshotError(
+        f"the snapshot {path.name!r} could not be written: {error} "
+        "The average is whole and training can go on; what is missing is this snapshot."
+    )
+
+
+def _checked_name(constants: object, path: Path) -> str:
+    if not isinstance(constants, str) or not constants.startswith(PREFIX) or {*constants} & {*"/\\\0"}:
+        message = f"{str(path)!r} is a damaged snapshot: {shown(constants)} is no file of constants; remove it"
+        raise StateError(message)
+    return constants
 
 
 def file_name(average: str, step: int | None = None, suffix: str = "") -> str:

@@ -239,8 +239,9 @@ def _state_dict(used: Sequence[tuple[Snapshot, float]], last: Snapshot) -> dict[
     tensors: dict[str, Tensor] = {}
     reading, summing = Scratch(), Scratch()
     for name, dtype in track(layout.dtypes.items(), "combining snapshots"):
-        if name not in averaged:
-            tensors[name] = last.read_weights(name)
+        # The coefficients of what is the same in all of them add up to 1.
+        if name not in averaged or (last.constant(name) and len({one.constant(name) for one, _ in used}) == 1):
+            tensors[name] = last.read_weights(name).to(getattr(torch, dtype))
             continue
         short: torch.dtype = getattr(torch, dtype)
         wide = torch.complex128 if short.is_complex else torch.float64
