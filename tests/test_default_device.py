@@ -59,11 +59,17 @@ def banking(folder):
 
 
 def synthesizing(folder):
+    """Synthesise from profiles in each form: regular, in runs as steps jump, by shares as a setting changes."""
     model, _ = build()
-    averager = polyak.average(model, "ema", decay=0.5)
-    with polyak.posthoc.Recorder(averager, folder, every=5):
-        for _ in range(10):
-            averager.update()
+    bank = polyak.bank(model, {"ema": {"name": "ema", "decay": 0.5}, "changed": {"name": "ema", "decay": 0.5}})
+    for steps in (range(1, 11), [*range(11, 15), *range(20, 40)]):
+        again = polyak.bank(model, {name: one.strategy for name, one in bank.items()})
+        again.load_state_dict(bank.state_dict())
+        bank = again
+        with polyak.posthoc.Recorder(bank, folder, every=5):
+            for step in steps:
+                bank.update(step=step)
+        bank["changed"].configure(decay=0.25)
     return polyak.posthoc.synthesize(folder, "swa").state_dict
 
 

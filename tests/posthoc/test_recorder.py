@@ -345,6 +345,36 @@ def test_a_folder_of_another_model_is_refused_even_in_the_middle_of_a_run(tmp_pa
         averager.update()
 
 
+def test_a_model_of_another_dtype_is_refused_by_the_name_of_its_dtype(tmp_path):
+    model = mlp()
+    averager = polyak.average(model, "swa")
+    with Recorder(averager, tmp_path, every=1):
+        averager.update()
+    short = mlp().bfloat16()
+    again = polyak.average(short, "swa")
+    again.load_state_dict(averager.state_dict())
+    name = next(iter(averager.averages))
+    told = f"the dtypes of '{name}' are float32 and bfloat16"
+    with Recorder(again, tmp_path, every=1), pytest.raises(StateError, match=told):
+        again.update()
+
+
+@pytest.mark.parametrize("value", [1e6, 1e-9])
+def test_values_that_a_short_dtype_does_not_hold_are_kept_in_a_longer_one(tmp_path, value):
+    model = {"far": torch.full((3,), value), "near": torch.ones(3)}
+    averager = polyak.average(model, "swa")
+    with Recorder(averager, tmp_path, every=1, dtype="float16"):
+        with pytest.warns(
+            PolyakWarning, match=r"the values of 'far' are too large or too small for float16.*\(1 now\)"
+        ):
+            averager.update()
+        averager.update()  # says it once
+    last = Store(tmp_path).snapshots[-1]
+    assert {name: last.file.dtype(f"weights/{name}") for name in model} == {"far": torch.float32, "near": torch.float16}
+    made = synthesize(tmp_path, "swa")
+    assert all(torch.equal(made.state_dict[name], tensor) for name, tensor in model.items())
+
+
 def test_a_bank_goes_on_where_one_of_its_averages_has_only_just_begun(tmp_path):
     wanted = {"late": {"name": "swa", "start": 36}, "slow": {"name": "ema", "every": 9}, "ema": "ema"}
 

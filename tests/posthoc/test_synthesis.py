@@ -298,3 +298,30 @@ def test_an_average_that_uses_the_learning_rate_has_that_of_the_run(tmp_path):
             plain.update(lr=0.1)
     with pytest.raises(ConfigError, match="Learning rates are recorded with averages that use them"):
         synthesize(tmp_path / "plain", strategy)
+
+
+def test_values_that_are_not_finite_are_said_beside_a_profile_error_of_nothing(tmp_path):
+    model = {"w": torch.ones(2), "v": torch.ones(2)}
+    averager = polyak.average(model, "swa", nonfinite="propagate")
+    with Recorder(averager, tmp_path, every=1, blocks=False):
+        averager.update()
+        model["w"][0] = torch.inf
+        averager.update()
+    assert synthesize(tmp_path, "swa", at_step=1).state_dict["w"].tolist() == [1.0, 1.0]
+    told = (
+        r"the synthesised 'w' holds NaN or infinities.*so does the snapshot 'average-000000000002.safetensors'.*float32"
+    )
+    with pytest.warns(polyak.PolyakWarning, match=told):
+        assert synthesize(tmp_path, "swa").profile_error < 1e-12
+
+
+def test_a_dtype_of_the_model_that_is_too_short_for_the_synthesised_values_is_said(tmp_path):
+    model = {"w": torch.full((2,), -6e4, dtype=torch.float16)}
+    averager = polyak.average(model, "dema", decay=0.5)
+    with Recorder(averager, tmp_path, every=1, blocks=False):
+        for _ in range(3):
+            model["w"].fill_(6e4)
+            averager.update()  # which goes beyond the weights after a jump
+    assert averager.averages["w"].abs().max() > torch.finfo(torch.float16).max
+    with pytest.warns(polyak.PolyakWarning, match="the model's dtype is too short"):
+        synthesize(tmp_path, "dema", decay=0.5)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
 from polyak import errors
+from polyak.calls import users_level
 from polyak.distributed.sync import rank
 from polyak.errors import PolyakError, PolyakWarning, StateError
 from polyak.posthoc.claim import Claim
@@ -68,7 +69,7 @@ class Folder:
         self.path, self.layout, self._digested = path, layout, digested
         self._dtype, self._keep, self._meshes = dtype, keep, meshes
         self._first = first_rank(meshes) if meshes else 0  # under DDP every rank has the same average
-        self._run, self._claim = uuid4().hex, Claim(path)
+        self._run, self._claim, self._warned = uuid4().hex, Claim(path), False
         self._constants = Constants(path, frozen)
         self._by_first(lambda: make_folder(path), lambda: None)
 
@@ -103,11 +104,24 @@ class Folder:
             if self._keep is not None and average != START:
                 for old in sorted(self.path.glob(file_name(average)))[: -self._keep]:
                     old.unlink(missing_ok=True)
+            self._warn_of_kept(packed.kept)
             return packed.digest
 
         if average in UNMARKED:
             return self._by_first(act, str)
         return self._by_first(act, lambda: self._packed(whole, self._dtype).digest)
+
+    def _warn_of_kept(self, kept: Sequence[str]) -> None:
+        """Warn once of values that do not fit into the dtype of the snapshots."""
+        if kept and not self._warned:
+            self._warned = True
+            dtype = str(self._dtype).removeprefix("torch.")
+            message = (
+                f"the values of {kept[0]!r} are too large or too small for {dtype}; snapshots keep such tensors "
+                f"({len(kept)} now) in a longer dtype. Record with dtype='bfloat16', which has the range of float32, "
+                "or with dtype='auto'."
+            )
+            warnings.warn(message, PolyakWarning, users_level())
 
     def digest(self, weights: Mapping[str, Tensor]) -> str:
         """Return the digest of weights, whatever dtype snapshots have."""
@@ -149,8 +163,11 @@ class Folder:
     ) -> dict[str, tuple[tuple[int, str], ...]]:
         self._claim.take()
         found = Store(self.path).snapshots
-        if found and found[0].layout != self.layout:
-            message = f"{str(self.path)!r} holds snapshots of another model; give this run a folder of its own"
+        if found and (difference := found[0].layout.difference(self.layout)):
+            message = (
+                f"{str(self.path)!r} holds snapshots of another model than this run's: {difference}. Give this run a "
+                "folder of its own, or build the model as before."
+            )
             raise StateError(message)
         recorded = [snapshot for snapshot in found if not snapshot.is_start]
         # Those of step 0 are the run's own starts, whenever it begins.

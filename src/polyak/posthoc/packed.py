@@ -29,11 +29,13 @@ class Packed(NamedTuple):
         tensors: The tensors by their names in the file, on the CPU.
         complex: The canonical names of those that are complex, which no file has.
         sums: The checksums of those that tell one average from another.
+        kept: The canonical names of those whose values do not fit into the wanted dtype, and kept a longer one.
     """
 
     tensors: dict[str, Tensor]
     complex: list[str]
     sums: dict[str, int]
+    kept: list[str]
 
     @classmethod
     def of(
@@ -47,8 +49,9 @@ class Packed(NamedTuple):
             digested: The canonical names of those that tell one average from another.
             dtype: The dtype of what is averaged; None: its own, but float32 at the least.
         """
-        tensors, is_complex = _packed(weights, {*layout.averaged}, dtype)
-        return cls(tensors, is_complex, {key: checksum(tensors[key]) for key in (f"weights/{n}" for n in digested)})
+        tensors, is_complex, kept = _packed(weights, {*layout.averaged}, dtype)
+        sums = {key: checksum(tensors[key]) for key in (f"weights/{name}" for name in digested)}
+        return cls(tensors, is_complex, sums, kept)
 
     @property
     def digest(self) -> str:
@@ -65,7 +68,7 @@ def digest_of(weights: Mapping[str, Tensor], digested: Iterable[str]) -> str:
     """
     sums: dict[str, int] = {}
     for name in digested:  # one by one: all in float64 may be more than the memory
-        packed, _ = _packed({name: weights[name]}, {name}, torch.float64)
+        packed, *_ = _packed({name: weights[name]}, {name}, torch.float64)
         sums |= {key: checksum(tensor) for key, tensor in packed.items()}
     return _joined(sums)
 
@@ -76,15 +79,26 @@ def _joined(sums: Mapping[str, int]) -> str:
 
 def _packed(
     weights: Mapping[str, Tensor], averaged: set[str], dtype: torch.dtype | None
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Return tensors as the file has them, and the names of those that are complex, which no file has."""
-    packed, is_complex = {}, []
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    packed: dict[str, Tensor] = {}
+    is_complex, kept = [], []
     for name, tensor in weights.items():
         here = tensor.detach().cpu().resolve_conj().resolve_neg()
         if here.is_complex():
             is_complex.append(name)
             here = torch.view_as_real(here)
         if name in averaged:
-            here = here.to(dtype or torch.promote_types(here.dtype, torch.float32))
+            wide = here.to(torch.promote_types(here.dtype, torch.float32))
+            here = wide if dtype is None else wide.to(dtype)
+            if here.dtype.itemsize < wide.dtype.itemsize and not _holds(here, wide):
+                kept.append(name)
+                here = wide
         packed[f"weights/{name}"] = here.contiguous()
-    return packed, is_complex
+    return packed, is_complex, kept
+
+
+def _holds(short: Tensor, wide: Tensor) -> bool:
+    """Return whether a shorter dtype only rounds finite values, and makes no infinities or zeros of them."""
+    size = torch.linalg.vector_norm(wide, dtype=torch.float64)
+    apart = torch.linalg.vector_norm(short.to(wide.dtype).sub_(wide), dtype=torch.float64)
+    return bool(apart <= torch.finfo(short.dtype).eps * size) or not bool(torch.isfinite(size))

@@ -57,6 +57,17 @@ class Layout(NamedTuple):
     dtypes: dict[str, str]
     averaged: list[str]
 
+    def difference(self, other: Layout) -> str:
+        """Return in words what differs between two models; empty if nothing does."""
+        for name in (one for one in self.dtypes if one in other.dtypes):
+            if (here := self.dtypes[name]) != (there := other.dtypes[name]):
+                return f"the dtypes of {shown(name)} are {here} and {there}"
+        if left := self.keys.keys() ^ other.keys.keys():
+            return f"only one of them has {shown(min(left))}"
+        if self.averaged != other.averaged:
+            return "they average different tensors"
+        return "" if self == other else "they name their tensors differently"
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -125,10 +136,15 @@ class Snapshot:
         """Whether it holds the weights that an average started from."""
         return self.average == START
 
-    def fits(self, other: Snapshot) -> bool:
-        """Return whether both are of one model."""
-        names = [f"weights/{name}" for name in self.layout.averaged]  # the last snapshot's copies count alone
-        return self.layout == other.layout and all(self.file.shape(name) == other.file.shape(name) for name in names)
+    def difference(self, other: Snapshot) -> str:
+        """Return in words what differs between the models of two snapshots; empty if nothing does."""
+        if found := self.layout.difference(other.layout):
+            return found
+        for name in self.layout.averaged:  # the last snapshot's copies count alone
+            shapes = [snapshot.file.shape(f"weights/{name}") for snapshot in (self, other)]
+            if shapes[0] != shapes[1]:
+                return f"the shapes of {shown(name)} are {shapes[0]} and {shapes[1]}"
+        return ""
 
     @cached_property
     def profile(self) -> Profile:

@@ -42,9 +42,10 @@ class Store:
         found = [snapshot for path in paths if (snapshot := _read(path)) is not None]
         self.snapshots = sorted(found, key=lambda snapshot: (snapshot.step, not snapshot.is_start, snapshot.average))
         for one in self.snapshots[1:]:
-            if not one.fits(self.snapshots[0]):
+            if difference := one.difference(self.snapshots[0]):
                 message = (
-                    f"{one.path.name!r} and {self.snapshots[0].path.name!r} are of different models; take them apart"
+                    f"{one.path.name!r} and {self.snapshots[0].path.name!r} are of different models: {difference}. "
+                    "Take them apart."
                 )
                 raise StateError(message)
         if len({snapshot.about.run for snapshot in self.snapshots}) > 1:

@@ -6,29 +6,24 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from polyak.calls import users_level
-from polyak.checkpoints.tensor_file import Scratch
 from polyak.config import AveragerConfig
 from polyak.config.chosen import plain_mapping
 from polyak.errors import ConfigError, PolyakWarning, RateError
 from polyak.plot import POOR
+from polyak.posthoc.combined import combined
 from polyak.posthoc.labels import label
 from polyak.posthoc.made import Synthesis
 from polyak.posthoc.solve import Fit, fit, mixed
 from polyak.posthoc.store import Store
 from polyak.posthoc.timeline import Timeline
 from polyak.profile import Profile
-from polyak.progress import track
 from polyak.shown import shown
 from polyak.strategy import Strategy
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
-
-    from torch import Tensor
 
     from polyak.posthoc.snapshot import Snapshot
     from polyak.updates import Updates
@@ -50,7 +45,6 @@ _ILL = 30.0  # of the coefficients' absolute sum: a few snapshots then cancel ea
 _ROUNDED = 1e-3  # of the weights
 _EXACT = 1e-9  # of the weights: less than a float32 holds
 _REACHED = 1e-12  # of a profile: a smaller error is none
-_PIECE = 1 << 16  # values that are added at a time
 
 
 def synthesize(
@@ -191,7 +185,7 @@ def combine(snapshots: Sequence[Snapshot], found: Fit, wanted: Profile, step: in
     """Return the combination of snapshots, tensor by tensor."""
     used = [(snapshot, float(x)) for snapshot, x in zip(snapshots, found.coefficients, strict=True) if x]
     return Synthesis(
-        state_dict=_state_dict(used, snapshots[-1]),
+        state_dict=combined(used, snapshots[-1]),
         coefficients={snapshot.path.name: x for snapshot, x in used},
         profile_error=found.error,
         amplification=found.amplification,
@@ -231,27 +225,3 @@ def _at(strategy: Strategy, updates: Updates, origin: str) -> Profile:
             "that use them"
         )
         raise ConfigError(message) from error
-
-
-def _state_dict(used: Sequence[tuple[Snapshot, float]], last: Snapshot) -> dict[str, Tensor]:
-    layout = last.layout
-    averaged = {*layout.averaged}
-    tensors: dict[str, Tensor] = {}
-    reading, summing = Scratch(), Scratch()
-    for name, dtype in track(layout.dtypes.items(), "combining snapshots"):
-        # The coefficients of what is the same in all of them add up to 1.
-        if name not in averaged or (last.constant(name) and len({one.constant(name) for one, _ in used}) == 1):
-            tensors[name] = last.read_weights(name).to(getattr(torch, dtype))
-            continue
-        short: torch.dtype = getattr(torch, dtype)
-        wide = torch.complex128 if short.is_complex else torch.float64
-        total = summing.tensor(last.file.shape(f"weights/{name}")[: -1 if wide.is_complex else None], wide).zero_()
-        for snapshot, x in used:
-            weights = snapshot.read_weights(name, reading)
-            # A sum of two dtypes widens the shorter one first: piece by piece, not another whole tensor.
-            for part, more in zip(
-                torch.split(total.view(-1), _PIECE), torch.split(weights.view(-1), _PIECE), strict=True
-            ):
-                part.add_(more, alpha=x)
-        tensors[name] = total.to(short, copy=True)
-    return {key: tensors[name] for key, name in layout.keys.items()}
