@@ -71,8 +71,8 @@ def runs(draw):
 
 
 def held(run, folder, name, own):
-    """Record a run; return the average that was recorded, and how many updates it had at its last resume."""
-    resumed_at = 0
+    """Record a run; return the average that was recorded, and its updates when a process was killed last."""
+    lost_at = 0
     generator = torch.Generator().manual_seed(0)
     model = {"w": torch.randn(5, generator=generator)}
     config = {"strategy": {"name": name, **{k: v for k, v in own.items() if k != "origin"}}, **run.cadence}
@@ -97,7 +97,8 @@ def held(run, folder, name, own):
                     for state in also:
                         whole["short"].load_state_dict(state)
                 made.load_state_dict(saved)
-                resumed_at = made.n
+                if resume.is_killed:
+                    lost_at = made.n
                 recorder = Recorder(whole, **recording)
                 if resume.knows_blocks:
                     recorder.load_state_dict(blocks)
@@ -108,7 +109,7 @@ def held(run, folder, name, own):
         whole.update(step=step if run.is_given else None, lr=learning_rate(i + 1))
         model["w"].copy_(kept)
     recorder.close()
-    return made, resumed_at
+    return made, lost_at
 
 
 @pytest.mark.property
@@ -118,9 +119,9 @@ def held(run, folder, name, own):
 def test_what_was_recorded_is_synthesised_to_the_bit(name, own, run):
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", polyak.PolyakWarning)
-        made, resumed_at = held(run, folder, name, own)
-        if made.n == resumed_at:  # nothing more was recorded
-            event("no update was due")
+        made, lost_at = held(run, folder, name, own)
+        if made.n == lost_at:
+            event("nothing was recorded")
             return
         found = synthesize(folder, name, **own, **run.cadence)
         assert found.profile_error < EXACT

@@ -100,6 +100,15 @@ def test_only_so_many_of_each_series_are_kept(tmp_path, keep):
     assert steps(tmp_path, "start") == [0]
 
 
+@pytest.mark.parametrize("scale", [2 * 10**11, 3 * 10**12])
+def test_the_latest_are_kept_however_many_digits_their_steps_have(tmp_path, scale):
+    averager = polyak.average({"w": torch.zeros(1)}, "swa")
+    with Recorder(averager, tmp_path, every=scale, keep=3):
+        for step in range(1, 13):
+            averager.update(step=step * scale)
+    assert steps(tmp_path, "average") == [10 * scale, 11 * scale, 12 * scale]
+
+
 def test_nothing_is_written_twice_and_nothing_after_the_end(tmp_path):
     model = {"w": torch.zeros(1)}
     averager = polyak.average(model, "swa")

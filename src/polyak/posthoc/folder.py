@@ -13,7 +13,8 @@ from polyak.errors import PolyakError, PolyakWarning, StateError
 from polyak.posthoc.claim import Claim
 from polyak.posthoc.constants import Constants
 from polyak.posthoc.packed import Packed, digest_of
-from polyak.posthoc.snapshot import START, UNMARKED, Layout, file_name, make_folder, write
+from polyak.posthoc.paths import file_name, files_of, make_folder
+from polyak.posthoc.snapshot import START, UNMARKED, Layout, write
 from polyak.posthoc.store import Store
 from polyak.posthoc.strangers import newer_marks, refuse_other_start
 from polyak.tensors.agreement import first_rank, from_first, ranks_of
@@ -102,7 +103,7 @@ class Folder:
                 start=start, profile=profile, strategy=strategy, layout=self.layout, constants=self._constants,
             )  # fmt: skip
             if self._keep is not None and average != START:
-                for old in sorted(self.path.glob(file_name(average)))[: -self._keep]:
+                for old in files_of(self.path, average)[: -self._keep]:
                     old.unlink(missing_ok=True)
             self._warn_of_kept(packed.kept)
             return packed.digest

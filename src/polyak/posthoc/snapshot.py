@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
-from urllib.parse import quote
 
 import torch
 
-from polyak.atomic import remove_stale
 from polyak.checkpoints.tensor_file import TensorFile, write_tensors
-from polyak.errors import ConfigError, MissingExtraError, SnapshotError, StateError, WriteError
+from polyak.errors import MissingExtraError, SnapshotError, StateError, WriteError
 from polyak.posthoc.constants import PREFIX, Joined
 from polyak.posthoc.recipe import described, from_description
 from polyak.shown import shown
@@ -32,15 +29,13 @@ if TYPE_CHECKING:
     from polyak.profile import Profile
     from polyak.strategy import Strategy
 
-__all__ = ["BLOCKS", "START", "UNMARKED", "Layout", "Snapshot", "file_name", "make_folder", "safetensors", "write"]
+__all__ = ["BLOCKS", "START", "UNMARKED", "Layout", "Snapshot", "safetensors", "write"]
 
 FORMATS = 1, 2
 """Files of the second one have their frozen tensors elsewhere."""
 BLOCKS, START = UNMARKED = "blocks", "start"
 """The series of a recorder itself, which no average's history remembers."""
 
-_DIGITS = 12
-_UNFINISHED = ".unfinished"  # where earlier versions left halves
 _ABOUT = "polyak_snapshot"
 
 
@@ -243,37 +238,6 @@ def _checked_name(constants: object, path: Path) -> str:
         message = f"{str(path)!r} is a damaged snapshot: {shown(constants)} is no file of constants; remove it"
         raise StateError(message)
     return constants
-
-
-def file_name(average: str, step: int | None = None, suffix: str = "") -> str:
-    """Return the name of a snapshot.
-
-    Args:
-        average: The name of its average.
-        step: The optimiser step of its last update. Defaults to a pattern of all, which sort by their steps.
-        suffix: What tells it from another snapshot of the average at this step.
-    """
-    digits = "[0-9]" * _DIGITS if step is None else f"{step:0{_DIGITS}d}"
-    return f"{_quoted(average)}{suffix}-{digits}.safetensors"
-
-
-def _quoted(average: str) -> str:
-    return quote(average, safe="").replace(".", "%2E")  # a name that begins with a dot is hidden
-
-
-def make_folder(directory: Path) -> None:
-    """Make a folder for snapshots where it is missing.
-
-    Raises:
-        ConfigError: It cannot be made.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        message = f"the folder {str(directory)!r} cannot be made ({error}); give another one"
-        raise ConfigError(message) from error
-    remove_stale(directory)
-    shutil.rmtree(directory / _UNFINISHED, ignore_errors=True)
 
 
 def safetensors() -> Any:  # noqa: ANN401 - an optional package
