@@ -124,5 +124,10 @@ def test_what_was_recorded_is_synthesised_to_the_bit(name, own, run):
             event("nothing was recorded")
             return
         found = synthesize(folder, name, **own, **run.cadence)
+        last = int(made.profile().steps[-1])
+        if found.at_step > last and any(run.steps[i] > last for i in run.nan):
+            # Others went on, and no file says whether steps jumped there or one that was due was left out.
+            event("the last update that was due was left out")
+            return
         assert found.profile_error < EXACT
         assert torch.equal(found.state_dict["w"], made.averaged_state_dict()["w"])
