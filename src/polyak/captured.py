@@ -116,7 +116,7 @@ class Captured:
 
 
 class _Updates(Protocol):
-    def update_now(self, model: Model | None, step: int | None, lr: float | None) -> None: ...
+    def update(self, model: Model | None = None, *, step: int | None = None, lr: float | None = None) -> None: ...
 
     def warn(self, kind: str, message: str, level: int) -> None: ...
 
@@ -127,7 +127,7 @@ def _by_host(averager: _Updates, model: Model | None, step: int | None, lr: floa
         "was made outside of the graph. Call averager.advance() before each compiled step."
     )
     averager.warn("unannounced", message, users_level() + 1)
-    averager.update_now(model, step, lr)
+    averager.update(model, step=step, lr=lr)
 
 
 def _memory(plan: Plan) -> list[int]:

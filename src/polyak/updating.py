@@ -99,20 +99,9 @@ class Updating(WithSources, Averager):
         if more or unknown:
             refuse_arguments(more, unknown)
         captured = self._captured
-        if captured is None or not (captured.announced or recording()):
-            self.update_now(model, step, lr)
-        elif recording():
-            if captured.announced or not torch.compiler.is_compiling():
-                captured.move()
-            else:
-                captured.by_host(self, model, step, lr)
-        else:  # the compiled step runs eagerly: advance() has counted it
-            with self.lock:
-                self._refuse_average(self._binding.root(model))
-                captured.move()
-
-    def update_now(self, model: Model | None, step: int | None, lr: float | None) -> None:
-        """Do all of an update that is not recorded."""
+        if captured is not None and (captured.announced or recording()):
+            self._update_captured(captured, model, step, lr)
+            return
         if not self.options.capturable:
             refuse_recording()
         if self._left_out(model):
@@ -123,6 +112,16 @@ class Updating(WithSources, Averager):
                 turn.commit()
             else:
                 carry_out([alone(turn)])
+
+    def _update_captured(self, captured: Captured, model: Model | None, step: int | None, lr: float | None) -> None:
+        if not recording():  # the compiled step runs eagerly: advance() has counted it
+            with self.lock:
+                self._refuse_average(self._binding.root(model))
+                captured.move()
+        elif captured.announced or not torch.compiler.is_compiling():
+            captured.move()
+        else:
+            captured.by_host(self, model, step, lr)
 
     @override
     def advance(self, *, step: int | None = None, lr: float | None = None) -> None:

@@ -11,7 +11,7 @@ import matplotlib.image
 import pytest
 
 import polyak
-from polyak.registry import registry
+from polyak.registry import made
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 QUICK = ["--seeds", "1", "--epochs", "1"]
@@ -45,9 +45,9 @@ def plugin():
 
         registry().register(Plugin(), "plugin-of-a-test")
 
-    registry.cache_clear()
+    made.cache_clear()
     yield offer
-    registry.cache_clear()
+    made.cache_clear()
 
 
 def rows(out, label):
