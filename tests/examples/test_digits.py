@@ -11,7 +11,7 @@ import matplotlib.image
 import pytest
 
 import polyak
-from polyak.registry import made
+from polyak import registry
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 QUICK = ["--seeds", "1", "--epochs", "1"]
@@ -43,11 +43,11 @@ def plugin():
             def polyak_strategies(self):
                 return list(classes)
 
-        registry().register(Plugin(), "plugin-of-a-test")
+        registry.registry().register(Plugin(), "plugin-of-a-test")
 
-    made.cache_clear()
+    registry.made.cache_clear()
     yield offer
-    made.cache_clear()
+    registry.made.cache_clear()
 
 
 def rows(out, label):
