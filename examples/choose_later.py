@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 
 import polyak
-from polyak.bank import Bank
+from polyak.engine.bank import Bank
 from polyak.errors import ConfigError, PolyakError, PolyakWarning
 from polyak.posthoc import Recorder, Sweep, sweep
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from polyak.tensors.kernels import pieces
+from polyak.kernels.cpu import work_list
 
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.register_profile("exhaustive", deadline=None, max_examples=500, database=None, print_blob=True)
@@ -39,6 +39,6 @@ def _same_for_everyone():
 @pytest.fixture
 def many_slices(monkeypatch):
     """Small tensors are cut and shared among threads as large ones are; by whole vectors, as large ones are."""
-    monkeypatch.setattr(pieces, "_PIECE", 16)
-    monkeypatch.setattr(pieces, "_ALONE", 0)
+    monkeypatch.setattr(work_list, "_PIECE", 16)
+    monkeypatch.setattr(work_list, "_ALONE", 0)
     torch.set_num_threads(3)  # one again for the next test

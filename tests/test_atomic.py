@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import polyak
-from polyak.atomic import exclusive, remove_stale, scratch_folder, write_whole
-from polyak.distributed.place import Place
+from polyak.distributed.atomic_folder import Place
+from polyak.io.atomic import exclusive, remove_stale, scratch_folder, write_whole
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="locks, FIFOs and devices are POSIX's")
 SUFFIXES = (".pt", ".safetensors")
@@ -23,7 +23,7 @@ SUFFIXES = (".pt", ".safetensors")
 DYING = """
 import os, signal, sys
 from pathlib import Path
-from polyak.atomic import write_whole
+from polyak.io.atomic import write_whole
 
 def write(scratch):
     scratch.write_text("half")

@@ -18,7 +18,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import polyak
 from models import average_bits, bits, mlp, model_bits
-from polyak.attach import Attachment
+from polyak.optim.attach import Attachment
 
 OPTIMIZERS = {
     "SGD": lambda parameters: SGD(parameters, lr=0.1),

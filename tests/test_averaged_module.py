@@ -16,8 +16,8 @@ from torch.nn import functional
 
 import polyak
 from models import ZOO, Conv, average_bits, bits, drifting, mlp, model_bits
-from polyak.averaged_module import AveragedModule
-from polyak.tensors import plan as plans
+from polyak.engine.averaged_module.module import AveragedModule
+from polyak.engine.plan import plan as plans
 
 KINDS = [pytest.param(kind, id=str(kind)) for kind in ZOO.values() if kind.name != "shapes"]
 

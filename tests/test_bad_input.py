@@ -20,8 +20,8 @@ from torch import nn
 
 import polyak
 from models import ZOO, Conv, average_bits, drifting, mlp, model_bits
-from polyak.hookspecs import hookimpl
-from polyak.shown import shown
+from polyak.errors.formatting import shown
+from polyak.registry.hookspecs import hookimpl
 
 
 def everything(averager):

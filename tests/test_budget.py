@@ -8,13 +8,12 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from typer.testing import CliRunner
 
 import polyak
-from polyak.budget import Hardware, Job, budget
 from polyak.cli import app
+from polyak.planning.budget import Hardware, Job, budget
 
 SEVENTY = Job(70e9, ranks=64)
 SHARD = 70e9 / 64

@@ -22,7 +22,7 @@ import polyak
 from models import mlp
 from polyak import AveragerConfig, ConfigError
 from polyak.registry import Registry, made, registry
-from polyak.strategies import EMA
+from polyak.strategy import EMA
 from polyak.testing import check_strategy
 from scratch import distribute, installed, offering
 

@@ -7,8 +7,7 @@ import io
 import re
 import sys
 from contextlib import redirect_stdout
-from doctest import ELLIPSIS, OutputChecker
-from doctest import Example as Shown
+from doctest import ELLIPSIS, Example as Shown, OutputChecker
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING

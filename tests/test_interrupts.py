@@ -15,8 +15,8 @@ from torch import nn
 import polyak
 from interrupts import at_line
 from models import mlp
+from polyak.engine.transaction import carry_out
 from polyak.tensors.swap import in_force
-from polyak.transaction import carry_out
 
 EVERYTHING = (Path(polyak.__file__).parent,)
 BANK = {
@@ -143,7 +143,7 @@ def test_a_state_is_loaded_whole_or_not_at_all(names):
 
 
 def test_the_listeners_of_a_whole_update_are_called_once_whatever_interrupts_its_work():
-    from polyak.transaction import Pass
+    from polyak.engine.transaction import Pass
 
     def build(model):
         return polyak.bank(model, {"a": "ema", "b": "dema"}, kernel="foreach")
@@ -165,7 +165,7 @@ def test_the_listeners_of_a_whole_update_are_called_once_whatever_interrupts_its
 
 
 def test_what_cannot_be_finished_is_counted_where_it_was_made(monkeypatch):
-    from polyak.tensors.moves import Moves
+    from polyak.engine.plan.moves import Moves
 
     bank = trained(lambda model: polyak.bank(model, {"a": "ema", "b": "dema"}))
     first = bank["a"].averages["0.weight"].clone()

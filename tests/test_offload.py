@@ -14,7 +14,7 @@ import torch
 
 import polyak
 from models import ZOO, average_bits, drifting, mlp
-from polyak.tensors import mover, moves, plan
+from polyak.engine.plan import moves, plan, tensor_update
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_an_error_on_the_other_thread_is_raised_where_it_is_waited_for_and_once(
         raise MemoryError(message)
 
     with monkeypatch.context() as patch:
-        patch.setattr(mover.Mover, "_move", fail)
+        patch.setattr(tensor_update.Mover, "_move", fail)
         averager.update()
         with pytest.raises(MemoryError, match="no memory"):
             averager.synchronize()

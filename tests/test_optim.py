@@ -13,17 +13,16 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 
 import polyak
 from interrupts import at_line
 from models import ZOO, Tied, average_bits, bits, mlp, model_bits
-from polyak.optim import AdamW, adamw, one_pass
-from polyak.tensors import mover
-from polyak.tensors.kernels import adamw as kernels
-from polyak.tensors.kernels import compiler, compiles, threads
+from polyak.engine.plan import tensor_update
+from polyak.kernels import compiler, threads
+from polyak.kernels.select import compiles
+from polyak.optim import AdamW, adamw, fused as kernels, one_pass
 
 READY = {"nonfinite": "propagate"}
 COMPILED = compiles("auto")  # else torch makes the steps, and the numbers are its own
@@ -599,7 +598,7 @@ def test_a_step_with_the_average_in_the_model_changes_nothing():
 )
 def test_ctrl_c_at_any_line_leaves_step_and_update_made_or_not(many_slices, steps, options):
     made = [sys.modules["torch.optim.adam"]] if not steps else []  # makes the states
-    modules = (one_pass, adamw, kernels, threads, mover, *made)
+    modules = (one_pass, adamw, kernels, threads, tensor_update, *made)
     twins = Twins(lambda: nn.Sequential(nn.Linear(5, 10, bias=False), nn.BatchNorm1d(10)), options=options)
     twins.train(steps)
     parts = twins.ours, twins.one, twins.averager
@@ -708,8 +707,8 @@ def test_old_moments_are_gone_once_others_are_loaded_and_used():
 
 @needs_loops
 def test_loops_that_cannot_be_compiled_leave_the_step_to_torch_and_warn_once(monkeypatch):
-    monkeypatch.setitem(sys.modules, "polyak.tensors.kernels.compiled_adamw", None)
-    monkeypatch.delattr("polyak.tensors.kernels.compiled_adamw", raising=False)
+    monkeypatch.setitem(sys.modules, "polyak.kernels.cpu.adamw_loops", None)
+    monkeypatch.delattr("polyak.kernels.cpu.adamw_loops", raising=False)
     monkeypatch.setattr(compiler, "_BROKEN", set())
     kernels.works.cache_clear()
     twins = Twins(mlp)

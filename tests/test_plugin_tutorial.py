@@ -15,7 +15,7 @@ import torch
 from hatchling.build import build_wheel
 
 import polyak
-from polyak import hookspecs
+from polyak.registry import hookspecs
 from polyak.strategy import RESERVED
 from scratch import distribute, environment, installed
 

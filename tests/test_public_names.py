@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
 import subprocess
 import sys
 
@@ -15,14 +16,34 @@ STRATEGIES = {
     "EMA", "EMAV1", "EMAV2", "EMAV3", "DebiasedEMA", "SWA", "HalfLifeEMA", "TFEMA", "PolynomialAveraging", "PowerEMA",
     "TailAveraging", "LAWA", "DoubleEMA", "BlockMean",
 }  # fmt: skip
-DESIGNED = {"average", "Averager", "AveragerConfig", "Strategy", "Clock", "Profile", "hookimpl", "strategies"}
-LATER = {"Bank", "Conversion", "Move", "Shares", "attach", "bank", "convert", "load", "save", "recalibrate"}
-MODULES = {"posthoc"}
+FIRST = {
+    "average", "Averager", "AveragerConfig", "Strategy", "Clock", "Profile", "hookimpl", "strategies",
+    "EMA", "EMAV3", "DebiasedEMA", "SWA", "HalfLifeEMA", "PowerEMA", "LAWA",
+    "Bank", "bank", "attach", "convert", "load", "save", "recalibrate", "PolyakError", "PolyakWarning",
+}  # fmt: skip
+MODULES = {"posthoc", "optim", "distributed", "errors"}
 ERRORS = set(polyak.errors.__all__)
+PUBLIC = FIRST | STRATEGIES | ERRORS | {"Conversion", "Move", "Shares"}
+"""What can be imported from polyak; `from polyak import *` brings only what a first program needs."""
 
 
-def test_exactly_the_designed_names_are_exported():
-    assert set(polyak.__all__) == DESIGNED | STRATEGIES | LATER | ERRORS | MODULES
+def test_a_star_import_brings_what_a_first_program_needs():
+    assert set(polyak.__all__) == FIRST | MODULES
+    assert len(polyak.__all__) <= 30
+
+
+def test_the_whole_contract_can_be_imported():
+    importable = {
+        name for name in vars(polyak) if not name.startswith("_") and not inspect.ismodule(getattr(polyak, name))
+    }
+    assert importable - {"TYPE_CHECKING", "Any", "annotations", "package_hint"} == PUBLIC
+
+
+def test_no_function_is_also_a_module():
+    modules = {module.name for module in pkgutil.iter_modules(polyak.__path__)}
+    functions = {name for name in PUBLIC if inspect.isfunction(getattr(polyak, name))}
+    assert not modules & functions
+    assert callable(polyak.strategies)
 
 
 def test_the_names_are_sorted_constants_then_classes_then_functions():
@@ -50,7 +71,7 @@ def test_every_exported_strategy_is_a_built_in_with_a_name_and_a_source():
         assert all(field.description for key, field in cls.model_fields.items() if key != "name")
 
 
-@pytest.mark.parametrize("name", sorted(set(polyak.__all__) - ERRORS - MODULES - {"hookimpl"}))
+@pytest.mark.parametrize("name", sorted(PUBLIC - ERRORS - {"hookimpl"}))
 def test_every_public_name_has_a_docstring_with_an_example(name):
     doc = inspect.getdoc(getattr(polyak, name))
     assert doc
@@ -88,7 +109,7 @@ sys.modules["torch"] = None  # makes any import of it fail
 package = types.ModuleType("polyak")
 package.__path__ = [{polyak.__path__[0]!r}]
 sys.modules["polyak"] = package
-import polyak.clock, polyak.profile, polyak.strategies, polyak.strategy
-assert polyak.profile.Profile.of(polyak.strategies.SWA(), 4).shares.tolist() == [0.25] * 4
+import polyak.strategy.clock, polyak.strategy.profile, polyak.strategy
+assert polyak.strategy.profile.Profile.of(polyak.strategy.SWA(), 4).shares.tolist() == [0.25] * 4
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -14,9 +14,10 @@ from torch import nn
 import polyak
 from interrupts import AtOperation, at_line
 from models import ZOO, Tied, average_bits, bits, drifting, mlp
-from polyak import MismatchError, StateError, UnknownStrategyError, updating
-from polyak.recursion import recursion_shares
-from polyak.tensors import mover, moves, plan
+from polyak import MismatchError, StateError, UnknownStrategyError
+from polyak.engine import updates as updating
+from polyak.engine.plan import moves, plan, tensor_update
+from polyak.strategy.shares import recursion_shares
 
 SLOTTED = [
     pytest.param("lawa", {"window": 3}, id="lawa"),
@@ -25,7 +26,7 @@ SLOTTED = [
     pytest.param("dema", {"decay": 0.7, "origin": "first"}, id="dema-first"),
 ]
 BOTH = [SLOTTED[0], SLOTTED[2]]
-MOVING = (moves, mover, updating, plan)
+MOVING = (moves, tensor_update, updating, plan)
 
 
 def all_bits(averager):

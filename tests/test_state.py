@@ -13,7 +13,7 @@ import torch
 
 import polyak
 from models import ZOO, Tied, average_bits, drifting, mlp
-from polyak.history import Identity
+from polyak.engine.history import Identity
 
 
 def _through_a_file(state):

@@ -13,11 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import polyak
 from interrupts import AtOperation, at_line
 from models import ZOO, Buffers, Conv, Shapes, Tied, average_bits, bits, drifting, mlp, model_bits
-from polyak import binding, engine
-from polyak.tensors import mover, plan, swap
-from polyak.tensors.kernels import cpu, eager, threads
+from polyak import engine
+from polyak.engine import binding
+from polyak.engine.plan import plan, tensor_update
+from polyak.kernels import threads
+from polyak.kernels.cpu import fused as cpu
+from polyak.kernels.eager import foreach
+from polyak.tensors import swap
 
-MOVING = (mover, eager, cpu, threads)
+MOVING = (tensor_update, foreach, cpu, threads)
 OPTIONS = [{}, {"kernel": "loop"}, {"dtype": "float64"}, {"buffers": "skip"}]
 
 

@@ -4,113 +4,89 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from polyak import distributed, optim, posthoc  # noqa: F401 - polyak.distributed.save(), without another import
-from polyak.attach import attach
-from polyak.averager import Averager
-from polyak.bank import Bank
+from polyak import distributed, errors, optim, posthoc
 from polyak.checkpoints import load, save
-from polyak.clock import Clock
 from polyak.config import AveragerConfig
-from polyak.convert import Conversion, convert
+from polyak.config.factory import average, bank
+from polyak.engine import Averager, Bank
+from polyak.engine.batch_norm.recalibrate import recalibrate
+
+# Also public, for programs that go further; "X as X" is how a re-export is spelled for type checkers.
 from polyak.errors import (
-    AppliedError,
-    ArgumentError,
-    AttributeAccessError,
-    ConfigError,
-    DistributedError,
-    FrozenError,
-    MismatchError,
-    MissingExtraError,
-    MissingFileError,
-    ModelError,
-    NonFiniteError,
-    PluginError,
+    AppliedError as AppliedError,
+    ArgumentError as ArgumentError,
+    AttributeAccessError as AttributeAccessError,
+    ConfigError as ConfigError,
+    DistributedError as DistributedError,
+    FrozenError as FrozenError,
+    MismatchError as MismatchError,
+    MissingExtraError as MissingExtraError,
+    MissingFileError as MissingFileError,
+    ModelError as ModelError,
+    NonFiniteError as NonFiniteError,
+    PluginError as PluginError,
     PolyakError,
     PolyakWarning,
-    RateError,
-    SnapshotError,
-    StateError,
-    UnboundError,
-    UnknownAverageError,
-    UnknownStrategyError,
-    WriteError,
+    RateError as RateError,
+    SnapshotError as SnapshotError,
+    StateError as StateError,
+    UnboundError as UnboundError,
+    UnknownAverageError as UnknownAverageError,
+    UnknownStrategyError as UnknownStrategyError,
+    WriteError as WriteError,
 )
-from polyak.factory import average, bank
-from polyak.habits import package_hint
-from polyak.hookspecs import hookimpl
-from polyak.profile import Profile
-from polyak.recalibrate import recalibrate
-from polyak.recursion import Shares
+from polyak.errors.hints import package_hint
+from polyak.optim.attach import attach
+from polyak.planning.convert import Conversion as Conversion, convert
 from polyak.registry import strategies
-from polyak.strategies import (
+from polyak.registry.hookspecs import hookimpl
+from polyak.strategy import (
     EMA,
-    EMAV1,
-    EMAV2,
+    EMAV1 as EMAV1,
+    EMAV2 as EMAV2,
     EMAV3,
     LAWA,
     SWA,
-    TFEMA,
-    BlockMean,
+    TFEMA as TFEMA,
+    BlockMean as BlockMean,
+    Clock,
     DebiasedEMA,
-    DoubleEMA,
+    DoubleEMA as DoubleEMA,
     HalfLifeEMA,
-    PolynomialAveraging,
+    Move as Move,
+    PolynomialAveraging as PolynomialAveraging,
     PowerEMA,
-    TailAveraging,
+    Profile,
+    Shares as Shares,
+    Strategy,
+    TailAveraging as TailAveraging,
 )
-from polyak.strategy import Move, Strategy
 
 __all__ = [
     "EMA",
-    "EMAV1",
-    "EMAV2",
     "EMAV3",
     "LAWA",
     "SWA",
-    "TFEMA",
-    "AppliedError",
-    "ArgumentError",
-    "AttributeAccessError",
     "Averager",
     "AveragerConfig",
     "Bank",
-    "BlockMean",
     "Clock",
-    "ConfigError",
-    "Conversion",
     "DebiasedEMA",
-    "DistributedError",
-    "DoubleEMA",
-    "FrozenError",
     "HalfLifeEMA",
-    "MismatchError",
-    "MissingExtraError",
-    "MissingFileError",
-    "ModelError",
-    "Move",
-    "NonFiniteError",
-    "PluginError",
     "PolyakError",
     "PolyakWarning",
-    "PolynomialAveraging",
     "PowerEMA",
     "Profile",
-    "RateError",
-    "Shares",
-    "SnapshotError",
-    "StateError",
     "Strategy",
-    "TailAveraging",
-    "UnboundError",
-    "UnknownAverageError",
-    "UnknownStrategyError",
-    "WriteError",
     "attach",
     "average",
     "bank",
     "convert",
+    "distributed",
+    "errors",
     "hookimpl",
     "load",
+    "optim",
     "posthoc",
     "recalibrate",
     "save",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike, NDArray
 
-    from polyak.profile import Profile
+    from polyak.strategy.profile import Profile
 
     Floats = NDArray[np.float64]
     Looks = Mapping[str, Mapping[str, Any]]

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from polyak import EMA, SWA, BlockMean, DebiasedEMA, PowerEMA, Profile
-from polyak.posthoc.solve import fit
+from polyak.posthoc.least_squares import fit
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "choose-later.md"
 LAST = 4096

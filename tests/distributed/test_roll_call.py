@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 import polyak
-from polyak.tensors.roll_call import answered
+from polyak.ranks.unresponsive import answered
 
 
 @pytest.fixture

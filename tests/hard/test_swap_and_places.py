@@ -119,7 +119,7 @@ def test_a_tie_by_memory_keeps_the_survivors_average():
 
 
 def test_a_tensor_that_needs_scratch_memory_is_moved_before_those_that_need_none(monkeypatch):
-    from polyak.tensors.kernels import piecewise
+    from polyak.kernels.eager import chunked
 
     model = nn.ParameterDict({"a": nn.Parameter(torch.zeros(3)), "b": nn.Parameter(torch.zeros(3).bfloat16())})
 
@@ -132,7 +132,7 @@ def test_a_tensor_that_needs_scratch_memory_is_moved_before_those_that_need_none
         model["a"].fill_(1.0)
         model["b"].fill_(1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(piecewise.Piecewise, "__call__", full)
+        patch.setattr(chunked.Piecewise, "__call__", full)
         with pytest.raises(torch.OutOfMemoryError):
             averager.update()
     assert averager.n == 0

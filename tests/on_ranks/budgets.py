@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import polyak
-from polyak.budget import Job, budget
-from polyak.tensors import plan
-from polyak.tensors.kernels import compiled
+from polyak.engine.plan import plan
+from polyak.kernels.cpu import loops as compiled
+from polyak.planning.budget import Job, budget
 from polyak.tensors.swap import in_force
 
 WITHIN = 0.02

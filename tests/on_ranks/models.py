@@ -115,7 +115,7 @@ def trained(model, steps, *, seed=3, between=lambda step: None):
 
 def weights(model):
     """Return all tensors of a model, whole, in float64, by their canonical names."""
-    from polyak.tensors.sharded import adapter_for
+    from polyak.tensors.sharding.adapter import adapter_for
     from polyak.tensors.wrappers import root_of
 
     root = root_of(model)

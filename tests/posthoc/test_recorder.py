@@ -19,9 +19,9 @@ from torch import nn
 import polyak
 from models import mlp
 from polyak import ConfigError, PolyakWarning, Profile, SnapshotError, StateError
+from polyak.engine.plan import plan
 from polyak.posthoc import Recorder, Store, synthesize
 from polyak.posthoc.snapshot import Snapshot
-from polyak.tensors import plan
 from posthoc.runs import counted, killed, quietly
 
 
@@ -223,7 +223,7 @@ def fresh(strategy="ema", **options):
 def test_a_run_that_was_resumed_with_its_state_writes_what_an_uninterrupted_one_does(
     tmp_path, stop, strategy, monkeypatch
 ):
-    monkeypatch.setattr("polyak.posthoc.folder.uuid4", lambda: UUID(int=7))  # all else is the same, byte for byte
+    monkeypatch.setattr("polyak.posthoc.writer.uuid4", lambda: UUID(int=7))  # all else is the same, byte for byte
     model, averager = fresh(strategy)
     with Recorder(averager, tmp_path / "straight", every=10, blocks=True):
         run_of(model, averager, range(1, 48))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import polyak
 from polyak import EMA, LAWA, SWA, BlockMean, PowerEMA, Profile
 from polyak.posthoc import Recorder, Store, synthesize
-from polyak.posthoc.solve import fit, mixed
+from polyak.posthoc.least_squares import fit, mixed
 
 T = 4096
 WIDTHS = (0.03, 0.05, 0.075, 0.10, 0.15, 0.20, 0.25)

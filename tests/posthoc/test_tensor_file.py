@@ -6,13 +6,12 @@ import json
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import _TYPES, load_file, save_file
 
 from models import bits
 from polyak import StateError
-from polyak.checkpoints.tensor_file import TensorFile
+from polyak.io.tensor_file import TensorFile
 
 DTYPES = sorted(_TYPES.values(), key=str)
 

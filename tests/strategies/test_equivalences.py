@@ -6,11 +6,10 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import polyak
-from polyak.strategies.power import gamma_of, sigma_rel_of
+from polyak.strategy.power import gamma_of, sigma_rel_of
 
 from .feeding import fed
 

@@ -8,16 +8,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import polyak
 from oracle import strategies_to_try
 from polyak.registry import registry
-from polyak.strategies import BUILT_IN
-from polyak.strategies.polynomial import _kept
-from polyak.strategy import checked_rate
-from polyak.updates import Updates, rates_of
+from polyak.strategy import BUILT_IN, checked_rate
+from polyak.strategy.polynomial import _kept
+from polyak.strategy.updates import Updates, rates_of
 
 from .feeding import by_recursion, fed
 

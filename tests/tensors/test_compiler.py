@@ -15,13 +15,15 @@ import torch
 
 import polyak
 from models import average_bits, drifting, mlp
-from polyak.tensors.kernels import compiler, compiles, cpu, rounding
+from polyak.kernels import compiler, rounding
+from polyak.kernels.cpu import fused as cpu
+from polyak.kernels.select import compiles
 
 numba = pytest.importorskip("numba")
 if not compiles("auto"):
     pytest.skip("Numba compiles nothing here", allow_module_level=True)
 
-from polyak.tensors.kernels import compiled, compiled_cache  # noqa: E402 - after it is known that there is a compiler
+from polyak.kernels.cpu import cache, loops  # noqa: E402 - after it is known that there is a compiler
 
 DAMAGE = {
     "emptied": lambda content: b"",
@@ -39,13 +41,13 @@ DAMAGE = {
 def cached(tmp_path, monkeypatch):
     """Compile a function as another process would; its cache is in ``folder``."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(compiled_cache, "_WARNED", [])
+    monkeypatch.setattr(cache, "_WARNED", [])
 
     def compiled(factor=2):
         def multiplied(x):
             return factor * x
 
-        return compiled_cache.jit()(multiplied)
+        return cache.jit()(multiplied)
 
     def files():
         return sorted(path for path in tmp_path.rglob("*") if path.is_file())
@@ -105,9 +107,9 @@ def test_versions_and_processors_do_not_see_each_others_files(cached, monkeypatc
     assert cached.compiled()(4) == 8
     with monkeypatch.context() as other:
         if what == "torch's rounding":
-            other.setattr(compiled_cache, "rounds_once", lambda: not rounding.rounds_once())
+            other.setattr(cache, "rounds_once", lambda: not rounding.rounds_once())
         else:
-            other.setattr(getattr(compiled_cache, what), "__version__", "0.0")
+            other.setattr(getattr(cache, what), "__version__", "0.0")
         changed = cached.compiled()
         assert changed(4) == 8
         assert _hits(changed) == 0
@@ -119,7 +121,7 @@ def test_versions_and_processors_do_not_see_each_others_files(cached, monkeypatc
 
 def test_other_sources_are_compiled_anew_in_silence_over_the_old_file(cached, monkeypatch):
     assert cached.compiled()(4) == 8
-    monkeypatch.setattr(compiled_cache, "_sources", lambda: b"2" * 32)
+    monkeypatch.setattr(cache, "_sources", lambda: b"2" * 32)
     changed = cached.compiled()
     assert changed(4) == 8
     assert _hits(changed) == 0
@@ -153,7 +155,7 @@ def test_a_full_disk_leaves_no_part_of_a_file(cached, monkeypatch):
         path.touch()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compiled_cache.Path, "write_bytes", full)
+    monkeypatch.setattr(cache.Path, "write_bytes", full)
     with pytest.warns(polyak.PolyakWarning, match="No space left"):
         assert cached.compiled()(4) == 8
     assert cached.files() == []
@@ -163,7 +165,7 @@ def test_another_cache_inside_numba_costs_no_more_than_the_cache(cached, monkeyp
     monkeypatch.delattr(numba.core.caching.Cache, "_index_key")
     with pytest.warns(polyak.PolyakWarning, match="AttributeError"):
         assert cached.compiled()(4) == 8
-    monkeypatch.setattr(compiled_cache, "_WARNED", [])
+    monkeypatch.setattr(cache, "_WARNED", [])
     monkeypatch.setattr(numba.core.caching.Cache, "__init__", lambda self: None)
     with pytest.warns(polyak.PolyakWarning, match="TypeError"):
         assert cached.compiled()(4) == 8
@@ -259,7 +261,7 @@ def test_a_bank_whose_lanes_were_one_kernel_is_made_by_torch(breaking):
 
 def test_a_compiler_whose_kernels_are_wrong_is_not_used(monkeypatch):
     monkeypatch.setattr(compiler, "_BROKEN", set())
-    monkeypatch.setattr(compiled, "move", lambda *arguments: None)
+    monkeypatch.setattr(loops, "move", lambda *arguments: None)
     compiler._tried.cache_clear()
     with pytest.warns(polyak.PolyakWarning, match="half of the way from 0 to 1 is 0.0"):
         averager = polyak.average(mlp(), "ema")
@@ -271,7 +273,7 @@ def test_a_compiler_whose_kernels_are_wrong_is_not_used(monkeypatch):
 def test_no_update_compiles_anything(options, many_slices):
     model = torch.nn.Sequential(mlp(), torch.nn.BatchNorm1d(2), torch.nn.Linear(40, 30))
     bank = polyak.bank(model, {"a": {"name": "ema", "decay": 0.5}, "b": "swa", "c": "tail"}, **options)
-    functions = [compiled.move, compiled.finite, compiled.copy]
+    functions = [loops.move, loops.finite, loops.copy]
     before = [len(function.signatures) for function in functions]
     for _ in drifting(model, 3):
         bank.update()

@@ -8,15 +8,17 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 
 import polyak
 from interrupts import at_line
 from models import average_bits, bits, drifting, mlp
-from polyak.tensors import mover
-from polyak.tensors.kernels import KERNELS, compiles, cpu, eager, kernel_for, threads
+from polyak.engine.plan import tensor_update
+from polyak.kernels import threads
+from polyak.kernels.cpu import fused as cpu
+from polyak.kernels.eager import foreach
+from polyak.kernels.select import KERNELS, compiles, kernel_for
 
 if not compiles("auto"):
     pytest.skip("there is no compiler here", allow_module_level=True)
@@ -279,7 +281,7 @@ def test_ctrl_c_at_any_line_with_several_threads_leaves_the_old_or_the_new_avera
         averager.update()
     state, old = averager.state_dict(), average_bits(averager)
     next(drifting(model, 1, seed=5))
-    modules = (mover, cpu, eager, threads)
+    modules = (tensor_update, cpu, foreach, threads)
     with at_line(modules) as lines:
         averager.update()
     new = average_bits(averager)

@@ -20,8 +20,9 @@ import torch
 
 from models import bits
 from polyak.errors import RateError
-from polyak.tensors.kernels import KERNELS, cuda
-from polyak.tensors.kernels.rounding import rounds_once
+from polyak.kernels.cuda import fused as cuda
+from polyak.kernels.rounding import rounds_once
+from polyak.kernels.select import KERNELS
 
 # Interpreters of older releases do not run on today's numpy without its warnings, which are errors here.
 pytest.importorskip("triton", minversion="3.4")
@@ -375,13 +376,13 @@ def _widths(ptx, access):
 def test_moving_compiles_and_writes_sixteen_bytes_at_a_time(compiled, capability, average, weight):
     import triton.language as tl
 
-    from polyak.tensors.kernels import cuda_loops
+    from polyak.kernels.cuda import loops
 
     rate = "*fp64" if average == torch.float64 else "*fp32"
     pointers = {"tensors": "*i32", "blocks": "*i32", "table": "*i64", "guard": "*i32"}
     pointers |= {"rates": rate, "seeds": "*i64" if average in SHORT else rate}
     kinds = {"average": tl.dtype(NAMES[average]), "weight": tl.dtype(NAMES[weight])}
-    code = compiled(capability, cuda_loops.move, pointers, **kinds, block=cuda._BLOCK)
+    code = compiled(capability, loops.move, pointers, **kinds, block=cuda._BLOCK)
     assert code["cubin"]
     assert max(_widths(code["ptx"], "ld")) == max(_widths(code["ptx"], "st")) == 16
     assert "fma.rn.f64" in code["ptx"] if average == torch.float64 else "fma.rn.f32" in code["ptx"]
@@ -392,12 +393,12 @@ def test_moving_compiles_and_writes_sixteen_bytes_at_a_time(compiled, capability
 def test_looking_compiles_and_reads_sixteen_bytes_at_a_time(compiled, capability, weight):
     import triton.language as tl
 
-    from polyak.tensors.kernels import cuda_loops
+    from polyak.kernels.cuda import loops
 
     known = cuda._FLOATS[weight]
     pointers = {"tensors": "*i32", "blocks": "*i32", "table": "*i64", "found": "*i32"}
     kinds = {"like": getattr(tl, known.bits), "exponent": known.exponent}
-    code = compiled(capability, cuda_loops.find, pointers, **kinds, block=cuda._BLOCK)
+    code = compiled(capability, loops.find, pointers, **kinds, block=cuda._BLOCK)
     assert code["cubin"]
     assert max(_widths(code["ptx"], "ld")) == 16
 

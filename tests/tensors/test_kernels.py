@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import polyak
 from models import bits
+from polyak.kernels.eager import chunked, scratch
+from polyak.kernels.select import KERNELS
 from polyak.tensors.finite import FiniteCheck
-from polyak.tensors.kernels import KERNELS, piecewise, scratch
 from polyak.tensors.memory import clones
 
 WIDE = [torch.float32, torch.float64, torch.complex64, torch.complex128]
@@ -84,7 +84,7 @@ def test_a_rate_of_one_replaces_even_what_is_not_finite(kernel):
 
 @pytest.mark.parametrize("kernel", ["mixed", "stochastic"])
 def test_large_tensors_are_moved_in_pieces_and_go_on_where_they_stopped(kernel, monkeypatch):
-    monkeypatch.setattr(piecewise, "CHUNK", 10)
+    monkeypatch.setattr(chunked, "CHUNK", 10)
     dtype = torch.bfloat16 if kernel == "stochastic" else torch.float64
     average, weight = torch.zeros(35, dtype=dtype), torch.ones(35)
     _move(kernel, [average], [weight], 0.5, done=2)
@@ -99,7 +99,7 @@ def test_large_tensors_are_moved_in_pieces_and_go_on_where_they_stopped(kernel, 
 @pytest.mark.parametrize("done", range(6))
 @pytest.mark.parametrize("kernel", ["mixed", "stochastic", "loop"])
 def test_small_tensors_are_moved_several_at_a_time_and_go_on_where_they_stopped(kernel, done, monkeypatch):
-    monkeypatch.setattr(piecewise, "CHUNK", 10)
+    monkeypatch.setattr(chunked, "CHUNK", 10)
     dtype = torch.bfloat16 if kernel == "stochastic" else torch.float64
     averages = [torch.zeros(shape, dtype=dtype) for shape in ((3,), (2, 2), (15,), (0,), (5,))]
     weights = [torch.ones_like(average, dtype=torch.float32) for average in averages]
@@ -138,7 +138,7 @@ def test_random_numbers_do_not_depend_on_how_an_average_lies(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_large_tensor_that_is_not_contiguous_is_rounded_in_memory_of_its_own(dtype, monkeypatch):
     monkeypatch.setattr(scratch, "CHUNK", 10)
-    monkeypatch.setattr(piecewise, "CHUNK", 10)
+    monkeypatch.setattr(chunked, "CHUNK", 10)
     average = torch.zeros(9, 7, dtype=dtype).t()
     _move("stochastic", [average], [torch.ones(7, 9)], 0.25)
     assert torch.equal(average, torch.full((7, 9), 0.25, dtype=dtype))
@@ -146,7 +146,7 @@ def test_a_large_tensor_that_is_not_contiguous_is_rounded_in_memory_of_its_own(d
 
 @pytest.mark.parametrize("kernel", ["mixed", "loop"])
 def test_tensors_that_are_not_contiguous_are_moved_whole(kernel, monkeypatch):
-    monkeypatch.setattr(piecewise, "CHUNK", 10)
+    monkeypatch.setattr(chunked, "CHUNK", 10)
     average = torch.zeros(6, 7, dtype=torch.float64).t()
     _move(kernel, [average], [torch.ones(7, 6)], 0.25)
     assert torch.equal(average, torch.full((7, 6), 0.25, dtype=torch.float64))

@@ -9,7 +9,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import polyak
 from models import ZOO, Conv, average_bits, drifting, mlp
-from polyak.tensors import kernels, located
+from polyak.kernels import select as kernels
+from polyak.tensors import located
 
 
 def _is_current(averager):

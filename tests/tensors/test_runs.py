@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 
 import polyak
 from models import average_bits, drifting
-from polyak.tensors.kernels import bind
-from polyak.tensors.kernels.runs import runs_of
+from polyak.kernels.eager.coalesce import runs_of
+from polyak.kernels.select import bind
 from polyak.tensors.memory import clones
 
 CHUNK = 1 << 20

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from polyak.tensors.kernels import cuda, eager, threads
+from polyak.kernels import threads
+from polyak.kernels.cuda import fused as cuda
+from polyak.kernels.eager import foreach
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,8 +29,8 @@ def without_kernels() -> Iterator[None]:
     theirs = [(torch, f"_foreach_{name}") for name in _FOREACH] + [(public, name) for name in _FOREACH]
     ours = [
         (torch, "cat"),
-        (eager, "_foreach_lerp_"),
-        (eager, "_foreach_copy_"),
+        (foreach, "_foreach_lerp_"),
+        (foreach, "_foreach_copy_"),
         (threads.Slices, "run"),
         (cuda.FusedCUDA, "_launch"),
     ]

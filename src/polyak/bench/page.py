@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyak.atomic import write_whole
 from polyak.bench.picture import draw
 from polyak.bench.report import Report
 from polyak.bench.table import caption, tables
 from polyak.errors import PolyakError
+from polyak.io.atomic import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,11 +9,11 @@ from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from polyak.atomic import write_whole
 from polyak.bench.cases import CASES
 from polyak.bench.fit import lines
 from polyak.bench.number import number, size
 from polyak.errors import MissingExtraError
+from polyak.io.atomic import write_whole
 from polyak.plot import palette
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from polyak.progress import track
+from polyak.io.progress import track
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -15,12 +15,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from polyak.atomic import write_whole
 from polyak.bench.entrants import polyaks
 from polyak.bench.launch import Average, Found, Paths, Task
 from polyak.bench.models import build
 from polyak.bench.race import race
 from polyak.bench.report import Quantiles
+from polyak.io.atomic import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from polyak.atomic import write_whole
 from polyak.errors import ConfigError
+from polyak.io.atomic import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,7 +13,7 @@ import polyak
 from polyak.bench.libraries import LIBRARIES
 from polyak.bench.models import MODELS
 from polyak.errors import ConfigError
-from polyak.tensors.kernels import KernelName
+from polyak.kernels.select import KernelName
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence

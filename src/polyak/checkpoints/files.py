@@ -10,10 +10,10 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 
-from polyak.atomic import as_path, check_target, open_regular, write_whole
-from polyak.averager import refuse_other
-from polyak.checkpoints.tensor_file import TensorFile, write_tensors
+from polyak.engine.averager import refuse_other
 from polyak.errors import ConfigError, MissingExtraError, MissingFileError, StateError
+from polyak.io.atomic import as_path, check_target, open_regular, write_whole
+from polyak.io.tensor_file import TensorFile, write_tensors
 from polyak.tensors.wrappers import dtensor
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from polyak.averager import Averager
-    from polyak.bank import Bank
-    from polyak.profile import Profile
+    from polyak.engine.averager import Averager
+    from polyak.engine.bank import Bank
+    from polyak.strategy.profile import Profile
 
 __all__ = ["load", "save"]
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polyak.cli.files import check_folder, check_picture
+from polyak.cli.outputs import check_folder, check_picture
+from polyak.cli.reporting import told
 from polyak.cli.tables import Listing, show
-from polyak.cli.told import told
 
 if TYPE_CHECKING:
     from polyak.bench import Report

@@ -6,18 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polyak.cli.given import check_steps, named
+from polyak.cli.arguments import check_steps, named
+from polyak.cli.reporting import told
 from polyak.cli.tables import Listing, show
-from polyak.cli.told import told
-from polyak.convert import Conversion
-from polyak.convert import convert as converted
-from polyak.progress import track
+from polyak.io.progress import track
+from polyak.planning.convert import Conversion, convert as converted
 from polyak.registry import registry
-from polyak.strategies import PowerEMA
+from polyak.strategy import PowerEMA
 
 if TYPE_CHECKING:
-    from polyak.profile import Profile
-    from polyak.strategy import Strategy
+    from polyak.strategy.base import Strategy
+    from polyak.strategy.profile import Profile
 
 __all__ = ["convert"]
 

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from polyak.budget import Budget, Hardware, Job, budget
+from polyak.cli.reporting import told
 from polyak.cli.tables import Listing, show, size
-from polyak.cli.told import told
+from polyak.planning.budget import Budget, Hardware, Job, budget
 
 __all__ = ["plan"]
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import typer
 
-from polyak.cli.files import check_picture, check_tensors, picture
-from polyak.cli.given import grid, settings, with_start
+from polyak.cli.arguments import grid, settings, with_start
+from polyak.cli.outputs import check_picture, check_tensors, picture
+from polyak.cli.reporting import told
 from polyak.cli.tables import Listing, show, size
-from polyak.cli.told import told
 from polyak.errors import ConfigError, PolyakError
 from polyak.plot import POOR
-from polyak.posthoc import Store
-from polyak.posthoc import sweep as swept
+from polyak.posthoc import Store, sweep as swept
 from polyak.posthoc.labels import label
 from polyak.posthoc.synthesis import combine, nearest, target_profile, warn_of_poor
 
@@ -25,9 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from polyak.posthoc import Sweep
+    from polyak.posthoc.least_squares import Fit
     from polyak.posthoc.snapshot import Snapshot
-    from polyak.posthoc.solve import Fit
-    from polyak.profile import Profile
+    from polyak.strategy.profile import Profile
 
 __all__ = ["snapshots", "sweep", "synthesize"]
 

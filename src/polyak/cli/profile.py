@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polyak.cli.files import check_picture, picture
-from polyak.cli.given import average_at, check_steps, split
+from polyak.cli.arguments import average_at, check_steps, split
+from polyak.cli.outputs import check_picture, picture
+from polyak.cli.reporting import told
 from polyak.cli.tables import Listing, show
-from polyak.cli.told import told
 
 if TYPE_CHECKING:
-    from polyak.profile import Profile
+    from polyak.strategy.profile import Profile
 
 __all__ = ["profile"]
 

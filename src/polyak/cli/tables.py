@@ -12,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from polyak import __version__
-from polyak.options import Options
+from polyak.engine.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from polyak.registry import Plugin, Strategies
-    from polyak.strategy import Strategy
+    from polyak.strategy.base import Strategy
 
 __all__ = ["Listing", "list_plugins", "list_strategies", "show", "size", "versions"]
 

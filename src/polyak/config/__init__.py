@@ -15,16 +15,16 @@ from polyak.config.explain import explain
 from polyak.config.files import read, render, write
 from polyak.config.schema import OneOfTheInstalled, for_files
 from polyak.engine import Engine
+from polyak.engine.options import Options
 from polyak.errors import ArgumentError, ConfigError, UnknownStrategyError
-from polyak.options import Options
-from polyak.profile import Profile
+from polyak.errors.formatting import brief, listed, shown
 from polyak.registry import registry
-from polyak.shown import brief, listed, shown
-from polyak.strategies import EMA
-from polyak.strategy import Strategy, settings_of
+from polyak.strategy import EMA
+from polyak.strategy.base import Strategy, settings_of
+from polyak.strategy.profile import Profile
 
 if TYPE_CHECKING:
-    from polyak.averager import Averager
+    from polyak.engine.averager import Averager
     from polyak.tensors.entries import Model
 
 __all__ = ["AveragerConfig"]

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from polyak.errors import ArgumentError, ConfigError
-from polyak.shown import listed, shown, type_name
-from polyak.strategy import Strategy
+from polyak.errors.formatting import listed, shown, type_name
+from polyak.strategy.base import Strategy
 
 __all__ = ["AnyStrategy", "plain_mapping", "refuse_swapped", "written"]
 

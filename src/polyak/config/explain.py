@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from polyak.frozen import line, nearest
-from polyak.habits import habit
-from polyak.options import Options
+from polyak.engine.options import Options
+from polyak.errors.formatting import listed
+from polyak.errors.hints import habit
 from polyak.registry import registry
-from polyak.shown import listed
-from polyak.strategy import Strategy
+from polyak.strategy.base import Strategy
+from polyak.strategy.frozen import line, nearest
 
 if TYPE_CHECKING:
     from pydantic import ValidationError

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 import yaml
 
-from polyak import atomic
 from polyak.config.yaml12 import dump_yaml, load_yaml
 from polyak.errors import ConfigError, MissingFileError
-from polyak.shown import brief, shown
+from polyak.errors.formatting import brief, shown
+from polyak.io import atomic
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pydantic_core import CoreSchema
 
     from polyak.registry import Strategies
-    from polyak.strategy import Strategy
+    from polyak.strategy.base import Strategy
 
 __all__ = ["OneOfTheInstalled", "for_files"]
 

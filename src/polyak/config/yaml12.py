@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import yaml
 from typing_extensions import override
 
-from polyak.shown import shown
+from polyak.errors.formatting import shown
 
 if TYPE_CHECKING:
     from collections.abc import Hashable

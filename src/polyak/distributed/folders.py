@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from polyak.averager import refuse_other
-from polyak.distributed.place import KEY, Place
+from polyak.distributed.atomic_folder import KEY, Place
+from polyak.distributed.dcp_errors import metadata, translated
 from polyak.distributed.sync import asked, check_counters, check_one_average, members, rank
-from polyak.distributed.translated import metadata, translated
+from polyak.engine.averager import refuse_other
 from polyak.errors import DistributedError, StateError
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.checkpoint.metadata import Metadata
 
-    from polyak.averager import Averager
-    from polyak.bank import Bank
+    from polyak.engine.averager import Averager
+    from polyak.engine.bank import Bank
 
 __all__ = ["load", "save"]
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from polyak.errors import DistributedError, ModelError
-from polyak.tensors.roll_call import answered, words
-from polyak.tensors.spread import Spread
+from polyak.ranks.unresponsive import answered, words
+from polyak.tensors.sharding.placement import Spread
 from polyak.tensors.wrappers import dtensor
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-    from polyak.averager import Averager
-    from polyak.bank import Bank
     from polyak.engine import Engine
+    from polyak.engine.averager import Averager
+    from polyak.engine.bank import Bank
 
 __all__ = ["alone", "asked", "broadcast", "check_counters", "check_one_average", "members", "rank", "verify_in_sync"]
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from typing_extensions import override
 
-from polyak.attach import Update, attached
-from polyak.attributes import AttributeHints
 from polyak.engine import Engine
 from polyak.errors import ArgumentError, ConfigError
-from polyak.optim.hindrance import alike, is_open, of_averager, of_optimizer
+from polyak.errors.attributes import AttributeHints
+from polyak.errors.formatting import type_name
+from polyak.optim.attach import Update, attached
+from polyak.optim.eligibility import alike, is_open, of_averager, of_optimizer
+from polyak.optim.fused import AdamWCPU, Hyper
 from polyak.optim.one_pass import OnePass
-from polyak.shown import type_name
-from polyak.stepping import makes_state
-from polyak.tensors.kernels.adamw import AdamWCPU, Hyper
+from polyak.optim.stepping import makes_state
 from polyak.tensors.modes import Untracked
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.optimizer import ParamsT
 
-    from polyak.averager import Averager
-    from polyak.bank import Bank
+    from polyak.engine.averager import Averager
+    from polyak.engine.bank import Bank
 
 __all__ = ["AdamW"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from polyak.tensors.kernels.adamw import pairs
+from polyak.engine.pending import Seen, Turn
+from polyak.engine.plan.tensor_update import Mover
+from polyak.optim.fused import pairs
 from polyak.tensors.modes import Untracked
-from polyak.tensors.mover import Mover
-from polyak.turn import Seen, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polyak.engine import Engine
-    from polyak.tensors.kernels.adamw import AdamWCPU, Hyper
-    from polyak.tensors.plan import Plan
+    from polyak.engine.plan.plan import Plan
+    from polyak.optim.fused import AdamWCPU, Hyper
 
 __all__ = ["OnePass"]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from polyak.posthoc.made import Synthesis
+from polyak.posthoc.reader import Store
 from polyak.posthoc.recorder import Recorder
-from polyak.posthoc.store import Store
+from polyak.posthoc.result import Synthesis
 from polyak.posthoc.sweep import Sweep, sweep
 from polyak.posthoc.synthesis import synthesize
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 from weakref import finalize
 
-from polyak.atomic import lock_for_process
 from polyak.errors import SnapshotError, StateError
+from polyak.io.atomic import lock_for_process
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from polyak.calls import users_level
-from polyak.checkpoints.tensor_file import Scratch
 from polyak.errors import PolyakWarning
-from polyak.progress import track
+from polyak.errors.calls import users_level
+from polyak.io.progress import track
+from polyak.io.tensor_file import Scratch
 from polyak.tensors.finite import FiniteCheck
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import hashlib
 import json
 from typing import TYPE_CHECKING
 
-from polyak.checkpoints.checksums import bytes_of
-from polyak.checkpoints.tensor_file import TensorFile, write_tensors
 from polyak.errors import MissingFileError, StateError
+from polyak.io.checksums import bytes_of
+from polyak.io.tensor_file import TensorFile, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from polyak.checkpoints.tensor_file import Scratch
+    from polyak.io.tensor_file import Scratch
 
 __all__ = ["PREFIX", "Constants", "Joined"]
 

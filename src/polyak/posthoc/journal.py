@@ -7,16 +7,16 @@ import json
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from polyak.atomic import write_whole
-from polyak.calls import users_level
 from polyak.errors import ConfigError, PolyakWarning, WriteError
+from polyak.errors.calls import users_level
+from polyak.io.atomic import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from polyak.posthoc.snapshot import Snapshot
-    from polyak.profile import Profile
+    from polyak.strategy.profile import Profile
 
 __all__ = ["Journal"]
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from polyak.config import AveragerConfig
 from polyak.config.chosen import plain_mapping
-from polyak.profile import Profile
-from polyak.strategy import Strategy
+from polyak.strategy.base import Strategy
+from polyak.strategy.profile import Profile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 
-from polyak.checkpoints.checksums import checksum
+from polyak.io.checksums import checksum
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

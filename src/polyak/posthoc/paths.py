@@ -7,8 +7,8 @@ import shutil
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from polyak.atomic import remove_stale
 from polyak.errors import ConfigError
+from polyak.io.atomic import remove_stale
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,10 +9,10 @@ import torch
 
 from polyak.config import AveragerConfig
 from polyak.errors import StateError
-from polyak.profile import Profile
-from polyak.strategy import settings_of
-from polyak.updates import Updates
-from polyak.validation import Recipe, RunsRecipe, check_profile, check_runs
+from polyak.posthoc.schema import Recipe, RunsRecipe, check_profile, check_runs
+from polyak.strategy.base import settings_of
+from polyak.strategy.profile import Profile
+from polyak.strategy.updates import Updates
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from polyak.strategy import Strategy
-    from polyak.validation import About, SharesRecipe
+    from polyak.posthoc.schema import About, SharesRecipe
+    from polyak.strategy.base import Strategy
 
 __all__ = ["described", "from_description"]
 

@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
-from polyak.atomic import as_path
-from polyak.averager import refuse_other
+from polyak.engine.averager import refuse_other
 from polyak.errors import ConfigError, StateError
-from polyak.posthoc.folder import Folder
-from polyak.posthoc.followed import (
+from polyak.io.atomic import as_path
+from polyak.posthoc.snapshot import BLOCKS, START, safetensors
+from polyak.posthoc.sources import (
     are_steps,
     block_means,
     digested_of,
@@ -24,9 +24,9 @@ from polyak.posthoc.followed import (
     warn_unclosed,
     weights_of,
 )
-from polyak.posthoc.snapshot import BLOCKS, START, safetensors
 from polyak.posthoc.starts import Starts
 from polyak.posthoc.strangers import remember
+from polyak.posthoc.writer import Folder
 from polyak.tensors.storage import as_dtype
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from polyak.averager import Averager
-    from polyak.bank import Bank
-    from polyak.clock import Clock
     from polyak.engine import Engine
+    from polyak.engine.averager import Averager
+    from polyak.engine.bank import Bank
+    from polyak.strategy.clock import Clock
 
 __all__ = ["Recorder"]
 

@@ -10,24 +10,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 
-from polyak.checkpoints.tensor_file import TensorFile, write_tensors
 from polyak.errors import MissingExtraError, SnapshotError, StateError, WriteError
+from polyak.errors.formatting import shown
+from polyak.io.tensor_file import TensorFile, write_tensors
 from polyak.posthoc.constants import PREFIX, Joined
 from polyak.posthoc.recipe import described, from_description
-from polyak.shown import shown
-from polyak.strategy import settings_of
-from polyak.validation import About
+from polyak.posthoc.schema import About
+from polyak.strategy.base import settings_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
 
-    from polyak.checkpoints.tensor_file import Scratch
+    from polyak.io.tensor_file import Scratch
     from polyak.posthoc.constants import Constants
     from polyak.posthoc.packed import Packed
-    from polyak.profile import Profile
-    from polyak.strategy import Strategy
+    from polyak.strategy.base import Strategy
+    from polyak.strategy.profile import Profile
 
 __all__ = ["BLOCKS", "START", "UNMARKED", "Layout", "Snapshot", "safetensors", "write"]
 

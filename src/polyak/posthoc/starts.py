@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from polyak.posthoc.followed import fastest_of, last_before, start_of, weights_of
 from polyak.posthoc.snapshot import START
+from polyak.posthoc.sources import fastest_of, last_before, start_of, weights_of
 from polyak.posthoc.strangers import Past, remember
-from polyak.profile import Profile
-from polyak.tensors.agreement import agreement
+from polyak.ranks.consensus import agreement
+from polyak.strategy.profile import Profile
 from polyak.tensors.finite import FiniteCheck
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from polyak.engine import Engine
-    from polyak.posthoc.folder import Folder
+    from polyak.posthoc.writer import Folder
 
 __all__ = ["Starts"]
 

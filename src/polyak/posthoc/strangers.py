@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from polyak.engine import Engine
-    from polyak.history import Identity
+    from polyak.engine.history import Identity
     from polyak.posthoc.snapshot import Snapshot
 
 __all__ = ["Past", "newer_marks", "refuse_other_start", "remember"]

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
-from polyak.atomic import as_path
-from polyak.calls import users_level
 from polyak.errors import ArgumentError, ConfigError, PolyakWarning, WriteError
+from polyak.errors.calls import users_level
+from polyak.errors.formatting import shown
+from polyak.io.atomic import as_path
+from polyak.io.progress import track
 from polyak.posthoc.journal import Journal
 from polyak.posthoc.labels import label
-from polyak.posthoc.made import Synthesis, check_savable
-from polyak.posthoc.store import Store
+from polyak.posthoc.reader import Store
+from polyak.posthoc.result import Synthesis, check_savable
 from polyak.posthoc.synthesis import Target, combine, nearest, target_profile, warn_of_poor
-from polyak.profile import Profile
-from polyak.progress import track
-from polyak.shown import shown
-from polyak.strategy import Strategy
+from polyak.strategy.base import Strategy
+from polyak.strategy.profile import Profile
 
 if TYPE_CHECKING:
     import os
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
+    from polyak.posthoc.least_squares import Fit
     from polyak.posthoc.snapshot import Snapshot
-    from polyak.posthoc.solve import Fit
 
 __all__ = ["Row", "Sweep", "sweep"]
 

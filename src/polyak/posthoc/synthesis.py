@@ -6,27 +6,27 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from polyak.calls import users_level
 from polyak.config import AveragerConfig
 from polyak.config.chosen import plain_mapping
 from polyak.errors import ConfigError, PolyakWarning, RateError
+from polyak.errors.calls import users_level
+from polyak.errors.formatting import shown
 from polyak.plot import POOR
 from polyak.posthoc.combined import combined
 from polyak.posthoc.labels import label
-from polyak.posthoc.made import Synthesis
-from polyak.posthoc.solve import Fit, fit, mixed
-from polyak.posthoc.store import Store
+from polyak.posthoc.least_squares import Fit, fit, mixed
+from polyak.posthoc.reader import Store
+from polyak.posthoc.result import Synthesis
 from polyak.posthoc.timeline import Timeline
-from polyak.profile import Profile
-from polyak.shown import shown
-from polyak.strategy import Strategy
+from polyak.strategy.base import Strategy
+from polyak.strategy.profile import Profile
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
     from polyak.posthoc.snapshot import Snapshot
-    from polyak.updates import Updates
+    from polyak.strategy.updates import Updates
 
 __all__ = [
     "Target",

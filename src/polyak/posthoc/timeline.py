@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from polyak.errors import ConfigError
-from polyak.updates import Updates
+from polyak.strategy.updates import Updates
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 
 import pluggy
 
-from polyak import hookspecs
 from polyak.errors import PluginError, UnknownStrategyError
-from polyak.habits import strategy_habit
+from polyak.errors.formatting import brief, listed, shown
+from polyak.errors.hints import strategy_habit
+from polyak.registry import hookspecs
 from polyak.registry.offers import Offer, Plugin, Strategies, checked, normal
-from polyak.shown import brief, listed, shown
-from polyak.strategies import BUILT_IN
+from polyak.strategy import BUILT_IN
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-    from polyak.averager import Averager
-    from polyak.clock import Clock
-    from polyak.strategy import Strategy
+    from polyak.engine.averager import Averager
+    from polyak.strategy.base import Strategy
+    from polyak.strategy.clock import Clock
 
 __all__ = ["Offer", "Plugin", "Registry", "Strategies", "registry", "strategies"]
 

@@ -8,8 +8,8 @@ from inspect import isabstract
 from typing import NamedTuple
 
 from polyak.errors import PluginError, UnknownStrategyError
-from polyak.shown import listed, shown
-from polyak.strategy import Strategy
+from polyak.errors.formatting import listed, shown
+from polyak.strategy.base import Strategy
 
 __all__ = ["Offer", "Plugin", "Strategies", "checked", "normal"]
 
@@ -41,7 +41,7 @@ class Strategies(Mapping[str, type[Strategy]]):
     Examples:
         >>> import polyak
         >>> polyak.strategies()["swa"], polyak.strategies().distribution("swa")
-        (<class 'polyak.strategies.swa.SWA'>, 'polyak')
+        (<class 'polyak.strategy.swa.SWA'>, 'polyak')
     """
 
     def __init__(self, offers: Mapping[str, Offer]) -> None:

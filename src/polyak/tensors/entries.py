@@ -12,11 +12,11 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from polyak.errors import ModelError
-from polyak.shown import type_name
+from polyak.errors.formatting import type_name
 from polyak.tensors.wrappers import is_sparsity, unwrap
 
 if TYPE_CHECKING:
-    from polyak.tensors.spread import Spread
+    from polyak.tensors.sharding.placement import Spread
 
 __all__ = [
     "PLAIN",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from polyak.errors import MismatchError
 from polyak.tensors.entries import address
-from polyak.tensors.spread import layout
+from polyak.tensors.sharding.placement import layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

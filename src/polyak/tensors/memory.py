@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from polyak.kernels.eager.foreach import copy_all
+from polyak.kernels.layout import dense
 from polyak.tensors.entries import PLAIN, STRIDED
-from polyak.tensors.kernels.eager import copy_all
-from polyak.tensors.layout import dense
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

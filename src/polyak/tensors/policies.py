@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, cast
 
 from polyak.errors import ConfigError
-from polyak.shown import shown
+from polyak.errors.formatting import shown
 from polyak.tensors.finite import FiniteCheck
 from polyak.tensors.storage import encoded, unfit
 from polyak.tensors.wrappers import spellings

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from polyak.errors import ConfigError, ModelError
-from polyak.shown import shown
+from polyak.errors.formatting import shown
 from polyak.tensors.entries import PLAIN
 from polyak.tensors.memory import clones
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from polyak.tensors.entries import Entry, Kind
     from polyak.tensors.policies import Policy
-    from polyak.tensors.spread import Spread
+    from polyak.tensors.sharding.placement import Spread
 
 __all__ = [
     "Stored",

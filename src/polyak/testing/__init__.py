@@ -13,7 +13,7 @@ from polyak.testing.rates import Case, learning_rate
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from polyak.strategy import Strategy
+    from polyak.strategy.base import Strategy
 
 __all__ = ["check_strategies", "check_strategy", "learning_rate"]
 

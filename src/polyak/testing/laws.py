@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from polyak.config import AveragerConfig
-from polyak.factory import average
+from polyak.config.factory import average
 from polyak.registry import registry
-from polyak.strategy import settings_of
+from polyak.strategy.base import settings_of
 from polyak.testing.rates import ROUNDING, UPDATES, Case, expected, rates_are_shares, require
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from polyak.averager import Averager
-    from polyak.profile import Profile
+    from polyak.engine.averager import Averager
+    from polyak.strategy.profile import Profile
 
 __all__ = ["LAWS"]
 

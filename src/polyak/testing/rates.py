@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from polyak.clock import Clock
 from polyak.errors import RateError
-from polyak.profile import Profile
+from polyak.strategy.clock import Clock
+from polyak.strategy.profile import Profile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from polyak.strategy import Strategy
+    from polyak.strategy.base import Strategy
 
 __all__ = ["ROUNDING", "UPDATES", "Case", "expected", "learning_rate", "rates_are_shares", "require"]
 

@@ -10,7 +10,7 @@ import torch
 from polyak.bench.launch import Task, launched
 from polyak.bench.models import size
 from polyak.bench.report import Quantiles, Row
-from polyak.progress import track
+from polyak.io.progress import track
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,0 +1,171 @@
+"""The one line before the training loop: ``polyak.average(model, "ema", decay=0.999)``, or a bank of several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from polyak.config import AveragerConfig
+from polyak.config.chosen import AnyStrategy, plain_mapping, refuse_swapped, written
+from polyak.engine.bank import Bank
+from polyak.errors import ArgumentError, ConfigError
+from polyak.errors.calls import explained
+from polyak.errors.formatting import brief, listed, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from polyak.engine import Engine
+    from polyak.engine.averager import Averager
+    from polyak.kernels.select import KernelName
+    from polyak.tensors.entries import Model
+    from polyak.tensors.matching import Match
+    from polyak.tensors.policies import Buffers
+
+__all__ = ["average", "bank"]
+
+
+@explained("Settings and options are given by name: polyak.average(model, 'ema', decay=0.999)")
+def average(  # noqa: PLR0913 - each is one axis of an average, and users complete from this signature
+    model: Model,
+    strategy: AnyStrategy | AveragerConfig = "ema",
+    *,
+    start: int = 0,
+    every: int = 1,
+    origin: Literal["initial", "first"] | None = None,
+    buffers: Buffers = "auto",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    match: Match | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    nonfinite: Literal["skip", "raise", "propagate"] = "skip",
+    kernel: KernelName = "auto",
+    capturable: bool = False,
+    **settings: Any,
+) -> Averager:
+    """Return an averager of a model's weights: ``average += rate * (weights - average)`` at each ``update()``.
+
+    Args:
+        model: The module that is trained, wrapped (DDP, torch.compile …) or not, or a mapping of names to tensors.
+        strategy: A name or a class with its ``settings``, a strategy object, a mapping of a name and settings, or a
+            whole ``AveragerConfig``; a namespace or a dataclass counts as a mapping.
+        start: The first optimiser step that may be averaged.
+        every: Average one optimiser step in so many; decays keep their meaning per step.
+        origin: Whether the weights at construction count ("initial") or the first update replaces them
+            ("first"). None: the strategy's default; "first" where ``start`` delays the average.
+        buffers: "auto" (floating statistics averaged, the rest copied), one policy for all ("average", "copy",
+            "skip"), or a mapping of glob to policy.
+        include: Globs of the tensors to average. None: all.
+        exclude: Globs of tensors to leave alone.
+        match: Whether tensors are paired by "name" or by "order". None: the strategy's default, else by name.
+        device: Where the average lives. None: with the model.
+        dtype: How precisely it is stored. "auto": as the model, but float32 for shorter floats.
+        nonfinite: Whether an update with NaN or infinities in the weights is left out and counted ("skip"),
+            raises ("raise"), or is averaged like any other ("propagate", which saves one pass over the weights).
+        kernel: What moves the tensors: "auto" (the fastest that fits), "fused" (needs ``polyak[fast]`` on CPUs),
+            "foreach", or the reference "loop".
+        capturable: Whether ``update()`` can be part of a CUDA graph or of a compiled step (see ``Averager.advance``);
+            needs ``nonfinite="propagate"``.
+        **settings: The strategy's own settings.
+
+    Raises:
+        UnknownStrategyError: No strategy, or more than one, has that name.
+        ConfigError: A wrong setting, option or glob.
+        ModelError: The model has no tensors, or uninitialised, meta or sparse ones.
+
+    Often confused with: ``torch.optim.swa_utils.AveragedModel``, whose average starts with the first update
+    (here: ``origin="first"``) and copies buffers (here: ``buffers="copy"``).
+
+    Examples:
+        >>> import polyak, torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> averager = polyak.average(model, "ema", decay=0.99)
+        >>> averager.update()
+        >>> averager.n
+        1
+    """
+    refuse_swapped("average", model, strategy)
+    strategy = plain_mapping(strategy)
+    options = {
+        "start": start, "every": every, "origin": origin, "buffers": buffers, "include": include, "exclude": exclude,
+        "match": match, "device": device, "dtype": dtype, "nonfinite": nonfinite, "kernel": kernel,
+        "capturable": capturable,
+    }  # fmt: skip
+    where = "average(): the settings"
+    if isinstance(strategy, AveragerConfig) or (isinstance(strategy, Mapping) and "strategy" in strategy):
+        defaults = {name: field.default for name, field in AveragerConfig.model_fields.items()}
+        given = {name: value for name, value in options.items() if value != defaults[name]}
+        return _beside(strategy, {**given, **settings}, where).build(model)
+    return AveragerConfig.of({"strategy": written(strategy, settings), **options}, where).build(model)
+
+
+def _beside(config: AveragerConfig | Mapping[str, Any], given: Mapping[str, Any], where: str) -> AveragerConfig:
+    """Return a config with what was given beside it."""
+    said = config.named() if isinstance(config, AveragerConfig) else config
+    if twice := sorted(said.keys() & given.keys()):
+        message = f"{where} cannot be used: {listed(map(repr, twice))} given beside a config that says it; give it once"
+        raise ConfigError(message)
+    return AveragerConfig.of({**said, **given}, where)
+
+
+@explained("Options are given by name: polyak.bank(model, {'short': 'ema', 'mean': 'swa'}, every=10)")
+def bank(model: Model, averages: Mapping[str, AnyStrategy | AveragerConfig], **common: Any) -> Bank:
+    """Return several averages of one model that are updated together: the weights are read once for all of them.
+
+    Args:
+        model: The module that is trained, wrapped or not, or a mapping of names to tensors.
+        averages: For each average its name in the bank, and what ``polyak.average`` takes: the name of a strategy, a
+            class or an object, a mapping of its name, settings and options (``{"name": "ema", "every": 10}``), or an
+            ``AveragerConfig``.
+        **common: Engine options of all, such as ``every=`` or ``dtype=``; one that an average names itself wins.
+
+    Raises:
+        ConfigError: There is none, a name is no text, or a setting is wrong.
+        ModelError: The model has nothing that can be averaged.
+
+    Often confused with: ``copy.deepcopy(averager)`` beside it, which is read and moved by a pass of its own.
+
+    Examples:
+        >>> import polyak, torch
+        >>> model = torch.nn.Linear(3, 1)
+        >>> averages = polyak.bank(model, {"short": {"name": "ema", "decay": 0.9}, "mean": "swa"})
+        >>> averages.update()
+        >>> averages["short"].n, averages["mean"].rate
+        (1, 1.0)
+        >>> with averages.applied("mean"):
+        ...     y = model(torch.zeros(2, 3))
+    """
+    refuse_swapped("bank", model, averages)
+    if not isinstance(averages, AveragerConfig):
+        averages = plain_mapping(averages)
+    if not isinstance(averages, Mapping):
+        message = f"a bank maps names to averages, such as {{'short': 'ema', 'mean': 'swa'}}; got {shown(averages)}"
+        raise ArgumentError(message)
+    if not averages:
+        message = 'a bank holds at least one average; got none. Give e.g. {"short": "ema", "mean": "swa"}'
+        raise ConfigError(message)
+    made: dict[str, Engine] = {}
+    problems: list[tuple[type[ConfigError], str]] = []
+    for name, wanted in averages.items():
+        if not isinstance(name, str) or not name:
+            message = f"an average's name in a bank is a text; got {shown(name)}"
+            raise ConfigError(message)
+        try:
+            made[name] = cast("Engine", _average(model, wanted, common))
+        except ConfigError as error:
+            problems.append((type(error), f"the average {shown(name)} of the bank: {error}"))
+    if problems:
+        raise problems[0][0](brief("\n".join(message for _, message in problems)))
+    return Bank(made)
+
+
+def _average(model: Model, wanted: AnyStrategy | AveragerConfig, common: Mapping[str, Any]) -> Averager:
+    own = wanted.named() if isinstance(wanted, AveragerConfig) else plain_mapping(wanted)
+    if not isinstance(own, dict):
+        return average(model, wanted, **common)
+    # "strategy" as in a config file, "name" as in a strategy.
+    strategy = own.pop("strategy", None) or own.pop("name", "ema")
+    return average(model, strategy, **{**common, **own})

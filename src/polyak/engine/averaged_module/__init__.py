@@ -1,0 +1,1 @@
+"""``averager.module``: a module that computes with the average."""

@@ -1,0 +1,225 @@
+"""Several averages of one model in one pass over its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from polyak.engine.averager import Averager
+from polyak.engine.cuda_graphs import recording
+from polyak.engine.pending import Seen, Turn
+from polyak.engine.plan.tensor_update import Mover
+from polyak.engine.schema import FORMAT, check_bank
+from polyak.engine.sources import WithSources
+from polyak.engine.transaction import Joint, alone, carry_out, whole
+from polyak.errors import AttributeAccessError, UnknownAverageError
+from polyak.errors.attributes import AttributeHints
+from polyak.errors.calls import explained
+from polyak.errors.formatting import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    from polyak.engine.engine import Engine
+    from polyak.engine.plan.plan import Plan
+    from polyak.engine.transaction import Pass
+    from polyak.tensors.entries import Model
+
+__all__ = ["Bank"]
+
+
+class Bank(AttributeHints, WithSources, Mapping[str, "Averager"]):
+    """Several averages of one model, by name; made by ``polyak.bank``. Each is a whole averager.
+
+    An update reads the weights once and moves all averages that are due; each is exactly what it would be alone
+    (short averages but for the random numbers of their rounding).
+
+    Often confused with: a list of averagers, each of which reads the weights anew.
+
+    Examples:
+        >>> import polyak, torch
+        >>> model = torch.nn.Linear(3, 1)
+        >>> averages = polyak.bank(model, {"short": {"name": "ema", "decay": 0.9}, "mean": "swa"}, every=2)
+        >>> for step in range(1, 7):
+        ...     averages.update(step=step)
+        >>> {name: averager.n for name, averager in averages.items()}
+        {'short': 3, 'mean': 3}
+        >>> saved = averages.state_dict()
+        >>> averages.load_state_dict(saved)
+    """
+
+    _kind = "bank"
+    _public = "Bank"
+    _context = "bank.applied('name')"
+
+    def __init__(self, averagers: Mapping[str, Engine]) -> None:
+        self._averagers = dict(averagers)
+        self._movers: dict[tuple[int, ...], tuple[list[Plan], Mover]] = {}
+
+    @override
+    def __setattr__(self, name: str, value: object) -> None:
+        if not name.startswith("_"):
+            first = next(iter(self))
+            message = f"the bank's {name!r} cannot be set; its averages have settings: bank[{first!r}].configure(...)"
+            raise AttributeAccessError(message)
+        super().__setattr__(name, value)
+
+    @override
+    def _hint(self, name: str) -> str:
+        if name in vars(self).get("_averagers", ()):
+            return f" Its averages are found by name: bank[{name!r}]."
+        if hasattr(Averager, name) and not name.startswith("_"):
+            return f" Its averages have one: bank['name'].{name}"
+        return super()._hint(name)
+
+    @override
+    def __getitem__(self, name: str) -> Averager:
+        if name not in self._averagers:
+            message = f"the bank has no average {shown(name)}; it has {', '.join(map(repr, self))}"
+            raise UnknownAverageError(message)
+        return self._averagers[name]
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._averagers)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._averagers)
+
+    def __repr__(self) -> str:
+        return f"<bank of {', '.join(f'{name}: {averager!r}' for name, averager in self.items())}>"
+
+    def update(self, model: Model | None = None, *, step: int | None = None, lr: float | None = None) -> None:
+        """Take the weights as they are now into every average; call it once per real optimiser step.
+
+        Args:
+            model: The model; the one the bank was made for where it is None.
+            step: The optimiser step; calls are counted where it is None.
+            lr: The learning rate, for strategies that use it.
+
+        Raises:
+            PolyakError: What ``Averager.update`` raises; no average has changed then.
+        """
+        if recording() or any(engine.announced for engine in self._averagers.values()):
+            for engine in self._averagers.values():
+                engine.update(model, step=step, lr=lr)
+            return
+        if self._left_out(model):
+            return
+        with self._locked():
+            begun = [engine.begin(model, step, lr) for engine in self._averagers.values()]
+            due = [turn for turn in begun if isinstance(turn, Turn)]
+            passes = [self._passing(turns) for turns in _together(due)]
+            carry_out(passes, [seen for seen in begun if isinstance(seen, Seen)])
+
+    def advance(self, *, step: int | None = None, lr: float | None = None) -> None:
+        """Count the updates that a CUDA graph or a compiled step is about to make; see ``Averager.advance``."""
+        with self._locked():
+            ready = [(engine, *engine.advancing(step, lr)) for engine in self._averagers.values()]
+
+            def make() -> None:
+                for _, _, act in ready:
+                    act()
+
+            whole(make)
+            for engine, turn, _ in ready:
+                if isinstance(turn, Turn):
+                    engine.announce(turn)
+
+    def synchronize(self) -> None:
+        """Wait until the last update is done, where averages live on another device than the model."""
+        for engine in self._averagers.values():
+            engine.synchronize()
+
+    def release(self) -> None:
+        """Let the weights be overwritten by what is enqueued from now on, once offloaded averages have read them."""
+        for engine in self._averagers.values():
+            engine.release()
+
+    @property
+    def model(self) -> Model | None:
+        """The model, without wrappers; None after unpickling."""
+        return next(iter(self._averagers.values())).model
+
+    def guard(self, by: int) -> None:
+        """Count one optimiser more, or less, that calls ``release`` before each step."""
+        for engine in self._averagers.values():
+            engine.guard(by)
+
+    @explained("Name the average: bank.applied('mean')")
+    def applied(self, name: str) -> AbstractContextManager[None]:
+        """Return a context in which the model computes with one of the averages; see ``Averager.applied``."""
+        return self[name].applied()
+
+    def describe(self) -> str:
+        """Return in words what is done with every tensor, average by average."""
+        return "\n\n".join(f"{name}: {averager.describe()}" for name, averager in self.items())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that an exact resume needs, of all averages: copies of tensors and plain types."""
+        with self._locked():
+            return {"format": FORMAT, "bank": {name: averager.state_dict() for name, averager in self.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where the state was taken; all averages are loaded or none.
+
+        Raises:
+            StateError: It is no state of a bank of the same names, or one of its states does not fit.
+        """
+        states = check_bank(state, self)
+        with self._locked():
+            received = [(engine, engine.receive(states[name])) for name, engine in self._averagers.items()]
+
+            def adopt() -> None:
+                self._movers.clear()
+                if self._sources is not None:
+                    self._sources.forget()
+                for engine, one in received:
+                    engine.adopt(one)
+
+            whole(adopt)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for engine in self._averagers.values():
+                stack.enter_context(engine.lock)
+            yield
+
+    def _passing(self, turns: Sequence[Turn]) -> Pass:
+        if _alone(turns[0]):
+            return alone(turns[0])
+        return Joint(turns, self._mover([turn.plan for turn in turns]))
+
+    def _mover(self, plans: list[Plan]) -> Mover:
+        key = tuple(map(id, plans))
+        if key not in self._movers:
+            current = {id(engine.plan) for engine in self._averagers.values()}
+            self._movers = {k: v for k, v in self._movers.items() if current.issuperset(k)}
+            self._movers[key] = plans, Mover([plan.lane for plan in plans])
+        return self._movers[key][1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_averagers": self._averagers, "_movers": {}}
+
+
+def _alone(turn: Turn) -> bool:
+    return turn.plan.offload is not None or tuple(turn.moves) != (("average", "weights", turn.rate),)
+
+
+def _together(due: Sequence[Turn]) -> list[list[Turn]]:
+    """Return what is moved by one pass each.
+
+    Only averages of the same weights are checked together: what one of them does not average cannot stop it.
+    """
+    passes: dict[object, list[Turn]] = {}
+    for turn in due:
+        alone = id(turn) if _alone(turn) else 0
+        checked = turn.plan.averaged if turn.averager.checks else None
+        passes.setdefault((turn.averager.options.nonfinite, checked, alone), []).append(turn)
+    return [*passes.values()]

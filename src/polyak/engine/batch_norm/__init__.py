@@ -1,0 +1,1 @@
+"""Normalisation statistics measured anew for an average."""

@@ -1,0 +1,146 @@
+"""The cadence: which calls of ``update`` become averaged updates, and how many steps each stands for."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from numbers import Real
+from operator import index
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polyak.errors import ConfigError
+from polyak.strategy.clock import Clock
+
+__all__ = ["LARGEST", "Progress", "Tick", "given_lr", "given_step", "tick"]
+
+LARGEST = 2**63 - 1
+"""The largest count of steps that the history can hold."""
+
+
+class Progress(NamedTuple):
+    """How far an averager is; everything a resumed run needs beside the tensors.
+
+    Attributes:
+        n: Averaged updates so far.
+        calls: Calls of ``update`` so far.
+        step: The step of the last call; -1 before the first.
+        averaged: The step of the last averaged update; -1 before the first.
+        elapsed: Steps averaged so far: the sum of all strides.
+        mass: The sum of the strategy's weights so far.
+        rate: The rate of the last averaged update; -1 before the first.
+    """
+
+    n: int = 0
+    calls: int = 0
+    step: int = -1
+    averaged: int = -1
+    elapsed: int = 0
+    mass: float = 0.0
+    rate: float = -1.0
+
+    def seen(self, now: Tick) -> Progress:
+        """Return the progress after a call that averaged nothing."""
+        return self._replace(calls=self.calls + 1, step=now.step)
+
+    def averaged_at(self, clock: Clock, rate: float, weight: float) -> Progress:
+        """Return the progress after a call that was an averaged update."""
+        step = clock.step
+        return Progress(clock.n, self.calls + 1, step, step, clock.elapsed, self.mass + weight, rate)
+
+    def clock(self, now: Tick, lr: float | None) -> Clock:
+        """Return the moment of an averaged update, as a strategy sees it.
+
+        Raises:
+            ConfigError: If the steps averaged so far are more than the history can hold.
+        """
+        elapsed = self.elapsed + now.stride
+        if elapsed > LARGEST:
+            message = f"step: {now.step} makes {elapsed} averaged steps in all; expected at most {LARGEST}"
+            raise ConfigError(message)
+        return Clock(self.n + 1, now.step, now.stride, lr, self.mass, elapsed, now.counted)
+
+
+class Tick(NamedTuple):
+    """What one call of ``update`` amounts to."""
+
+    step: int
+    stride: int
+    due: bool
+    counted: bool
+    order: Literal["forward", "repeated", "backward"]
+
+    def complaint(self, last: Progress) -> str:
+        """Return what is probably not meant about the step of this call; empty where it went on."""
+        if self.order == "repeated":
+            return f"update() twice at step {self.step}; the second is left out. Call it once per optimiser step."
+        if self.order == "backward":
+            return (
+                f"update(step={self.step}) after step {last.step}: the step went back; it must count over the whole "
+                "run, not per epoch. Or was a checkpoint of the model loaded without the averager's state?"
+            )
+        return ""
+
+
+def given_step(step: object) -> int:
+    """Return a given step as a plain integer; one of numpy or torch would not load with ``weights_only=True``.
+
+    Raises:
+        ConfigError: If ``step`` is no integer, negative, or larger than the history can hold.
+    """
+    number = None
+    if not (isinstance(step, bool) or getattr(step, "dtype", None) is torch.bool):
+        with suppress(TypeError):
+            number = index(step)  # type: ignore[arg-type]  # suppressed where it has none
+    if number is None or not 0 <= number <= LARGEST:
+        message = f"step: got {step!r}; expected the count of optimiser steps so far, an integer from 0 to {LARGEST}"
+        raise ConfigError(message)
+    return number
+
+
+def given_lr(lr: object) -> float:
+    """Return a given learning rate as a plain float.
+
+    Raises:
+        ConfigError: If ``lr`` is no finite number.
+    """
+    number = math.nan
+    if isinstance(lr, (Real, Tensor, np.ndarray)) and not isinstance(lr, bool):
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):
+            number = float(lr)
+    if not math.isfinite(number):
+        message = f"lr: got {lr!r}; expected the learning rate of this step, a finite number"
+        raise ConfigError(message)
+    return number
+
+
+def tick(last: Progress, step: int | None, *, start: int, every: int) -> Tick:
+    """Return what a call is, from the progress before it.
+
+    A call is due when its step is at least ``start`` and a multiple of ``every`` was reached since the previous call,
+    so that steps that jump are not missed. The same step twice is the same weights: it is not due.
+
+    Args:
+        last: The progress before this call.
+        step: The step given by the caller. Defaults to the one after the last.
+        start: The first step that may be averaged.
+        every: Average one step in so many.
+
+    Raises:
+        ConfigError: If ``step`` is no step, or the counted one is larger than the history can hold.
+    """
+    first, counted = last.calls == 0, step is None
+    step = given_step(step if step is not None else 1 if first else last.step + 1)
+    previous = min(0, step - 1) if first else last.step
+    if step == previous:
+        return Tick(step, 0, due=False, counted=counted, order="repeated")
+    backward = step < previous
+    if backward:
+        previous = step - 1
+    fresh = last.n == 0 or backward or step <= last.averaged
+    stride = every if fresh else step - last.averaged
+    due = step >= start and step // every > previous // every
+    return Tick(step, stride, due, counted, "backward" if backward else "forward")

@@ -1,0 +1,59 @@
+"""What an averager does with every tensor, in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from polyak.engine.options import Options
+    from polyak.engine.plan.plan import Plan
+    from polyak.strategy.base import Strategy
+    from polyak.tensors.entries import Entry
+    from polyak.tensors.storage import Stored
+
+__all__ = ["describe"]
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_STEP = 1024
+
+
+def describe(
+    strategy: Strategy, options: Options, n: int, stored: Sequence[Stored], left: Sequence[Entry], plan: Plan | None
+) -> str:
+    """Return a line about the whole and one for each tensor, those that are left alone last."""
+    groups = [] if plan is None else (plan.offload or plan).moves.mover.groups
+    kernels = {id(a): group.kernel.name for group in groups for lane in group.averages for a in lane}
+    rows = [("tensor", "kind", "policy", "shape", "stored as", "kernel", "size")]
+    for s in stored:
+        place = f"{s.average.dtype} on {s.average.device}".removeprefix("torch.")
+        kernel = kernels.get(id(s.average), "-")
+        rows.append((_names(s), s.kind, s.policy, str(tuple(s.shape)), place, kernel, _size(s.nbytes)))
+    rows += [(_names(e), e.kind, "skip", str(tuple(e.tensor.shape)), "-", "-", _size(0)) for e in left]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    total = sum(s.nbytes for s in stored)
+    cadence = "each step" if options.every == 1 else f"one step in {options.every}"
+    slots = f", {_count(len(names), 'slot')} beside each average" if (names := strategy.slots()) else ""
+    head = (
+        f"{strategy!r}: {_count(n, 'update')} averaged, {cadence} from step {options.start} on; "
+        f"origin {options.origin}, matched by {options.match}, non-finite weights: {options.nonfinite}; "
+        f"{_count(len(stored), 'tensor')}, {_size(total)}{slots}"
+    )
+    return "\n".join([head, *lines])
+
+
+def _names(thing: Stored | Entry) -> str:
+    return thing.name + (f" (= {', '.join(thing.aliases[1:])})" if len(thing.aliases) > 1 else "")
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def _size(nbytes: float) -> str:
+    power = 0
+    while nbytes >= _STEP and power + 1 < len(_UNITS):
+        nbytes, power = nbytes / _STEP, power + 1
+    return f"{nbytes:.0f} {_UNITS[power]}" if power == 0 else f"{nbytes:.1f} {_UNITS[power]}"

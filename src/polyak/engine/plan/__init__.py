@@ -1,0 +1,1 @@
+"""Update plans: which tensors move together, how, and with which kernel."""

@@ -1,0 +1,1 @@
+"""Kernels: the loops that move averages, and the choice of one."""

@@ -1,0 +1,1 @@
+"""Compiled CPU kernels, which need Numba."""

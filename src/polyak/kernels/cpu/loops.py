@@ -1,0 +1,244 @@
+"""The loops of the fused CPU kernel, compiled by Numba on first use and cached on disk.
+
+They see memory as addresses. What a float is, the type of a ``like`` array says: Numba knows neither bfloat16 nor
+float16, so their bits travel as uint16 and as int16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir  # type: ignore[import-untyped]  # it ships no types
+from numba import carray, types
+from numba.extending import intrinsic, overload
+
+from polyak.kernels.cpu.cache import jit
+from polyak.kernels.rounding import rounds_once
+
+__all__ = ["add_product", "copy", "fetch", "finite", "jit", "move", "pointer"]
+
+_AHEAD = 4  # pieces: where they are short, memory takes longer than the work on several
+_LINES = (np.uint64(0), np.uint64(64), np.uint64(128), np.uint64(192))  # bytes: what is asked for of a piece ahead
+_ROUNDS = (np.uint32(0x7FEB352D), np.uint32(0x846CA68B))  # lowbias32, a public-domain hash of 32 bits
+
+
+@intrinsic
+def pointer(_: Any, address: Any, like: Any) -> Any:
+    """Return an address as a pointer to the elements that ``like`` has."""
+    signature = types.CPointer(like.dtype)(address, like)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
+
+    return signature, generate
+
+
+@intrinsic
+def fetch(_: Any, address: Any) -> Any:
+    """Ask for the line of the cache at an address, which need not be one: nothing waits for it."""
+    signature = types.void(address)
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        number, place = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [place, number, number, number])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", (place,), kind)
+        reading, often, data = number(0), number(3), number(1)
+        builder.call(prefetch, [builder.inttoptr(args[0], place), reading, often, data])
+        return None
+
+    return signature, generate
+
+
+@intrinsic
+def add_product(_: Any, a: Any, b: Any, c: Any) -> Any:
+    """Return ``a * b + c``, rounded as often as torch rounds it on this processor."""
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        if not rounds_once():
+            return builder.fadd(builder.fmul(args[0], args[1]), args[2])
+        kind = args[0].type
+        # Processors without such an instruction call the C library, which must be at hand.
+        name = "llvm.fma" if all(map(binding.address_of_symbol, ("fma", "fmaf"))) else "llvm.fmuladd"
+        function = ir.FunctionType(kind, [kind, kind, kind])
+        return builder.call(builder.module.declare_intrinsic(name, (kind,), function), args)
+
+    return a(a, b, c), generate
+
+
+def _wide(bits: Any) -> Any:
+    """Return the float that some bits mean, in at least 32 bits."""
+
+
+@overload(_wide, strict=False)
+def _overload_wide(bits: Any) -> Any:
+    if bits == types.uint16:
+
+        def bfloat16(bits: Any) -> Any:
+            return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+        return bfloat16
+    if bits == types.int16:
+
+        def float16(bits: Any) -> Any:
+            raw = np.uint32(np.uint16(bits))
+            sign = np.uint32((raw & np.uint32(0x8000)) << np.uint32(16))
+            rest = np.uint32((raw & np.uint32(0x7FFF)) << np.uint32(13))
+            # The exponents differ by 112; the product is exact, for subnormal values too.
+            scaled = np.float32(np.uint32(rest).view(np.float32) * np.float32(2.0**112)).view(np.uint32)
+            special = np.uint32(rest | np.uint32(0x7F800000))
+            value = special if rest >= np.uint32(0x0F800000) else scaled
+            return np.uint32(value | sign).view(np.float32)
+
+        return float16
+    return lambda bits: bits
+
+
+def _narrow(value: Any, noise: Any, like: Any) -> Any:
+    """Return a float as the dtype of ``like``; a short one is rounded away from zero with a probability: its rest."""
+
+
+@overload(_narrow, strict=False)
+def _overload_narrow(value: Any, noise: Any, like: Any) -> Any:
+    if like == types.uint16:
+
+        def bfloat16(value: Any, noise: Any, like: Any) -> Any:
+            bits = np.float32(value).view(np.uint32)
+            rounded = np.uint32(np.uint32(bits + np.uint32(noise & np.uint32(0xFFFF))) >> np.uint32(16))
+            nan = np.uint32(np.uint32(bits >> np.uint32(16)) | np.uint32(0x40))
+            return np.uint16(nan if value != value else rounded)  # noqa: PLR0124 - NaN is what differs from itself
+
+        return bfloat16
+    if like == types.int16:
+
+        def float16(value: Any, noise: Any, like: Any) -> Any:
+            bits = np.float32(value).view(np.uint32)
+            sign = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000))
+            rest = np.uint32(bits & np.uint32(0x7FFFFFFF))
+            normal = np.uint32(np.uint32(rest + np.uint32(noise & np.uint32(0x1FFF))) >> np.uint32(13))
+            # What is nearest to the largest finite value stays it; from there on all is infinity.
+            normal = min(normal, np.uint32(0x23BFF)) if rest < np.uint32(0x477FF000) else np.uint32(0x23C00)
+            normal = np.uint32(normal - np.uint32(0x1C000))
+            # Below 2**-14 all steps are 2**-24: in fixed point, with 16 bits for what is below a step.
+            fixed = np.uint32(
+                np.int32(min(np.uint32(rest).view(np.float32), np.float32(2.0**-14)) * np.float32(2.0**40))
+            )
+            subnormal = np.uint32(np.uint32(fixed + np.uint32(noise & np.uint32(0xFFFF))) >> np.uint32(16))
+            finite = subnormal if rest < np.uint32(0x38800000) else normal
+            return np.int16(np.uint32(sign | (np.uint32(0x7E00) if rest > np.uint32(0x7F800000) else finite)))
+
+        return float16
+    return lambda value, noise, like: value
+
+
+def _noise(seed: Any, place: Any) -> Any:
+    bits = np.uint32(seed ^ np.uint32(np.uint32(place) * np.uint32(0x9E3779B9)))
+    bits = np.uint32(np.uint32(bits ^ np.uint32(bits >> np.uint32(16))) * _ROUNDS[0])
+    bits = np.uint32(np.uint32(bits ^ np.uint32(bits >> np.uint32(15))) * _ROUNDS[1])
+    return np.uint32(bits ^ np.uint32(bits >> np.uint32(16)))
+
+
+def _noise_for(seed: Any, place: Any, like: Any) -> Any:
+    """Return 32 random bits where ``like`` is a short dtype, else nothing at no cost."""
+
+
+_noise = jit(inline="always")(_noise)
+
+
+@overload(_noise_for, strict=False)
+def _overload_noise_for(seed: Any, place: Any, like: Any) -> Any:
+    if like in {types.uint16, types.int16}:
+        return lambda seed, place, like: _noise(seed, place)
+    return lambda seed, place, like: np.uint32(0)
+
+
+@jit()
+def _move_piece(average: Any, weight: Any, rate: Any, seed: Any) -> None:
+    # As torch's lerp, from the nearer end; the sum is made in the type of the rate.
+    wide = type(rate)
+    if abs(rate) < wide(0.5):
+        for i in range(average.size):
+            old, new = wide(_wide(average[i])), wide(_wide(weight[i]))
+            value: Any = add_product(rate, new - old, old)
+            average[i] = _narrow(value, _noise_for(seed, i, average[i]), average[i])
+    else:
+        back = rate - wide(1)
+        for i in range(average.size):
+            old, new = wide(_wide(average[i])), wide(_wide(weight[i]))
+            value = add_product(back, new - old, new)
+            average[i] = _narrow(value, _noise_for(seed, i, average[i]), average[i])
+
+
+@jit()
+def move(
+    averages: Any,
+    weights: Any,
+    sizes: Any,
+    first: int,
+    last: int,
+    rates: Any,
+    seed: Any,
+    average: Any,
+    weight: Any,
+    done: Any,
+) -> None:
+    """Move pieces ``first`` to ``last`` of each lane, backwards: the check has read the end last and cached it.
+
+    Args:
+        averages: Addresses, lanes × pieces.
+        weights: Addresses of the pieces.
+        sizes: Elements in each piece.
+        first: The first piece to move.
+        last: The piece to stop before.
+        rates: The rate of each lane, in the type the sum is made in.
+        seed: 32 random bits for each lane.
+        average: An empty array of the type of the averages.
+        weight: An empty array of the type of the weights.
+        done: One flag, set at the end.
+    """
+    for piece in range(last - 1, first - 1, -1):
+        ahead = max(piece - _AHEAD, first)
+        for line in _LINES:
+            fetch(weights[ahead] + line)
+            fetch(averages[0, ahead] + line)
+        source = carray(pointer(weights[piece], weight), (sizes[piece],))
+        for lane in range(len(rates)):
+            if rates[lane] == 1:  # it is copied: a sum would keep a NaN of the average
+                continue
+            target = carray(pointer(averages[lane, piece], average), (sizes[piece],))
+            _move_piece(target, source, rates[lane], _noise(seed[lane], piece))
+    done[0] = True
+
+
+@jit()
+def copy(targets: Any, sources: Any, sizes: Any, first: int, last: int, byte: Any, done: Any) -> None:
+    """Copy pieces ``first`` to ``last``, of ``sizes`` bytes; ``byte`` is an empty array, ``done`` is set at the end."""
+    for piece in range(first, last):
+        source = carray(pointer(sources[piece], byte), (sizes[piece],))
+        target = carray(pointer(targets[piece], byte), (sizes[piece],))
+        for i in range(sizes[piece]):
+            target[i] = source[i]
+    done[0] = True
+
+
+@jit()
+def finite(weights: Any, sizes: Any, first: int, last: int, masks: Any) -> bool:
+    """Return whether no element of some pieces has all the bits set that the one element of ``masks`` has."""
+    mask = masks[0]
+    for piece in range(first, last):
+        bits = carray(pointer(weights[piece], masks), (sizes[piece],))
+        # Four places at once: one stream alone cannot keep the memory busy.
+        quarter = bits.size // 4
+        found = 0
+        for i in range(quarter):
+            found |= (
+                ((bits[i] & mask) == mask)
+                | ((bits[i + quarter] & mask) == mask)
+                | ((bits[i + 2 * quarter] & mask) == mask)
+                | ((bits[i + 3 * quarter] & mask) == mask)
+            )
+        for i in range(4 * quarter, bits.size):
+            found |= (bits[i] & mask) == mask
+        if found:
+            return False
+    return True

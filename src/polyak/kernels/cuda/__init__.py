@@ -1,0 +1,1 @@
+"""Compiled CUDA kernels, which need Triton."""

@@ -1,0 +1,113 @@
+"""What moves tensors: ``average += rate * (weights - average)``, in place, one group of tensors at a time.
+
+``loop`` is the reference; every other kernel equals it. ``fused`` is one pass over all tensors, compiled by Numba for
+CPUs and by Triton for CUDA; where it cannot be had, ``foreach`` and the others of plain torch do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from polyak.errors import MissingExtraError
+from polyak.kernels.base import SHORT, Checking, Generators, Kernel, KernelName, Lanes
+from polyak.kernels.compiler import CompilerError, works
+from polyak.kernels.cpu import fused as cpu
+from polyak.kernels.cuda import fused as cuda
+from polyak.kernels.eager import chunked, foreach
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+__all__ = [
+    "KERNELS",
+    "PIECEWISE",
+    "Checking",
+    "CompilerError",
+    "Generators",
+    "Kernel",
+    "KernelName",
+    "bind",
+    "check_available",
+    "compiles",
+    "kernel_for",
+]
+
+Binder = Callable[[Lanes, "Sequence[Tensor]"], Kernel]
+PIECEWISE = frozenset({"loop", "mixed", "stochastic"})
+"""Kernels that write some tensors after others, of one averager only."""
+
+
+def _piecewise(name: str, move: chunked.Move, *, joined: bool = True) -> Binder:
+    return lambda lanes, weights: chunked.Piecewise(name, move, lanes[0], weights, joined=joined)
+
+
+def _fused(lanes: Lanes, weights: Sequence[Tensor]) -> Kernel:
+    return (cuda.FusedCUDA if weights[0].is_cuda else cpu.FusedCPU)(lanes, weights)
+
+
+KERNELS: dict[str, Binder] = {
+    "copy": foreach.Copy,
+    "compiled copy": cpu.CopyCPU,
+    "loop": _piecewise("loop", chunked.loop, joined=False),
+    "mixed": _piecewise("mixed", chunked.mixed),
+    "stochastic": _piecewise("stochastic", chunked.stochastic),
+    "foreach": foreach.Foreach,
+    "fused": _fused,
+}
+"""What binds each kernel to the averages of its lanes and to their weights."""
+
+
+def bind(name: str, lanes: Lanes, weights: Sequence[Tensor]) -> Kernel:
+    """Return a kernel bound to the averages of some lanes and to their weights."""
+    return KERNELS[name](lanes, weights)
+
+
+def kernel_for(average: Tensor, weight: Tensor, wanted: KernelName, *, copied: bool) -> str:
+    """Return the name of the fastest kernel that a pair fits, among those that were asked for."""
+    if copied:
+        compiled = wanted in {"auto", "fused"} and cpu.fits_copy(average, weight) and _numba()
+        return "compiled copy" if compiled else "copy"
+    if wanted in {"auto", "fused"} and _fused_fits(average, weight):
+        return "fused"
+    if average.dtype in SHORT:
+        return "stochastic"
+    if wanted == "loop":
+        return "loop"
+    same = average.dtype == weight.dtype and average.device == weight.device
+    return "foreach" if same else "mixed"
+
+
+def _fused_fits(average: Tensor, weight: Tensor) -> bool:
+    return (cpu.fits(average, weight) and _numba()) or (cuda.fits(average, weight) and _triton())
+
+
+def check_available(wanted: KernelName) -> None:
+    """Refuse a kernel that cannot be had.
+
+    Raises:
+        MissingExtraError: The fused kernel was asked for by name, and no compiler for it is installed or works.
+    """
+    if wanted == "fused" and not (_numba() or (torch.cuda.is_available() and _triton())):
+        message = (
+            "kernel='fused' needs Numba for CPUs (or Triton for CUDA, which comes with torch), and neither works here: "
+            'pip install "polyak[fast]", without NUMBA_DISABLE_JIT, or take kernel="auto", which uses what there is'
+        )
+        raise MissingExtraError(message)
+
+
+def compiles(wanted: KernelName) -> bool:
+    """Return whether Numba may compile what moves tensors of a CPU, and works here."""
+    return wanted in {"auto", "fused"} and _numba()
+
+
+def _numba() -> bool:
+    return works("numba", cpu.try_out)
+
+
+def _triton() -> bool:
+    return works("triton", cuda.try_out)

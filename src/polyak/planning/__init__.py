@@ -1,0 +1,1 @@
+"""Estimates before a run: equivalent strategies, memory and time."""

@@ -1,0 +1,1 @@
+"""What ranks do together: agree, and name the one that does not answer."""

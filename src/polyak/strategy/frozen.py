@@ -1,0 +1,212 @@
+"""Frozen settings: pydantic models whose mistakes are errors of polyak, in words."""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from inspect import isabstract
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from typing_extensions import override
+
+from polyak.errors import ArgumentError, ConfigError, FrozenError
+from polyak.errors.formatting import brief, listed, shown
+from polyak.errors.hints import habit
+from polyak.strategy.numbers import plain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+
+    from pydantic import GetCoreSchemaHandler
+    from pydantic._internal._model_construction import ModelMetaclass
+    from pydantic_core import CoreSchema, ErrorDetails
+else:
+    ModelMetaclass = type(BaseModel)
+
+__all__ = ["Frozen", "line", "nearest"]
+
+_NUMBER = r"[-+]?\d*\.?\d+(e[-+]?\d+)?"
+_LONGEST = 40  # letters of a name for which similar ones are looked up
+
+
+class _Direct(ModelMetaclass):
+    """Turns what pydantic refuses into a ConfigError where settings are made by a call.
+
+    Validation inside another model does not come here: pydantic collects those errors with their locations.
+    """
+
+    if not TYPE_CHECKING:  # type checkers read the fields
+
+        def __call__(cls, *args: Any, **settings: Any) -> Any:  # noqa: ANN401, N805 - an instance of the class at hand
+            if args:
+                message = f"{cls.__name__}() takes settings by name only; got {shown(args[0])}. {cls._by_name(args[0])}"
+                raise ArgumentError(message)
+            if isabstract(cls):
+                methods = ", ".join(f"{name}()" for name in sorted(cls.__abstractmethods__))
+                message = f"{cls.__name__} is abstract: it has no {methods}. Define what is missing, or use a subclass"
+                raise ArgumentError(message)
+            if not cls.__pydantic_complete__:
+                # Types that are defined later than the class: pydantic looks for them two frames up, and this is one.
+                cls.model_rebuild(raise_errors=False, _parent_namespace_depth=3)
+            try:
+                return super().__call__(**settings)
+            except ValidationError as error:
+                raise cls._refused(error, settings, f"{cls.__name__}()") from error
+
+
+class _FrozenDict(dict[Any, Any]):
+    """A setting that is a mapping; it cannot be changed in place."""
+
+    @override
+    def __setitem__(self, key: object, value: object) -> NoReturn:
+        self._refuse()
+
+    @override
+    def __delitem__(self, key: object) -> NoReturn:
+        self._refuse()
+
+    @override
+    def __ior__(self, other: object) -> NoReturn:
+        self._refuse()
+
+    @override
+    def clear(self) -> NoReturn:
+        self._refuse()
+
+    @override
+    def pop(self, *_: object) -> NoReturn:
+        self._refuse()
+
+    @override
+    def popitem(self) -> NoReturn:
+        self._refuse()
+
+    @override
+    def setdefault(self, *_: object) -> NoReturn:
+        self._refuse()
+
+    @override
+    def update(self, *_: object, **__: object) -> NoReturn:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        message = "settings are frozen, and mappings among them too; make another object with another mapping"
+        raise FrozenError(message)
+
+    @override
+    def __reduce__(self) -> tuple[type, tuple[dict[Any, Any]]]:
+        return _FrozenDict, ({**self},)
+
+
+class Frozen(BaseModel, metaclass=_Direct):
+    """Frozen settings that are validated; what a config file may not say, code may not say either.
+
+    Numbers are numbers: neither texts nor booleans count as one, as in the JSON schema. Those of numpy are taken.
+
+    Raises:
+        ConfigError: If a setting is missing, unknown or out of its range.
+        ArgumentError: If settings are given by position.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, use_attribute_docstrings=True, ser_json_inf_nan="constants"
+    )
+
+    @model_validator(mode="after")
+    def _freeze(self) -> Self:
+        for name, value in vars(self).items():
+            if isinstance(value, dict):
+                vars(self)[name] = _FrozenDict(value)
+        return self
+
+    def __hash__(self) -> int:
+        return hash((type(self), _hashable(vars(self))))
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValueError as error:  # pydantic's, for frozen fields and for names that are none
+            raise self._frozen(name) from error
+
+    @override
+    def __delattr__(self, name: str) -> None:
+        try:
+            super().__delattr__(name)
+        except ValueError as error:  # as above
+            raise self._frozen(name) from error
+
+    def _frozen(self, name: str) -> FrozenError:
+        own = type(self)
+        if name not in own.model_fields:
+            message = f"{own.__name__} has no setting {shown(name)}. Known: {listed(own.model_fields)}."
+        else:
+            message = f"{own.__name__}.{name} is frozen; make another object: {own.__name__}({name}=...)"
+        return FrozenError(message)
+
+    @classmethod
+    def _refused(cls, error: ValidationError, settings: Mapping[str, Any], where: str) -> ConfigError:  # noqa: ARG003 - subclasses look at them
+        lines = [line(detail, cls._hint) for detail in error.errors()]
+        return ConfigError(brief("\n  ".join([f"{where} cannot be used:", *lines])))
+
+    @classmethod
+    def _by_name(cls, value: object) -> str:  # noqa: ARG003 - subclasses look at it
+        """Return what to write in the place of a value without a name."""
+        example = next((name for name in cls.model_fields if name != "name"), None)
+        return f"It has no settings: {cls.__name__}()" if example is None else f"Write {example}=..."
+
+    @classmethod
+    def _hint(cls, key: str) -> str:
+        return f"{nearest(key, cls.model_fields)} Known: {listed(sorted(cls.model_fields))}."
+
+    @classmethod
+    @override
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema: CoreSchema = plain(handler(source))
+        return schema
+
+
+def _hashable(value: object) -> object:
+    """Return something that can be hashed, alike for values that are equal."""
+    if isinstance(value, dict):
+        return frozenset((key, _hashable(part)) for key, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_hashable, value))
+    return frozenset(value) if isinstance(value, (set, frozenset)) else value
+
+
+def line(detail: ErrorDetails, hint: Callable[[str], str]) -> str:
+    """Return what is wrong with one setting.
+
+    Args:
+        detail: The error as pydantic has it.
+        hint: Maps the name of an unknown setting to what could have been meant.
+    """
+    # pydantic names the branches of a union in the location: they are no keys of the user's.
+    loc = [str(part) for part in detail["loc"] if "[" not in str(part)]
+    where = ".".join(part if len(part) <= _LONGEST else shown(part) for part in loc)
+    kind, got = detail["type"], shown(detail["input"])
+    if kind == "extra_forbidden":
+        return f"{where}: there is no such setting (got {got}).{hint(str(detail['loc'][-1]))}"
+    if kind == "value_error":  # a message of our own says what was got
+        return f"{where}: {detail['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+    if kind == "missing" and loc[-1] == "name":
+        return f"{where}: the class has no name; declare it as  name: Literal['my_name'] = 'my_name'"
+    if kind == "missing":
+        return f"{where}: it has no default and must be given"
+    allowed = re.findall(r"'([^']*)'", detail["ctx"]["expected"]) if kind == "literal_error" else []
+    text = isinstance(detail["input"], str) and re.fullmatch(_NUMBER, detail["input"])
+    unquoted = " Write it without quotes." if text and kind != "literal_error" else ""
+    return f"{where}: {detail['msg']} (got {got}).{unquoted}{_similar(detail['input'], allowed)}"
+
+
+def nearest(key: str, known: Collection[str]) -> str:
+    """Return a hint at the setting that was probably meant; empty where none is near."""
+    return habit(key, known) or _similar(key, known)
+
+
+def _similar(got: object, known: Collection[str]) -> str:
+    key = got if isinstance(got, str) else ""
+    near = get_close_matches(key, list(known), n=1, cutoff=0.5) if len(key) <= _LONGEST else []
+    return f" Did you mean {near[0]!r}?" if near else ""

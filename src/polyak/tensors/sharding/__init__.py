@@ -1,0 +1,1 @@
+"""Sharded tensors: the local part of each, and where the others are."""
