@@ -16,7 +16,7 @@ from hatchling.build import build_wheel
 
 import polyak
 from polyak.registry import hookspecs
-from polyak.strategy import RESERVED
+from polyak.strategy.base import RESERVED
 from scratch import distribute, environment, installed
 
 PAGE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text(encoding="utf-8")

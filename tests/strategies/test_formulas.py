@@ -13,7 +13,8 @@ from hypothesis import given, strategies as st
 import polyak
 from oracle import strategies_to_try
 from polyak.registry import registry
-from polyak.strategy import BUILT_IN, checked_rate
+from polyak.strategy import BUILT_IN
+from polyak.strategy.base import checked_rate
 from polyak.strategy.polynomial import _kept
 from polyak.strategy.updates import Updates, rates_of
 
