@@ -800,7 +800,7 @@ PROFILES = [
     (lambda: polyak.AveragerConfig.from_file(None), TypeError, ["a config file is given as a path", "None"]),
     (lambda: polyak.strategies()["emma"], KeyError, ["'emma'", "Known: ema"]),
     (lambda: polyak.convert("ema", None, steps=100), TypeError, ["None as the family"]),
-    (lambda: polyak.convert("ema", "power", steps="a"), TypeError, ["steps='a'", "integers"]),
+    (lambda: polyak.convert("ema", "power", steps="a"), TypeError, ["steps: got 'a'", "an integer"]),
     (lambda: polyak.recalibrate([], polyak.average(mlp())), TypeError, ["are the arguments swapped"]),
     (lambda: polyak.recalibrate(None, []), TypeError, ["None as the averager"]),
     (lambda: polyak.average(mlp(), "lawa", window=10**12), ValueError, ["window=1,000,000,000,000", "100,000"]),

@@ -7,7 +7,9 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, strategies as st
 from typer.testing import CliRunner
 
@@ -97,11 +99,47 @@ def test_without_a_step_there_is_no_share_of_it():
         (Job(1e9), {"device": "tpu"}, "device: got 'tpu'; expected 'cuda'"),
         (Job(1e9), {"averages": 0}, "averages: got 0"),
         (Job(1e9, step=-1.0), {}, "step: got -1.0"),
+        (Job(np.float32(-1)), {}, "params: got np.float32(-1.0)"),
+        (Job(torch.tensor(math.inf)), {}, "params: got <Tensor>"),
+        (Job("7B"), {}, "params: got '7B'; expected a positive number"),
+        (Job(None), {}, "params: got None"),
+        (Job(True), {}, "params: got True"),
+        (Job(1e9, ranks=2.5), {}, "ranks: got 2.5; expected an integer from 1"),
+        (Job(1e9, ranks="8"), {}, "ranks: got '8'; expected an integer from 1"),
+        (Job(1e9, weights=["float32"]), {}, "weights: got ['float32']"),
+        (Job(1e9), {"averages": np.array(True)}, "averages: got <ndarray>"),
+        (Job(1e9), {"device": ["cpu"]}, "device: got ['cpu']"),
+        (Job(1e9), {"hardware": Hardware(node=0)}, "node: got 0; expected an integer from 1"),
+        (Job(1e9), {"hardware": Hardware(memory="fast")}, "memory: got 'fast'"),
+        (
+            Job(1e9),
+            {"hardware": 3e12},
+            "got 3000000000000.0 as the hardware; expected polyak.planning.budget.Hardware(memory=...)",
+        ),
+        (70e9, {}, "got 70000000000.0 as the job; expected polyak.planning.budget.Job(params=...)"),
     ],
 )
 def test_wrong_numbers_are_refused(job, options, says):
-    with pytest.raises(polyak.ConfigError, match=says.replace("(", r"\(")):
+    with pytest.raises(polyak.ConfigError, match=re.escape(says)):
         budget(job, **options)
+
+
+@pytest.mark.parametrize("share", [0, -0.1, math.nan, "1%", None])
+def test_a_share_of_the_time_that_is_none_is_refused(share):
+    with pytest.raises(polyak.ConfigError, match=r"share: got .*; expected a positive number"):
+        budget(Job(1e9, step=1.0)).every(share)
+
+
+def test_numbers_of_numpy_and_torch_give_what_plain_ones_do():
+    plain = budget(Job(1e9, ranks=8, step=0.5), Hardware(node=4), averages=2)
+    other = budget(
+        Job(torch.tensor(1e9), ranks=np.int32(8), weights=torch.float32, step=np.array(0.5)),
+        Hardware(node=np.uint8(4)),
+        averages=torch.tensor(2),
+        dtype=torch.float32,
+    )
+    assert other == plain
+    assert {type(value) for value in vars(other).values()} == {float}
 
 
 def test_the_command_prints_the_figures_and_the_cadence():

@@ -80,7 +80,7 @@ def test_settings_have_five_digits_counted_from_one_where_that_is_near(value, sh
         ("convert decay=0.9 --steps 100", r"where an average begins"),
         ("convert ema --steps 0", r"--steps: got 0"),
         ("convert ema --steps 9 --every 10", r"there is no update in steps=9 with every=10"),
-        ("convert ema --steps 9 --every 0", r"every=0"),
+        ("convert ema --steps 9 --every 0", r"every: got 0; expected an integer from 1"),
         ("convert swa start=0.5 --steps 100", r"start"),
         ("convert ema + swa --steps 100", r"got '\+'; expected KEY=VALUE"),
     ],

@@ -121,9 +121,17 @@ def test_what_is_no_family_is_answered_with_the_families():
             convert("ema", to, steps=100)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": 5, "every": 10}, {"steps": 100, "every": 0}, {"steps": -1}])
-def test_a_run_without_updates_is_refused(wrong):
-    with pytest.raises(polyak.ConfigError, match="there is no update in steps="):
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"steps": 0}, "steps: got 0; expected an integer from 1"),
+        ({"steps": 5, "every": 10}, "there is no update in steps=5"),
+        ({"steps": 100, "every": 0}, "every: got 0; expected an integer from 1"),
+        ({"steps": -1}, "steps: got -1"),
+    ],
+)
+def test_a_run_without_updates_is_refused(wrong, said):
+    with pytest.raises(polyak.ConfigError, match=said):
         convert("ema", "power", **wrong)
 
 

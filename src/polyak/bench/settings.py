@@ -13,7 +13,9 @@ import polyak
 from polyak.bench.libraries import LIBRARIES
 from polyak.bench.models import MODELS
 from polyak.errors import ConfigError
+from polyak.errors.formatting import shown
 from polyak.kernels.select import KernelName
+from polyak.strategy.numbers import as_number, given_integer
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Settings", "checked", "kernel_names"]
 
 _RANKS = (1, 2, 4)
+_THREADS = 4096  # more end the process
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,11 @@ class Settings:
         for name in self.strategies:
             if name != "all":
                 checked("strategy", name, polyak.strategies(), "or all")
-        if self.seconds < 0 or (self.threads is not None and self.threads < 1):
-            message = f"seconds={self.seconds} and threads={self.threads}: give seconds from 0 and threads from 1 on"
+        if (seconds := as_number(self.seconds)) is None or seconds < 0:
+            message = f"seconds: got {shown(self.seconds)}; expected a finite number from 0 on"
             raise ConfigError(message)
+        if self.threads is not None:
+            given_integer("threads", self.threads, 1, _THREADS)
         # Several ranks may share cores, but not an accelerator.
         wanted = "1 or more" if self.place.type == "cpu" else f"1 to {self.room} here, one for each device"
         most = max([1, *self.ranks]) if self.place.type == "cpu" else self.room

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from numbers import Integral
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BeforeValidator, SerializeAsAny, SerializerFunctionWrapHandler, ValidationError, field_serializer
@@ -21,6 +20,7 @@ from polyak.errors.formatting import brief, listed, shown
 from polyak.registry import registry
 from polyak.strategy import EMA
 from polyak.strategy.base import Strategy, settings_of
+from polyak.strategy.numbers import given_integer
 from polyak.strategy.profile import Profile
 
 if TYPE_CHECKING:
@@ -173,10 +173,8 @@ class AveragerConfig(Options):
             >>> AveragerConfig(strategy="swa", start=76).profile(100).effective_size
             25.0
         """
-        if not isinstance(step, Integral):
-            message = f"step: got {shown(step)}; expected the count of optimiser steps so far"
-            raise ArgumentError(message)
-        least = 0 if counted_from <= 0 else self.every
+        step = given_integer("step", step, 0)
+        least = self.every if given_integer("counted_from", counted_from, 0) else 0
         first = max(least, -(-self.start // self.every) * self.every)
         n = max(0, (step - first) // self.every + 1)
         cadence = {"every": self.every, "start": self.start, "first": first}

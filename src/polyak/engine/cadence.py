@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from contextlib import suppress
-from numbers import Real
-from operator import index
 from typing import Literal, NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from polyak.errors import ConfigError
+from polyak.errors.formatting import shown
 from polyak.strategy.clock import Clock
+from polyak.strategy.numbers import LARGEST, as_integer, as_number
 
-__all__ = ["LARGEST", "Progress", "Tick", "given_lr", "given_step", "tick"]
-
-LARGEST = 2**63 - 1
-"""The largest count of steps that the history can hold."""
+__all__ = ["Progress", "Tick", "given_lr", "given_step", "tick"]
 
 
 class Progress(NamedTuple):
@@ -91,12 +82,11 @@ def given_step(step: object) -> int:
     Raises:
         ConfigError: If ``step`` is no integer, negative, or larger than the history can hold.
     """
-    number = None
-    if not (isinstance(step, bool) or getattr(step, "dtype", None) is torch.bool):
-        with suppress(TypeError):
-            number = index(step)  # type: ignore[arg-type]  # suppressed where it has none
+    number = as_integer(step)
     if number is None or not 0 <= number <= LARGEST:
-        message = f"step: got {step!r}; expected the count of optimiser steps so far, an integer from 0 to {LARGEST}"
+        message = (
+            f"step: got {shown(step)}; expected the count of optimiser steps so far, an integer from 0 to {LARGEST}"
+        )
         raise ConfigError(message)
     return number
 
@@ -107,12 +97,9 @@ def given_lr(lr: object) -> float:
     Raises:
         ConfigError: If ``lr`` is no finite number.
     """
-    number = math.nan
-    if isinstance(lr, (Real, Tensor, np.ndarray)) and not isinstance(lr, bool):
-        with suppress(TypeError, ValueError, RuntimeError, OverflowError):
-            number = float(lr)
-    if not math.isfinite(number):
-        message = f"lr: got {lr!r}; expected the learning rate of this step, a finite number"
+    number = as_number(lr)
+    if number is None:
+        message = f"lr: got {shown(lr)}; expected the learning rate of this step, a finite number"
         raise ConfigError(message)
     return number
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from polyak.errors import ConfigError
+from polyak.errors import ArgumentError, ConfigError
+from polyak.errors.formatting import shown
+from polyak.strategy.numbers import given_integer, given_positive
 
 __all__ = ["Budget", "Hardware", "Job", "budget"]
 
+T = TypeVar("T", "Job", "Hardware")
+
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_COUNTED = frozenset({"ranks", "replicas", "node"})
+_OPEN = frozenset({"step", "tokens"})
 
 
 @dataclass(frozen=True)
@@ -89,11 +96,15 @@ class Budget:
     def every(self, share: float) -> int | None:
         """Return the smallest ``every=`` that keeps averaging under a share of the training time; None: no step known.
 
+        Raises:
+            ConfigError: If ``share`` is no positive number.
+
         Examples:
             >>> cost = budget(Job(70e9, ranks=64, tokens=262144), device="cpu")
             >>> cost.every(0.01), cost.every(0.5)
             (18, 1)
         """
+        share = given_positive("share", share)
         return None if self.step is None else max(1, math.ceil(self.seconds / (share * self.step)))
 
 
@@ -122,6 +133,7 @@ def budget(
         checked: Whether non-finite weights are looked for (``nonfinite="skip"`` or ``"raise"``).
 
     Raises:
+        ArgumentError: If ``job`` is no ``Job``, or ``hardware`` no ``Hardware``.
         ConfigError: A number that is not positive, replicas that do not divide the ranks, an unknown dtype or device.
 
     Often confused with: a measurement; ``polyak bench`` measures.
@@ -131,8 +143,11 @@ def budget(
         >>> round(cost.averages / 1e9, 2), round(1e3 * cost.seconds, 1)  # GB, ms
         (4.38, 5.2)
     """
-    hardware = hardware or Hardware()
-    _check(job, hardware, dtype, device, averages)
+    job, hardware = _checked(job), Hardware() if hardware is None else _plain(hardware, Hardware, "memory")
+    averages, dtype = given_integer("averages", averages, 1), _dtype("dtype", dtype)
+    if device not in ("cuda", "cpu"):
+        message = f"device: got {shown(device)}; expected 'cuda' (with the model) or 'cpu' (on the host)"
+        raise ConfigError(message)
     w, a = _BYTES[job.weights], _BYTES[dtype] * averages
     elements = job.params * job.replicas / job.ranks
     words = (2 if checked else 1) * w + 2 * a
@@ -156,22 +171,37 @@ def budget(
     )  # fmt: skip
 
 
-def _check(job: Job, hardware: Hardware, dtype: str, device: str, averages: int) -> None:
+def _checked(job: Job) -> Job:
+    job = replace(_plain(job, Job, "params"), weights=_dtype("weights", job.weights))
     if job.step is not None and job.tokens is not None:
         message = f"got step={job.step!r} and tokens={job.tokens!r}; give one of them"
         raise ConfigError(message)
-    numbers = {**vars(job), **vars(hardware), "averages": averages}
-    for name, value in numbers.items():
-        if isinstance(value, (int, float)) and not (value > 0 and math.isfinite(value)):
-            message = f"{name}: got {value!r}; expected a positive number"
-            raise ConfigError(message)
     if job.ranks % job.replicas:
         message = f"replicas: got {job.replicas} for {job.ranks} ranks; expected a divisor (1: all sharded)"
         raise ConfigError(message)
-    for name, value in (("dtype", dtype), ("weights", job.weights)):
-        if value not in _BYTES:
-            message = f"{name}: got {value!r}; expected {', '.join(_BYTES)}"
-            raise ConfigError(message)
-    if device not in {"cuda", "cpu"}:
-        message = f"device: got {device!r}; expected 'cuda' (with the model) or 'cpu' (on the host)"
+    return job
+
+
+def _plain(given: T, kind: type[T], example: str) -> T:
+    """Return a job or the hardware with numbers of Python, each checked."""
+    if not isinstance(given, kind):
+        name = kind.__name__
+        message = (
+            f"budget() got {shown(given)} as the {name.lower()}; expected polyak.planning.budget.{name}({example}=...)"
+        )
+        raise ArgumentError(message)
+    numbers: dict[str, Any] = {}
+    for name, value in vars(given).items():
+        if name in _COUNTED:
+            numbers[name] = given_integer(name, value, 1)
+        elif name != "weights" and not (value is None and name in _OPEN):
+            numbers[name] = given_positive(name, value)
+    return replace(given, **numbers)
+
+
+def _dtype(name: str, value: object) -> str:
+    dtype = str(value).removeprefix("torch.")
+    if dtype not in _BYTES:
+        message = f"{name}: got {shown(value)}; expected {', '.join(_BYTES)}"
         raise ConfigError(message)
+    return dtype

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from polyak.errors import ArgumentError, ConfigError
 from polyak.errors.formatting import shown
 from polyak.registry import registry
 from polyak.strategy.base import Strategy
+from polyak.strategy.numbers import given_integer
 from polyak.strategy.profile import Profile
 
 if TYPE_CHECKING:
@@ -84,11 +84,9 @@ def convert(
         >>> convert({"name": "ema", "decay": 0.99}, "lawa", steps=10_000, to_every=10).strategy
         LAWA(name='lawa', window=17)
     """
-    spacing = every if to_every is None else to_every
-    if not all(isinstance(number, Integral) for number in (steps, every, spacing)):
-        message = f"got steps={shown(steps)}, every={shown(every)} and to_every={shown(to_every)}; expected integers"
-        raise ArgumentError(message)
-    if min(every, spacing) < 1 or steps < max(every, spacing):
+    steps, every = given_integer("steps", steps, 1), given_integer("every", every, 1)
+    spacing = every if to_every is None else given_integer("to_every", to_every, 1)
+    if steps < max(every, spacing):
         message = (
             f"there is no update in steps={steps!r} with every={every!r} and to_every={spacing!r}; give more steps"
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from polyak.errors import MissingFileError, StateError
 from polyak.io.atomic import as_path
 from polyak.posthoc.snapshot import Snapshot
+from polyak.strategy.numbers import given_integer
 
 if TYPE_CHECKING:
     import os
@@ -57,8 +58,10 @@ class Store:
         """Return the snapshots up to an optimiser step, and that step; the last one's where it is None.
 
         Raises:
+            ConfigError: If ``step`` is no count of steps.
             StateError: There is none.
         """
+        step = None if step is None else given_integer("at_step", step, 0)
         chosen = [snapshot for snapshot in self.snapshots if step is None or snapshot.step <= step]
         if all(snapshot.is_start for snapshot in chosen):
             which = "are no snapshots" if not self.snapshots else f"is no snapshot up to step {step}"

@@ -27,6 +27,7 @@ from polyak.posthoc.sources import (
 from polyak.posthoc.starts import Starts
 from polyak.posthoc.strangers import remember
 from polyak.posthoc.writer import Folder
+from polyak.strategy.numbers import given_integer
 from polyak.tensors.storage import as_dtype
 
 if TYPE_CHECKING:
@@ -97,10 +98,8 @@ class Recorder:
         dtype: str | torch.dtype = "auto",
     ) -> None:
         refuse_other("posthoc.Recorder", averager, directory, "directory, every=...")
-        for name, value in (("every", every), ("keep", keep)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                message = f"{name}: got {value!r}; expected a whole number of at least 1"
-                raise ConfigError(message)
+        every = given_integer("every", every, 1)
+        keep = None if keep is None else given_integer("keep", keep, 1)
         safetensors()
         short = as_dtype(dtype)
         # A script may change its directory.

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
 from numbers import Integral, Real
+from operator import index
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import Field
 from pydantic_core import PydanticKnownError, core_schema
 
-from polyak.errors import ConfigError
+from polyak.errors import ArgumentError, ConfigError
 from polyak.errors.formatting import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["Count", "Steps", "check_integer", "plain"]
+__all__ = ["LARGEST", "Count", "Steps", "as_integer", "as_number", "given_integer", "given_positive", "plain"]
 
+LARGEST: Final = 2**63 - 1
+"""The largest integer that a tensor of 64 bits holds."""
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 """How many there are of something: at least one, and an integer of 64 bits."""
 Steps = Annotated[int, Field(ge=0, lt=2**63)]
@@ -28,15 +33,51 @@ _FINITE: Final = "finite_number"
 _TRUTH: Final = "bool_type"
 
 
-def check_integer(name: str, value: object, least: int, most: int = 2**63 - 1) -> None:
-    """Refuse what is no integer in a range.
+def as_integer(value: object) -> int | None:
+    """Return an integer of Python, numpy or torch as Python's, and None for any other value, booleans included."""
+    if type(value) is int:
+        return value
+    if not _is_truth(value):
+        with suppress(TypeError, RuntimeError):  # RuntimeError: a tensor without a value, as on the meta device
+            return index(value)  # type: ignore[arg-type]  # suppressed where it has none
+    return None
+
+
+def as_number(value: object) -> float | None:
+    """Return a finite number of Python, numpy or torch as a float, and None for any other value, booleans included."""
+    if isinstance(value, (str, bytes, bytearray)) or _is_truth(value):
+        return None
+    with suppress(TypeError, ValueError, RuntimeError, OverflowError):
+        number = float(value)  # type: ignore[arg-type]  # suppressed where it is none
+        return number if math.isfinite(number) else None
+    return None
+
+
+def given_integer(name: str, value: object, least: int, most: int = LARGEST) -> int:
+    """Return an integer that a user gave as Python's.
 
     Raises:
-        ConfigError: If ``value`` is none.
+        ArgumentError: If ``value`` is no integer.
+        ConfigError: If it is out of its range.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
+    number = as_integer(value)
+    if number is None or not least <= number <= most:
         message = f"{name}: got {shown(value)}; expected an integer from {least} to {most:,}"
+        raise (ArgumentError if number is None else ConfigError)(message)
+    return number
+
+
+def given_positive(name: str, value: object) -> float:
+    """Return a positive number that a user gave as a float.
+
+    Raises:
+        ConfigError: If ``value`` is no finite number above 0.
+    """
+    number = as_number(value)
+    if number is None or number <= 0:
+        message = f"{name}: got {shown(value)}; expected a positive number"
         raise ConfigError(message)
+    return number
 
 
 def plain(schema: Any) -> Any:  # noqa: ANN401 - a core schema is nested dicts and lists
@@ -51,7 +92,7 @@ def plain(schema: Any) -> Any:  # noqa: ANN401 - a core schema is nested dicts a
 
 
 def _is_truth(value: object) -> bool:
-    return isinstance(value, bool) or type(value).__name__ in {"bool", "bool_"}  # numpy's, under both of its names
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in {"bool", "torch.bool"}
 
 
 def _integer(value: Any) -> Any:  # noqa: ANN401 - a validator takes whatever the user wrote
@@ -74,7 +115,7 @@ def _number(value: Any) -> Any:  # noqa: ANN401 - as above
 
 
 def _truth(value: Any) -> Any:  # noqa: ANN401 - as above
-    if not _is_truth(value):
+    if type(value).__name__ not in {"bool", "bool_"}:  # Python's, and numpy's under both of its names
         raise PydanticKnownError(_TRUTH)
     return bool(value)
 

@@ -12,7 +12,7 @@ import numpy as np
 from polyak.errors import ArgumentError, ConfigError, RateError
 from polyak.errors.formatting import shown
 from polyak.strategy.base import Strategy
-from polyak.strategy.numbers import check_integer
+from polyak.strategy.numbers import LARGEST, given_integer
 from polyak.strategy.runs import Runs
 from polyak.strategy.shares import recursion_shares
 from polyak.strategy.updates import Updates, rates_of
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["Profile"]
 
 _LONGEST = 100_000_000  # updates, whose profile has some gigabytes
-_LAST = 2**63 - 1
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -126,16 +125,15 @@ class Profile:
             if isinstance(strategy, (str, dict)):
                 message += f", or AveragerConfig(strategy={shown(strategy)}).profile(step)"
             raise ArgumentError(message)
-        check_integer("n", n, 0, _LONGEST)
-        check_integer("every", every, 1)
-        check_integer("start", start, 0)
-        check_integer("first", 0 if first is None else first, 0)
+        n = given_integer("n", n, 0, _LONGEST)
+        every, start = given_integer("every", every, 1), given_integer("start", start, 0)
+        first = None if first is None else given_integer("first", first, 0)
         if origin not in {None, "initial", "first"}:
             message = f"origin: got {shown(origin)}; expected 'initial', 'first' or None (the strategy's own)"
             raise ConfigError(message)
         begin = max(every, -(-start // every) * every) if first is None else first
-        if (last := begin + max(0, n - 1) * every) > _LAST:
-            message = f"n={n} updates, one each every={every} steps, end at step {last}; expected at most {_LAST}"
+        if (last := begin + max(0, n - 1) * every) > LARGEST:
+            message = f"n={n} updates, one each every={every} steps, end at step {last}; expected at most {LARGEST}"
             raise ConfigError(message)
         origin = origin or ("first" if start else strategy.engine().get("origin", "initial"))
         return cls.at(strategy, Updates.regular(n, every=every, first=begin, lr=lr), origin)
