@@ -611,6 +611,83 @@ def test_a_mapping_of_a_config_cannot_be_changed(change):
     assert config == AveragerConfig(buffers={"*": "copy"})
 
 
+class Nested(Levels):
+    name: Literal["nested"] = "nested"
+    table: dict[str, list[dict[str, float]]] = Field({"a": [{"b": 1.0}]})
+    pairs: tuple[list[int], ...] = ([1, 2],)
+    some: set[int] = Field({1, 2})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.table["a"][0].update(b=2.0), lambda s: s.table["a"].append({}), lambda s: s.table.clear(),
+        lambda s: s.pairs[0].sort(), lambda s: s.pairs[0].__setitem__(0, 3), lambda s: s.pairs[0].__iadd__([1]),
+        lambda s: s.some.add(3), lambda s: s.some.__ior__({3}),
+    ],
+)  # fmt: skip
+def test_what_a_setting_holds_cannot_be_changed_however_deep(change):
+    strategy = Nested()
+    with pytest.raises(polyak.FrozenError, match=r"settings are frozen, and a (dict|list|set) among them too"):
+        change(strategy)
+    assert strategy == Nested()
+    for again in (pickle.loads(pickle.dumps(strategy)), copy.deepcopy(strategy), Nested(**strategy.model_dump())):
+        assert again == strategy
+        assert hash(again) == hash(strategy)
+        with pytest.raises(polyak.FrozenError):
+            change(again)
+    check_strategy(strategy)
+
+
+def test_a_copy_with_other_settings_is_validated_and_frozen():
+    config = AveragerConfig(strategy="swa", every=2)
+    other = config.model_copy(update={"buffers": {"*": "copy"}, "start": torch.tensor(5)})
+    assert other == AveragerConfig(strategy="swa", every=2, buffers={"*": "copy"}, start=5)
+    assert other.model_fields_set == {"strategy", "every", "buffers", "start"}
+    assert {other: 1}[other.model_copy(deep=True)] == 1
+    for one in (other, config.model_copy(update={"buffers": {"*": "copy"}}, deep=True)):
+        with pytest.raises(polyak.FrozenError):
+            one.buffers["*"] = "skip"
+    assert config.model_copy(update={"strategy": "ema"}).strategy == polyak.EMA()
+    assert polyak.EMA(decay=0.5).model_copy() == polyak.EMA(decay=0.5)
+
+
+@pytest.mark.parametrize(
+    ("model", "update", "said"),
+    [
+        (AveragerConfig(), {"every": 0}, r"AveragerConfig\.model_copy\(\) cannot be used:\n  every: .* \(got 0\)"),
+        (AveragerConfig(), {"evry": 2}, r"evry: there is no such setting \(got 2\)\. Did you mean 'every'"),
+        (AveragerConfig(), {"strategy": "emma"}, r"no strategy is called 'emma'"),
+        (polyak.EMA(), {"decay": 2}, r"EMA\.model_copy\(\) cannot be used:\n  decay: .* \(got 2\)"),
+    ],
+)
+def test_a_copy_with_wrong_settings_is_refused(model, update, said):
+    with pytest.raises(ConfigError, match=said):
+        model.model_copy(update=update)
+
+
+class WithPlaceholder(Levels):
+    name: Literal["with_placeholder"] = "with_placeholder"
+    cap: float = math.nan
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: polyak.EMA(decay=math.nan), lambda: Limited(limit=math.nan),
+        lambda: Limited(limit=torch.tensor(math.nan)),
+        lambda: Nested(table={"a": [{"b": math.nan}]}), lambda: WithInner(inner=Inner(cap=math.nan)),
+        lambda: WithAnything(what=(1, math.nan)), WithPlaceholder,
+        lambda: Limited().model_copy(update={"limit": math.nan}),
+        lambda: AveragerConfig.of({"strategy": {"name": "ema", "decay": math.nan}}),
+        lambda: polyak.average(mlp(), Limited()).configure(limit=math.nan),
+    ],
+)  # fmt: skip
+def test_a_setting_that_is_nan_is_refused(make):
+    with pytest.raises(ConfigError, match=r"(decay|limit|table|inner|what|cap): .*\(?got nan"):
+        make()
+
+
 def test_equal_configs_have_equal_hashes():
     one = AveragerConfig(buffers={"a": "copy", "b": "skip"}, strategy=polyak.EMA(decay=0.5), include=["x", "y"])
     same = AveragerConfig(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import ClassVar, Generic, Literal, TypeVar
 
 import pytest
 import torch
-from pydantic import ConfigDict, PrivateAttr, field_serializer
+from pydantic import BaseModel, ConfigDict, PrivateAttr, field_serializer
 
 import polyak
 from polyak.kernels import select as kernels
@@ -102,6 +102,33 @@ class Mutable(Sound):
     model_config = ConfigDict(frozen=False)
 
 
+class Part(BaseModel):
+    value: float = 1.0
+
+
+class MutablePart(Sound):
+    part: Part = Part()
+
+
+_T = TypeVar("_T")
+
+
+class AnyPart(BaseModel, Generic[_T]):
+    value: _T
+
+
+FloatPart = AnyPart[float]
+
+
+class MutableGenericPart(Sound):
+    part: FloatPart = FloatPart(value=1.0)
+
+
+class WithoutHash(Sound):
+    def __hash__(self):
+        return id(self)
+
+
 class Lenient(Sound):
     model_config = ConfigDict(extra="ignore")
 
@@ -129,7 +156,10 @@ BROKEN = [
     (Counts(), r"law 1, .* returned 1\.0 and then 0\.5 at one Clock"),
     (RemembersOtherAveragers(), r"law 1, one-hot weights give the profile: update \d+ has the share 0\.\d+ by"),
     (Secret(), r"law 8, .*: the last rate is 0\.\d+ after a resume and 0\.\d+ without"),
-    (Mutable(), r"configs, .* can be changed"),
+    (Mutable(), r"settings are frozen .* can be changed"),
+    (MutablePart(), r"frozen .* MutablePart\.part holds an object of the class Part, .* ConfigDict\(frozen=True\)"),
+    (MutableGenericPart(), r"frozen .* MutableGenericPart\.part .* AnyPart\[float\], which can be changed"),
+    (WithoutHash(), r"a copy of WithoutHash\(.*\) is equal and has another hash"),
     (Lenient(), r"configs, .* a misspelt setting is accepted"),
     (Forgetful(), r"configs, .* JSON changes it: Forgetful\(.*decay=0\.9\) came back as Forgetful\(.*decay=1\.0\)"),
     (Unsupported(), r"law 1, one-hot .* raised ValidationError: .*\n.*origin"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from difflib import get_close_matches
 from inspect import isabstract
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from typing_extensions import override
@@ -13,6 +13,7 @@ from typing_extensions import override
 from polyak.errors import ArgumentError, ConfigError, FrozenError
 from polyak.errors.formatting import brief, listed, shown
 from polyak.errors.hints import habit
+from polyak.strategy.containers import frozen, hashable
 from polyak.strategy.numbers import plain
 
 if TYPE_CHECKING:
@@ -55,50 +56,6 @@ class _Direct(ModelMetaclass):
                 raise cls._refused(error, settings, f"{cls.__name__}()") from error
 
 
-class _FrozenDict(dict[Any, Any]):
-    """A setting that is a mapping; it cannot be changed in place."""
-
-    @override
-    def __setitem__(self, key: object, value: object) -> NoReturn:
-        self._refuse()
-
-    @override
-    def __delitem__(self, key: object) -> NoReturn:
-        self._refuse()
-
-    @override
-    def __ior__(self, other: object) -> NoReturn:
-        self._refuse()
-
-    @override
-    def clear(self) -> NoReturn:
-        self._refuse()
-
-    @override
-    def pop(self, *_: object) -> NoReturn:
-        self._refuse()
-
-    @override
-    def popitem(self) -> NoReturn:
-        self._refuse()
-
-    @override
-    def setdefault(self, *_: object) -> NoReturn:
-        self._refuse()
-
-    @override
-    def update(self, *_: object, **__: object) -> NoReturn:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        message = "settings are frozen, and mappings among them too; make another object with another mapping"
-        raise FrozenError(message)
-
-    @override
-    def __reduce__(self) -> tuple[type, tuple[dict[Any, Any]]]:
-        return _FrozenDict, ({**self},)
-
-
 class Frozen(BaseModel, metaclass=_Direct):
     """Frozen settings that are validated; what a config file may not say, code may not say either.
 
@@ -115,13 +72,35 @@ class Frozen(BaseModel, metaclass=_Direct):
 
     @model_validator(mode="after")
     def _freeze(self) -> Self:
-        for name, value in vars(self).items():
-            if isinstance(value, dict):
-                vars(self)[name] = _FrozenDict(value)
+        for name in type(self).model_fields:
+            try:
+                vars(self)[name] = frozen(vars(self)[name])
+            except ValueError as error:
+                message = f"{name}: {error}"
+                raise ValueError(message) from error
         return self
 
     def __hash__(self) -> int:
-        return hash((type(self), _hashable(vars(self))))
+        own = type(self)
+        return hash((own, *(hashable(f"{own.__name__}.{name}", getattr(self, name)) for name in own.model_fields)))
+
+    @override
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with some settings replaced; unlike pydantic's, it is validated.
+
+        Raises:
+            ConfigError: If a setting is unknown or out of its range.
+        """
+        if not update:
+            return super().model_copy(deep=deep)
+        own = type(self)
+        settings = {**{name: getattr(self, name) for name in own.model_fields}, **update}
+        try:
+            made = own.model_validate(settings)
+        except ValidationError as error:
+            raise self._refused(error, settings, f"{own.__name__}.model_copy()") from error
+        made.model_fields_set.intersection_update({*self.model_fields_set, *update})
+        return made.model_copy(deep=True) if deep else made
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
@@ -165,15 +144,6 @@ class Frozen(BaseModel, metaclass=_Direct):
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         schema: CoreSchema = plain(handler(source))
         return schema
-
-
-def _hashable(value: object) -> object:
-    """Return something that can be hashed, alike for values that are equal."""
-    if isinstance(value, dict):
-        return frozenset((key, _hashable(part)) for key, part in value.items())
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_hashable, value))
-    return frozenset(value) if isinstance(value, (set, frozenset)) else value
 
 
 def line(detail: ErrorDetails, hint: Callable[[str], str]) -> str:

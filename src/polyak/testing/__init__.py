@@ -21,7 +21,7 @@ __all__ = ["check_strategies", "check_strategy", "learning_rate"]
 def check_strategy(
     strategy: AnyStrategy | AveragerConfig, *, lr: Callable[[int], float] = learning_rate, **settings: Any
 ) -> None:
-    """Check that a strategy obeys the laws: rates, shares, fixed point, kernels, cadence, resume, configs, pickle.
+    """Check that a strategy obeys the laws: rates, shares, fixed point, kernels, cadence, resume, configs, copies.
 
     Takes a second at most and no network, and leaves the global random state alone.
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from polyak.config import AveragerConfig
 from polyak.config.factory import average
+from polyak.errors import ArgumentError
 from polyak.registry import registry
 from polyak.strategy.base import settings_of
 from polyak.testing.rates import ROUNDING, UPDATES, Case, expected, rates_are_shares, require
@@ -119,13 +120,24 @@ def _config_survives(case: Case) -> None:
         config = AveragerConfig(strategy=strategy)
         told = AveragerConfig.model_validate_json(config.model_dump_json())
         require(told == config, f"JSON changes the config: {config!r} came back as {told!r}")
-    require(cls.model_config.get("frozen"), "its settings can be changed; leave frozen=True as polyak.Strategy has it")
     try:
         cls.model_validate({**data, "no_such_setting": 1})
     except ValidationError:
         return
     message = "a misspelt setting is accepted; leave extra='forbid' as polyak.Strategy has it"
     raise AssertionError(message)
+
+
+def _is_frozen(case: Case) -> None:
+    frozen = type(case.strategy).model_config.get("frozen")
+    require(frozen, "its settings can be changed; leave frozen=True as polyak.Strategy has it")
+    try:
+        same = hash(copy.deepcopy(case.strategy)) == hash(case.strategy)
+    except ArgumentError as error:
+        raise AssertionError(str(error)) from error
+    require(
+        same, f"a copy of {case.strategy!r} is equal and has another hash; its settings need hashes of their values"
+    )
 
 
 def _pickle_survives(case: Case) -> None:
@@ -143,6 +155,7 @@ LAWS: dict[str, Callable[[Case], None]] = {
     "law 8, interrupted and resumed equals uninterrupted": _resume_is_exact,
     "cadence, every= and start=": _cadence_keeps_the_laws,
     "configs, settings survive JSON and misspelt ones are refused": _config_survives,
+    "settings are frozen and have a hash": _is_frozen,
     "pickle and deepcopy": _pickle_survives,
 }
 """Titles and laws; the first is the one that all others need."""
