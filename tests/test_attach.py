@@ -537,7 +537,7 @@ def test_a_part_whose_gradients_overflowed_is_not_waited_for(model, averager):
 def test_several_optimisers_are_told_the_learning_rate_of_the_first(model):
     rates = []
     averager = polyak.average(model, "ema")
-    averager.listeners.append(lambda _, clock: rates.append(clock.lr))
+    averager.updater.listeners.append(lambda _, clock: rates.append(clock.lr))
     head, body = parts(model)
     polyak.attach([head, body], averager)
     in_turns(2, step(model, body), step(model, head))
@@ -716,9 +716,9 @@ def test_the_weights_are_released_before_the_optimiser_writes_and_averaged_after
 def test_a_bank_is_attached_like_an_averager(model, optimizer):
     bank = polyak.bank(model, {"a": "ema", "b": "swa"})
     with polyak.attach(optimizer, bank):
-        assert [averager.guards for averager in bank.values()] == [1, 1]
+        assert [averager.updater.guards for averager in bank.values()] == [1, 1]
         train(model, optimizer, steps=3)
-    assert [(averager.n, averager.guards) for averager in bank.values()] == [(3, 0), (3, 0)]
+    assert [(averager.n, averager.updater.guards) for averager in bank.values()] == [(3, 0), (3, 0)]
     other = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     with pytest.raises(polyak.MismatchError, match="belongs to the averager's model"):
         polyak.attach(other, bank)

@@ -207,9 +207,9 @@ def test_an_update_under_any_grad_mode_is_the_same(mode):
     torch.manual_seed(0)
     reference = polyak.average(Conv(), decay=0.5)
     with mode():
-        for _ in drifting(averager._binding.model, 2):
+        for _ in drifting(averager.core.binding.model, 2):
             averager.update()
-    for _ in drifting(reference._binding.model, 2):
+    for _ in drifting(reference.core.binding.model, 2):
         reference.update()
     assert average_bits(averager) == average_bits(reference)
     averager.update()
@@ -673,7 +673,7 @@ def test_an_averager_and_its_model_are_freed_together():
 def test_listeners_hear_of_each_averaged_update_once():
     heard = []
     averager = polyak.average(mlp(), "ema", every=2)
-    averager.listeners.append(lambda who, clock: heard.append((who, clock.n, clock.step, who.n)))
+    averager.updater.listeners.append(lambda who, clock: heard.append((who, clock.n, clock.step, who.n)))
     for _ in range(5):
         averager.update()
     assert heard == [(averager, 1, 2, 1), (averager, 2, 4, 2)]

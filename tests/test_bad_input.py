@@ -1211,7 +1211,7 @@ def test_a_call_that_cannot_be_meant_shows_the_right_one(case):
 
 def test_a_type_error_of_a_called_function_stays_its_own():
     averager = polyak.average(mlp(), "ema", decay=0.9)
-    averager.listeners.append(lambda: None)
+    averager.updater.listeners.append(lambda: None)
     with pytest.raises(TypeError, match="positional") as caught:
         averager.update()
     assert not isinstance(caught.value, polyak.PolyakError)

@@ -250,7 +250,7 @@ def test_an_update_that_cannot_begin_counts_nothing():
 
 def test_a_listener_of_an_average_that_is_moved_alone_leaves_none_behind():
     bank = polyak.bank(mlp(), {"window": {"name": "lawa", "window": 3}, "mean": "swa"})
-    bank["window"].listeners.append(lambda *_: 1 / 0)
+    bank["window"].updater.listeners.append(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bank.update()
     assert (bank["window"].n, bank["mean"].n) == (1, 1)
@@ -259,7 +259,7 @@ def test_a_listener_of_an_average_that_is_moved_alone_leaves_none_behind():
 def test_a_listener_that_fails_leaves_no_average_behind():
     model = mlp()
     bank = polyak.bank(model, {"a": {"name": "ema", "nonfinite": "raise"}, "b": "ema"})
-    bank["a"].listeners.append(lambda *_: 1 / 0)
+    bank["a"].updater.listeners.append(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bank.update()
     assert [averager.n for averager in bank.values()] == [1, 1]

@@ -209,7 +209,7 @@ def test_outside_of_a_graph_update_does_all_of_it():
 
 def test_the_rate_is_a_tensor_that_is_written_in_place():
     averager = polyak.average(mlp(), "ema", decay=0.75, **READY)
-    (rate,) = averager._captured._rates.values()
+    (rate,) = averager.updater._captured._rates.values()
     where = rate.data_ptr()
     averager.advance()
     assert (rate.item(), rate.data_ptr()) == (0.25, where)

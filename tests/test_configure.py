@@ -67,7 +67,7 @@ def again(averager, model, way):
     """Return an averager that goes on from another one, in one of the ways that there are."""
     if way == "pickle":
         new = pickle.loads(pickle.dumps(averager))
-        new._binding.model = model
+        new.core.binding.model = model
         return new
     return copy.deepcopy(averager)
 

@@ -157,7 +157,7 @@ def test_the_listeners_of_a_whole_update_are_called_once_whatever_interrupts_its
     for k in range(0, worked, 41):
         bank, heard = trained(build), []
         for averager in bank.values():
-            averager.listeners.append(lambda averager, clock, heard=heard: heard.append(clock.n))
+            averager.updater.listeners.append(lambda averager, clock, heard=heard: heard.append(clock.n))
         with pytest.raises(KeyboardInterrupt), at_line(EVERYTHING, k):
             bank.update()
         torch.set_grad_enabled(True)

@@ -43,7 +43,7 @@ def test_only_averages_on_the_cpu_of_models_elsewhere_are_offloaded():
     assert not plan.crosses(here, here)
     assert not plan.crosses(there, here)
     model = mlp()
-    assert polyak.average(model, device="cpu")._binding.plan.offload is None
+    assert polyak.average(model, device="cpu").core.binding.plan.offload is None
 
 
 EQUAL = [(kind, options) for kind in ZOO.values() for options in ({}, {"dtype": "float64"}, {"every": 2})]
@@ -57,7 +57,7 @@ def test_an_offloaded_average_equals_one_beside_the_model_bit_for_bit(kind, opti
     with monkeypatch.context() as patch:
         patch.setattr(plan, "crosses", lambda average, live: True)
         away = polyak.average(model, "ema", decay=0.7, **options)
-    assert away._binding.plan.offload is not None
+    assert away.core.binding.plan.offload is not None
     for _ in drifting(model, 12):
         beside.update()
         away.update()
@@ -95,11 +95,11 @@ def test_update_does_not_wait_and_whatever_reads_the_average_does(offloaded, hel
         held.clear()
         averager = polyak.average(model, "ema", decay=0.5)
         averager.update()
-        assert averager.pending is not None, name
-        assert averager._settled.progress.n == 0, name
+        assert averager.core.pending is not None, name
+        assert averager.core._settled.progress.n == 0, name
         threading.Timer(0.05, held.set).start()
         read(averager)
-        assert averager._settled.progress.n == 1, name
+        assert averager.core._settled.progress.n == 1, name
 
 
 @pytest.mark.filterwarnings("ignore:the weights hold NaN:polyak.PolyakWarning")
@@ -138,7 +138,7 @@ def test_an_error_on_the_other_thread_is_raised_where_it_is_waited_for_and_once(
         raise MemoryError(message)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensor_update.Mover, "_move", fail)
+        patch.setattr(tensor_update.TensorUpdate, "_move", fail)
         averager.update()
         with pytest.raises(MemoryError, match="no memory"):
             averager.synchronize()
@@ -181,7 +181,7 @@ def test_a_process_forked_during_an_update_says_so_and_does_not_hang(offloaded, 
 def test_listeners_hear_of_an_update_when_it_is_done_and_in_the_calling_thread(offloaded):
     model, heard = mlp(), []
     averager = polyak.average(model, "ema")
-    averager.listeners.append(lambda _, clock: heard.append((clock.n, threading.current_thread())))
+    averager.updater.listeners.append(lambda _, clock: heard.append((clock.n, threading.current_thread())))
     averager.update()
     averager.synchronize()
     assert heard == [(1, threading.main_thread())]
@@ -189,7 +189,7 @@ def test_listeners_hear_of_an_update_when_it_is_done_and_in_the_calling_thread(o
 
 def test_one_of_the_threads_that_wait_calls_the_listeners(offloaded, held):
     averager, heard = polyak.average(mlp(), "ema"), []
-    averager.listeners.append(lambda _, clock: heard.append(clock.n))
+    averager.updater.listeners.append(lambda _, clock: heard.append(clock.n))
     averager.update()
     waiting = [threading.Thread(target=averager.synchronize) for _ in range(8)]
     for thread in waiting:

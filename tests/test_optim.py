@@ -554,7 +554,7 @@ def test_a_rate_of_one_replaces_an_average_that_is_not_finite():
 def test_listeners_hear_of_each_update():
     twins = Twins(mlp, options={"every": 2})
     heard = []
-    twins.averager.listeners.append(lambda averager, clock: heard.append((averager.n, clock.step, clock.lr)))
+    twins.averager.updater.listeners.append(lambda averager, clock: heard.append((averager.n, clock.step, clock.lr)))
     twins.train(5)
     assert heard == [(1, 2, 1e-3), (2, 4, 1e-3)]
 

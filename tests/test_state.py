@@ -121,7 +121,7 @@ def test_loads_of_states_with_one_count_are_told_apart():
     states = []
     for seed in range(6):
         other = _used(mlp(), "ema", steps=2, decay=0.5)
-        for _ in drifting(other._binding.model, 1, seed=seed):
+        for _ in drifting(other.core.binding.model, 1, seed=seed):
             pass
         states.append(other.state_dict())
     averager(x)

@@ -67,7 +67,7 @@ def test_averages_that_shrank_twice_to_the_same_place_are_refused():
 def test_what_a_strategy_keeps_beside_an_average_is_looked_at_too():
     averager = polyak.average(mlp(), "dema")
     averager.update()
-    next(iter(averager._state.stored[0].slots.values())).untyped_storage().resize_(0)
+    next(iter(averager.core.state.stored[0].slots.values())).untyped_storage().resize_(0)
     with pytest.raises(polyak.StateError, match="was freed"):
         averager.update()
 

@@ -154,7 +154,7 @@ def test_listeners_hear_of_the_updates_of_a_deep_copy():
 
     _, averager, _ = moved()
     heard = []
-    averager.listeners.append(lambda a, clock: heard.append(clock.n))
+    averager.updater.listeners.append(lambda a, clock: heard.append(clock.n))
     copy.deepcopy(averager).update()
     assert heard == [2]
 

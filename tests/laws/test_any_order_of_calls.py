@@ -127,7 +127,7 @@ class Calls(RuleBasedStateMachine):
             self.averager = copy.deepcopy(self.averager)
         elif way == "pickle":
             kept, self.averager = self.averager, pickle.loads(pickle.dumps(self.averager))
-            self.averager._binding.model = kept._binding.model
+            self.averager.core.binding.model = kept.core.binding.model
         else:
             state = self.averager.state_dict()
             self.averager = polyak.average(self.model, self.strategy, **self.options)

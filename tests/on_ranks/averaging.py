@@ -82,8 +82,8 @@ def every_layout_equals_the_recursion_in_float64(rank):
             got = bits(averager)
             assert all(torch.allclose(got[k].double(), expected[k], rtol=1e-6, atol=1e-7) for k in expected), name
         # Memory: the parts that this rank holds, and no more.
-        held = sum(s.nbytes for s in wide._state.stored if s.spread)
-        everything = sum(v.nbytes for k, v in expected.items() if wide._state.stored and "bn.running" not in k)
+        held = sum(s.nbytes for s in wide.core.state.stored if s.spread)
+        everything = sum(v.nbytes for k, v in expected.items() if wide.core.state.stored and "bn.running" not in k)
         assert held < 0.75 * everything
 
 
@@ -200,7 +200,7 @@ def a_model_sharded_after_the_averager_was_built_is_refused(rank):
         with pytest.raises(polyak.MismatchError, match=r"(?s)DTensor.*after it was sharded"):
             use()
     assert averager.n == 0
-    same({name: s.average for name, s in zip(before, averager._state.stored, strict=True)}, before)
+    same({name: s.average for name, s in zip(before, averager.core.state.stored, strict=True)}, before)
     sharded = polyak.average(model, "ema", decay=0.5)
     held = bits(sharded)
     with pytest.raises(polyak.MismatchError, match=r"a whole tensor and was a DTensor"):

@@ -163,9 +163,9 @@ def an_average_on_the_host_stages_and_moves_what_is_planned(rank, folder):
             with counted() as sending:
                 offload._stage()
             close(sending.bytes, planned.sent * 2)  # read there, written here
-            mover = offload.moves.mover
+            toward = polyak.Move("average", "weights", 0.1)
             with counted() as averaging:
-                mover.update([0.1], [averager._state.generators], lambda: None, check=False)
+                offload.moves.update([toward], averager.core.state.generators, lambda: None, check=False)
             close(sending.bytes - planned.sent + averaging.bytes, planned.on_host)
 
 

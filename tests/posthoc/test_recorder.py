@@ -122,7 +122,7 @@ def test_nothing_is_written_twice_and_nothing_after_the_end(tmp_path):
         averager.update()
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
     assert steps(tmp_path, "average") == [10, 15]
-    assert not averager.listeners
+    assert not averager.updater.listeners
 
 
 def test_a_recorder_that_saw_nothing_writes_nothing(tmp_path):
@@ -510,7 +510,7 @@ def test_wrong_settings_are_refused_before_anything_is_made(tmp_path, settings, 
     with pytest.raises(ConfigError, match=message):
         Recorder(averager, tmp_path / "never", **settings)
     assert not (tmp_path / "never").exists()
-    assert not averager.listeners
+    assert not averager.updater.listeners
 
 
 def test_what_cannot_be_followed_is_refused_before_anything_is_made(tmp_path):

@@ -14,7 +14,7 @@ from polyak.tensors import located
 
 
 def _is_current(averager):
-    binding = averager._binding
+    binding = averager.core.binding
     return binding.plan.is_current(binding.model)
 
 
@@ -196,7 +196,7 @@ def test_a_module_without_tensors_may_be_added_and_replaced():
 def test_training_leaves_the_plan_current(kind):
     model = kind.build()
     averager = polyak.average(model)
-    plan = averager._binding.plan
+    plan = averager.core.binding.plan
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     for _ in range(3):
         model.train()
@@ -208,7 +208,7 @@ def test_training_leaves_the_plan_current(kind):
     model.requires_grad_(False)
     model.load_state_dict(model.state_dict()) if kind.name != "buffers" else None
     averager.update()
-    assert averager._binding.plan is plan
+    assert averager.core.binding.plan is plan
 
 
 def test_a_mapping_is_watched_too():
@@ -226,7 +226,7 @@ def test_a_plan_groups_what_one_call_can_move():
     model = Conv()
     best = {"auto": "fused", "fused": "fused"} if kernels.compiles("fused") else {"auto": "foreach"}
     for kernel, name in {"foreach": "foreach", **best}.items():
-        groups = polyak.average(model, kernel=kernel)._binding.plan.moves.mover.groups
+        groups = polyak.average(model, kernel=kernel).core.binding.plan.moves.groups
         assert [(group.kernel.name, len(group.weights)) for group in groups] == [(name, 8), ("copy", 1)]
 
 
@@ -438,7 +438,7 @@ def test_frozen_tensors_are_compared_as_fast_as_before():
     model.requires_grad_(False)
     for _ in range(2):
         averager.update()
-    located_now = averager._binding.plan.watch._located
+    located_now = averager.core.binding.plan.watch._located
     assert located_now._guards[True](*located_now.tensors)
 
 

@@ -99,7 +99,7 @@ def test_a_model_of_norms_is_averaged_as_by_the_loop_and_after_new_memory_of_its
         return averager
 
     ours = averaged("foreach")
-    group = next(g for g in ours.plan.moves.mover.groups if g.kernel.name == "foreach")
+    group = next(g for g in ours.plan.moves.groups if g.kernel.name == "foreach")
     assert group.kernel._runs.runs
     assert average_bits(ours) == average_bits(averaged("loop"))
 

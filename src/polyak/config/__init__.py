@@ -159,7 +159,7 @@ class AveragerConfig(Options):
         names = registry()
         engine = Engine(model, self.strategy, options, knows=names.knows)
         if names.listens:
-            engine.listeners.append(names.updated)
+            engine.updater.listeners.append(names.updated)
         return engine
 
     def profile(self, step: int, *, counted_from: int = 1) -> Profile:

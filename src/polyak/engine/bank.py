@@ -10,10 +10,10 @@ from typing_extensions import override
 
 from polyak.engine.averager import Averager
 from polyak.engine.cuda_graphs import recording
-from polyak.engine.pending import Seen, Turn
-from polyak.engine.plan.tensor_update import Mover
+from polyak.engine.pending import PendingUpdate, Seen
+from polyak.engine.plan.tensor_update import TensorUpdate
 from polyak.engine.schema import FORMAT, check_bank
-from polyak.engine.sources import WithSources
+from polyak.engine.sources import Sources
 from polyak.engine.transaction import Joint, alone, carry_out, whole
 from polyak.errors import AttributeAccessError, UnknownAverageError
 from polyak.errors.attributes import AttributeHints
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Bank"]
 
 
-class Bank(AttributeHints, WithSources, Mapping[str, "Averager"]):
+class Bank(AttributeHints, Mapping[str, "Averager"]):
     """Several averages of one model, by name; made by ``polyak.bank``. Each is a whole averager.
 
     An update reads the weights once and moves all averages that are due; each is exactly what it would be alone
@@ -58,7 +58,8 @@ class Bank(AttributeHints, WithSources, Mapping[str, "Averager"]):
 
     def __init__(self, averagers: Mapping[str, Engine]) -> None:
         self._averagers = dict(averagers)
-        self._movers: dict[tuple[int, ...], tuple[list[Plan], Mover]] = {}
+        self._movers: dict[tuple[int, ...], tuple[list[Plan], TensorUpdate]] = {}
+        self._sources = Sources()
 
     @override
     def __setattr__(self, name: str, value: object) -> None:
@@ -105,31 +106,31 @@ class Bank(AttributeHints, WithSources, Mapping[str, "Averager"]):
         Raises:
             PolyakError: What ``Averager.update`` raises; no average has changed then.
         """
-        if recording() or any(engine.announced for engine in self._averagers.values()):
+        if recording() or any(engine.updater.announced for engine in self._averagers.values()):
             for engine in self._averagers.values():
                 engine.update(model, step=step, lr=lr)
             return
-        if self._left_out(model):
+        if self.sources.leave_out(lambda: self._first.updater.is_own(model)):
             return
         with self._locked():
-            begun = [engine.begin(model, step, lr) for engine in self._averagers.values()]
-            due = [turn for turn in begun if isinstance(turn, Turn)]
-            passes = [self._passing(turns) for turns in _together(due)]
+            begun = [engine.updater.prepare(model, step, lr) for engine in self._averagers.values()]
+            due = [update for update in begun if isinstance(update, PendingUpdate)]
+            passes = [self._passing(updates) for updates in _together(due)]
             carry_out(passes, [seen for seen in begun if isinstance(seen, Seen)])
 
     def advance(self, *, step: int | None = None, lr: float | None = None) -> None:
         """Count the updates that a CUDA graph or a compiled step is about to make; see ``Averager.advance``."""
         with self._locked():
-            ready = [(engine, *engine.advancing(step, lr)) for engine in self._averagers.values()]
+            ready = [(engine, *engine.updater.advancing(step, lr)) for engine in self._averagers.values()]
 
             def make() -> None:
                 for _, _, act in ready:
                     act()
 
             whole(make)
-            for engine, turn, _ in ready:
-                if isinstance(turn, Turn):
-                    engine.announce(turn)
+            for engine, update, _ in ready:
+                if isinstance(update, PendingUpdate):
+                    engine.updater.announce(update)
 
     def synchronize(self) -> None:
         """Wait until the last update is done, where averages live on another device than the model."""
@@ -139,17 +140,26 @@ class Bank(AttributeHints, WithSources, Mapping[str, "Averager"]):
     def release(self) -> None:
         """Let the weights be overwritten by what is enqueued from now on, once offloaded averages have read them."""
         for engine in self._averagers.values():
-            engine.release()
+            engine.updater.release()
+
+    @property
+    def sources(self) -> Sources:
+        """Who makes the updates."""
+        return self._sources
+
+    @property
+    def _first(self) -> Engine:
+        return next(iter(self._averagers.values()))
 
     @property
     def model(self) -> Model | None:
         """The model, without wrappers; None after unpickling."""
-        return next(iter(self._averagers.values())).model
+        return self._first.model
 
     def guard(self, by: int) -> None:
         """Count one optimiser more, or less, that calls ``release`` before each step."""
         for engine in self._averagers.values():
-            engine.guard(by)
+            engine.updater.guards += by
 
     @explained("Name the average: bank.applied('mean')")
     def applied(self, name: str) -> AbstractContextManager[None]:
@@ -177,8 +187,7 @@ class Bank(AttributeHints, WithSources, Mapping[str, "Averager"]):
 
             def adopt() -> None:
                 self._movers.clear()
-                if self._sources is not None:
-                    self._sources.forget()
+                self.sources.forget()
                 for engine, one in received:
                     engine.adopt(one)
 
@@ -191,35 +200,38 @@ class Bank(AttributeHints, WithSources, Mapping[str, "Averager"]):
                 stack.enter_context(engine.lock)
             yield
 
-    def _passing(self, turns: Sequence[Turn]) -> Pass:
-        if _alone(turns[0]):
-            return alone(turns[0])
-        return Joint(turns, self._mover([turn.plan for turn in turns]))
+    def _passing(self, updates: Sequence[PendingUpdate]) -> Pass:
+        if _alone(updates[0]):
+            return alone(updates[0])
+        return Joint(updates, self._mover([update.plan for update in updates]))
 
-    def _mover(self, plans: list[Plan]) -> Mover:
+    def _mover(self, plans: list[Plan]) -> TensorUpdate:
         key = tuple(map(id, plans))
         if key not in self._movers:
             current = {id(engine.plan) for engine in self._averagers.values()}
             self._movers = {k: v for k, v in self._movers.items() if current.issuperset(k)}
-            self._movers[key] = plans, Mover([plan.lane for plan in plans])
+            self._movers[key] = plans, TensorUpdate([plan.lane for plan in plans])
         return self._movers[key][1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_averagers": self._averagers, "_movers": {}}
+        return {"_averagers": self._averagers}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        Bank.__init__(self, saved["_averagers"])
 
 
-def _alone(turn: Turn) -> bool:
-    return turn.plan.offload is not None or tuple(turn.moves) != (("average", "weights", turn.rate),)
+def _alone(update: PendingUpdate) -> bool:
+    return update.plan.offload is not None or tuple(update.moves) != (("average", "weights", update.rate),)
 
 
-def _together(due: Sequence[Turn]) -> list[list[Turn]]:
+def _together(due: Sequence[PendingUpdate]) -> list[list[PendingUpdate]]:
     """Return what is moved by one pass each.
 
     Only averages of the same weights are checked together: what one of them does not average cannot stop it.
     """
-    passes: dict[object, list[Turn]] = {}
-    for turn in due:
-        alone = id(turn) if _alone(turn) else 0
-        checked = turn.plan.averaged if turn.averager.checks else None
-        passes.setdefault((turn.averager.options.nonfinite, checked, alone), []).append(turn)
+    passes: dict[object, list[PendingUpdate]] = {}
+    for update in due:
+        alone = id(update) if _alone(update) else 0
+        checked = update.plan.averaged if update.updater.core.checks else None
+        passes.setdefault((update.updater.core.options.nonfinite, checked, alone), []).append(update)
     return [*passes.values()]

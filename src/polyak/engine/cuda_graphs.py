@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from polyak.errors import ConfigError
-from polyak.errors.calls import users_level
 from polyak.kernels.base import SHORT
 from polyak.kernels.cuda.fused import FusedCUDA
 
 if TYPE_CHECKING:
+    from polyak.engine.core import Core
     from polyak.engine.options import Options
     from polyak.engine.plan.plan import Plan
     from polyak.tensors.entries import Model
@@ -62,7 +62,7 @@ class Captured:
         self._pairs: list[_Pair] = []
         self._others: list[_Pair] = []
         self._fused: list[tuple[FusedCUDA, Tensor]] = []
-        for group in plan.moves.mover.groups:
+        for group in plan.moves.groups:
             rate = None if group.policy == "copy" else self._rate(group.averages[0][0])
             due = self._due_on(group.averages[0][0].device) if self._sometimes else None
             pairs = [_Pair(a, w, rate, due) for a, w in zip(group.averages[0], group.weights, strict=True)]
@@ -115,19 +115,20 @@ class Captured:
         return self._rates[key]
 
 
-class _Updates(Protocol):
-    def update(self, model: Model | None = None, *, step: int | None = None, lr: float | None = None) -> None: ...
+class _Updater(Protocol):
+    @property
+    def core(self) -> Core: ...
 
-    def warn(self, kind: str, message: str, level: int) -> None: ...
+    def update(self, model: Model | None, step: int | None, lr: float | None) -> None: ...
 
 
-def _by_host(averager: _Updates, model: Model | None, step: int | None, lr: float | None) -> None:
+def _by_host(updater: _Updater, model: Model | None, step: int | None, lr: float | None) -> None:
     message = (
         "a compiled step calls averager.update(), but averager.advance() was not called before the step; the update "
         "was made outside of the graph. Call averager.advance() before each compiled step."
     )
-    averager.warn("unannounced", message, users_level() + 1)
-    averager.update(model, step=step, lr=lr)
+    updater.core.warn("unannounced", message)
+    updater.update(model, step, lr)
 
 
 def _memory(plan: Plan) -> list[int]:

@@ -23,7 +23,7 @@ def describe(
     strategy: Strategy, options: Options, n: int, stored: Sequence[Stored], left: Sequence[Entry], plan: Plan | None
 ) -> str:
     """Return a line about the whole and one for each tensor, those that are left alone last."""
-    groups = [] if plan is None else (plan.offload or plan).moves.mover.groups
+    groups = [] if plan is None else (plan.offload or plan).moves.groups
     kernels = {id(a): group.kernel.name for group in groups for lane in group.averages for a in lane}
     rows = [("tensor", "kind", "policy", "shape", "stored as", "kernel", "size")]
     for s in stored:

@@ -5,34 +5,44 @@ from __future__ import annotations
 import copy
 import io
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from typing_extensions import override
 
+from polyak.engine.averaged_module.view import View
+from polyak.engine.averager import Averager
 from polyak.engine.binding import Binding
 from polyak.engine.cadence import Progress
-from polyak.engine.computing import Computing
+from polyak.engine.core import Core
 from polyak.engine.describe import describe
+from polyak.engine.doubts import doubt_average
 from polyak.engine.export import averaged_state_dict, gathered, overwrite_model
 from polyak.engine.history import History, Identity
 from polyak.engine.schema import SavedState
-from polyak.engine.settings import Settings, resumed
+from polyak.engine.settings import Settings, advice, configured, resumed
 from polyak.engine.state import State, dump, parse
 from polyak.engine.transaction import refuse_within, whole
-from polyak.errors import AppliedError, StateError
-from polyak.errors.calls import explained, users_level
+from polyak.engine.updates import Updater
+from polyak.errors import AppliedError, AttributeAccessError, StateError
+from polyak.errors.attributes import AttributeHints
+from polyak.errors.calls import explained, refuse_arguments
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.located import refuse_lost
 from polyak.tensors.storage import Stored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from polyak.engine.options import Options
+    from polyak.engine.plan.plan import Plan
+    from polyak.engine.sources import Sources
+    from polyak.strategy.base import Strategy
     from polyak.strategy.profile import Profile
+    from polyak.tensors.adapter import Adapter
     from polyak.tensors.entries import Entry, Model
 
 __all__ = ["Engine"]
@@ -45,123 +55,261 @@ class Received(NamedTuple):
     state: State
 
 
-class Engine(Computing):
-    """The averager that ``polyak.average`` makes; see ``polyak.Averager`` for its methods."""
+class Engine(AttributeHints, Averager):
+    """The averager that ``polyak.average`` makes; see ``polyak.Averager`` for its methods.
+
+    Args:
+        model: The model, wrapped or not.
+        strategy: The strategy.
+        options: The engine's options. Defaults to ``Options()``.
+        knows: Whether a strategy's name can be resolved here; a state of an unknown one loads all the same.
+        adapter: How to reach the tensors of the model. Defaults to what the model asks for.
+
+    Attributes:
+        core: Its settings, its state and its hold on the model.
+        updater: Takes weights in.
+        view: Computes with the average apart from the model.
+
+    Raises:
+        ModelError: If the model has nothing that can be averaged.
+        ConfigError: If a glob matches no tensor.
+    """
+
+    core: Core
+    updater: Updater
+    view: View
 
     loads = 0
     """How many states were loaded: each goes on from another process's average, or from an earlier moment."""
 
-    # What it is
+    def __init__(
+        self,
+        model: Model,
+        strategy: Strategy,
+        options: Options | None = None,
+        *,
+        knows: Callable[[str], bool] = bool,
+        adapter: Adapter | None = None,
+    ) -> None:
+        self._consist_of(Core.of(model, strategy, options, knows, adapter))
+
+    def _consist_of(self, core: Core) -> None:
+        view = View(core)
+        vars(self).update(core=core, view=view, updater=Updater(self, core, view))
+
+    # Attributes
+
+    @override
+    def __setattr__(self, name: str, value: object) -> None:
+        known = getattr(type(self), name, None)
+        fixed = isinstance(known, property) and known.fset is None
+        if fixed or not (known is not None or name.startswith("_")):
+            read_only = fixed and name != "strategy"
+            reason = "it can only be read" if read_only else advice(self.core.settings, name)
+            message = f"the averager's {name!r} cannot be set; {reason}"
+            raise AttributeAccessError(message)
+        super().__setattr__(name, value)
+
+    @override
+    def _hint(self, name: str) -> str:
+        core = vars(self).get("core")
+        if name in type(getattr(core, "strategy", None)).__dict__.get("__pydantic_fields__", ()):
+            return f" For that there is averager.strategy.{name}."
+        return super()._hint(name)
+
+    @property
+    @override
+    def strategy(self) -> Strategy:
+        return self.core.strategy
+
+    @property
+    def options(self) -> Options:
+        """The engine's options, completed by the strategy."""
+        return self.core.options
+
+    @property
+    def model(self) -> Model | None:
+        """The averager's own model, without wrappers; None after unpickling."""
+        return self.core.binding.model
+
+    @property
+    def plan(self) -> Plan | None:
+        """The last plan."""
+        return self.core.binding.plan
+
+    @property
+    def lock(self) -> AbstractContextManager[object]:
+        """What a thread holds while it updates, saves or loads the average."""
+        return self.core.lock
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        return self.core.state.progress
 
     @property
     @override
     def n(self) -> int:
-        return self._state.progress.n
+        return self.core.state.progress.n
 
     @property
     @override
     def rate(self) -> float | None:
-        return self._state.progress.rate if self.n else None
+        return self.core.state.progress.rate if self.n else None
 
     @property
     @override
     def skipped(self) -> int:
-        return self._state.skipped
+        return self.core.state.skipped
 
     @property
     @override
     def is_applied(self) -> bool:
-        return self._binding.depth > 0
+        return self.core.binding.depth > 0
 
     @property
     def stored(self) -> Sequence[Stored]:
         """What it keeps of each tensor."""
-        return self._state.stored
+        return self.core.state.stored
 
     def entries(self) -> list[Entry]:
         """Return what the model of the last update consists of, this rank's part of it where it is sharded."""
         model = self.updated_model
-        return self._binding.adapter(model).entries(model)
+        return self.core.binding.adapter(model).entries(model)
 
     @property
     def updated_model(self) -> Model:
         """The model whose weights the last update took."""
-        return self._binding.own() if self.plan is None else self.plan.model
+        return self.core.binding.own() if self.plan is None else self.plan.model
 
     @property
     def identity(self) -> Identity:
         """What tells its history from others; recorders write it."""
-        return self._state.history.identity
+        return self.core.state.history.identity
 
     @identity.setter
     def identity(self, identity: Identity) -> None:
-        self._state.history.identity = identity
+        self.core.state.history.identity = identity
 
     @property
     def offloaded(self) -> bool:
-        """Whether updates are made beside the training."""
-        return self._current().offload is not None
+        """Whether updates are made on another thread."""
+        return self.core.current().offload is not None
 
     @property
     @override
     def averages(self) -> Mapping[str, Tensor]:
-        self._settle()
-        stored = self._state.stored
-        holding = self._binding.holding(stored)
-        return MappingProxyType({s.name: s.whole(t) for s, t in zip(stored, holding, strict=True)})
+        return self.core.averages()
 
     @override
     def profile(self) -> Profile:
-        return self._state.history.profile(self._strategy, self._state.progress.averaged, self.options.start)
+        return self.core.profile()
 
     @override
     def describe(self) -> str:
-        left = [] if self._binding.model is None else self._binding.left_alone()
-        return describe(self._strategy, self.options, self.n, self._state.stored, left, self._binding.plan)
+        left = [] if self.core.binding.model is None else self.core.binding.left_alone()
+        return describe(self.core.strategy, self.options, self.n, self.core.state.stored, left, self.core.binding.plan)
 
     def __repr__(self) -> str:
-        return f"<averager {self._strategy!r}, n={self.n}, {len(self._state.stored)} tensors>"
+        return f"<averager {self.core.strategy!r}, n={self.n}, {len(self.core.state.stored)} tensors>"
+
+    # Updating
+
+    @override
+    def update(
+        self, model: Model | None = None, *more: Any, step: int | None = None, lr: float | None = None, **unknown: Any
+    ) -> None:
+        if more or unknown:
+            refuse_arguments(more, unknown)
+        self.updater.update(model, step, lr)
+
+    @override
+    def advance(self, *, step: int | None = None, lr: float | None = None) -> None:
+        self.updater.advance(step, lr)
+
+    @property
+    def sources(self) -> Sources:
+        """Who makes the updates."""
+        return self.updater.sources
+
+    def release(self) -> None:
+        """Let the weights be overwritten by what is enqueued from now on, once an offloaded update has read them."""
+        self.updater.release()
+
+    def guard(self, by: int) -> None:
+        """Count one optimiser more, or less, that calls ``release`` before each step.
+
+        Without one, an offloaded update lets whatever is enqueued after it wait until the weights were copied.
+        """
+        self.updater.guards += by
+
+    @override
+    def synchronize(self) -> None:
+        self.core.synchronize()
+
+    @override
+    @explained("Settings are given by name: averager.configure(decay=0.5)")
+    def configure(self, **settings: Any) -> None:
+        core = self.core
+        made = configured(core.settings, core.state.progress.n, settings)
+        core.binding.follow(made.options)
+        whole(lambda: setattr(core, "settings", made))
 
     # Evaluating
+
+    @property
+    @override
+    def module(self) -> nn.Module:
+        return self.view.module(self._evaluated())
+
+    @override
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
 
     @override
     @contextmanager
     def applied(self) -> Iterator[None]:
-        self._evaluated(level=5)
+        self._evaluated()
         try:
-            with self._binding.applied(self._current):
-                self.swapped()
+            with self.core.binding.applied(self.core.current):
+                self.view.swapped()
                 yield
         finally:
-            self.swapped()
+            self.view.swapped()
+
+    def _evaluated(self) -> Plan:
+        plan = self.core.current()
+        doubt_average(self.core, self.sources, plan)
+        return plan
 
     # Saving
 
     @override
     def copy_to(self, model: Model | None = None) -> None:
-        root = self._binding.root(model)
-        if self._binding.holds_average(root):
+        root = self.core.binding.root(model)
+        if self.core.binding.holds_average(root):
             message = "copy_to() while the model holds the average: it gets its own weights back; leave applied() first"
             raise AppliedError(message)
-        if self._binding.model is not None:
+        if self.core.binding.model is not None:
             self._evaluated()
-        own = root is self._binding.model
-        plan = self._binding.ready(lambda: self._binding.planned(root, self._state, adopt=own))
-        overwrite_model(plan, self._binding.holding(plan.stored))
+        own = root is self.core.binding.model
+        plan = self.core.binding.ready(lambda: self.core.binding.planned(root, self.core.state, adopt=own))
+        overwrite_model(plan, self.core.binding.holding(plan.stored))
 
     @override
     def averaged_state_dict(self, *, full: bool = False) -> dict[str, Any]:
         plan = self._evaluated()
-        state = averaged_state_dict(plan, self._binding.holding(plan.stored), self.applied)
+        state = averaged_state_dict(plan, self.core.binding.holding(plan.stored), self.applied)
         return gathered(state) if full else state
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        refuse_within(self)
+        refuse_within(self.updater)
         with self.lock:
-            self._settle()
-            refuse_lost([tensor for s in self._state.stored for tensor in s.tensors])
-            return dump(self._state, self._binding.holding(self._state.stored), self._strategy, self.options)
+            self.core.settle()
+            refuse_lost([tensor for s in self.core.state.stored for tensor in s.tensors])
+            holding = self.core.binding.holding(self.core.state.stored)
+            return dump(self.core.state, holding, self.strategy, self.options)
 
     @override
     @explained("A state is loaded whole or not at all: averager.load_state_dict(state)")
@@ -172,40 +320,40 @@ class Engine(Computing):
 
     def receive(self, state: Mapping[str, Any]) -> Received:
         """Return what a state means here; nothing has changed."""
-        if self._binding.is_entered:
+        if self.core.binding.is_entered:
             message = "load_state_dict() inside applied(), where the model holds the average; leave applied() first"
             raise AppliedError(message)
         saved = SavedState.of(state)
-        settings, changed = resumed(saved, self._settings, self._knows)
-        optional = self._binding.optional(self._state)
-        loaded = parse(saved, self._state, settings.strategy.slots(), optional)
+        settings, changed = resumed(saved, self.core.settings, self.core.knows)
+        optional = self.core.binding.optional(self.core.state)
+        loaded = parse(saved, self.core.state, settings.strategy.slots(), optional)
         if changed:
             message = (
                 f"this averager's settings differ from the saved ones and are used from now on: {', '.join(changed)}"
             )
-            self.warn("settings", message, users_level() + 1)
+            self.core.warn("settings", message)
         return Received(settings, loaded)
 
     def adopt(self, received: Received) -> None:
         """Go on from a state; idempotent."""
-        self._state, self._binding.plan = received.state, None
-        self._settings = received.settings
-        if self._averaged is not None:
-            self._averaged.moment = None
-        self.loads, self.built = self.loads + 1, None
-        if self._sources is not None:
-            self._sources.forget()
-        self._capture()
-        self.keep_in_step()
+        core = self.core
+        core.state, core.binding.plan = received.state, None
+        core.settings = received.settings
+        core.built = None
+        self.loads += 1
+        self.view.forget()
+        self.updater.sources.forget()
+        self.updater.capture()
+        self.view.keep_in_step()
 
     def restart(self) -> None:
         """Forget what was averaged: the next update begins anew, at the cadence of before."""
-        state = self._state
+        state = self.core.state
         state.progress = Progress(calls=state.progress.calls, step=state.progress.step)
         state.history = History()
 
     def __getstate__(self) -> dict[str, Any]:
-        if any(s.spread for s in self._state.stored):
+        if any(s.spread for s in self.core.state.stored):
             message = (
                 "a sharded averager belongs to its process group and cannot be copied or pickled; build another one "
                 "for the model and load_state_dict() the state of this one, or polyak.distributed.save() it"
@@ -214,16 +362,10 @@ class Engine(Computing):
         # As bytes: tensors that cross into another process would share their memory, and both would average into it.
         buffer = io.BytesIO()
         torch.save(self.state_dict(), buffer)
-        about = [(s.name, s.aliases, s.kind, s.policy, s.persistent) for s in self._state.stored]
-        return {"strategy": self._strategy, "options": self.options, "about": about, "state": buffer.getvalue()}
+        about = [(s.name, s.aliases, s.kind, s.policy, s.persistent) for s in self.core.state.stored]
+        return {"strategy": self.core.strategy, "options": self.options, "about": about, "state": buffer.getvalue()}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
-        self._strategy, self.options = saved["strategy"], saved["options"]
-        self._knows, self._averaged, self.warned = bool, None, set()
-        self.listeners, self.openers = [], []
-        self.loads, self.built = 1, None
-        self.pending, self._captured, self._outdated, self.guards = None, None, False, 0
-        self._binding = Binding(None, self.options)
         raw = torch.load(io.BytesIO(saved["state"]), weights_only=False)  # a pickle within a pickle
         averages = raw["slots"]["average"]
         about = saved["about"]
@@ -232,14 +374,17 @@ class Engine(Computing):
             for name, aliases, kind, policy, *persistent in about
         ]
         empty = State(stored, Progress(), History(), skipped=0, generators=OwnGenerators())
-        self._state = parse(SavedState.of(raw), empty, self._strategy.slots())
+        strategy, options = saved["strategy"], saved["options"]
+        state = parse(SavedState.of(raw), empty, strategy.slots())
+        self._consist_of(Core(strategy, options, Binding(None, options), state))
+        self.loads = 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         # A copy averages the same model, or the model's copy where that was made first; it never copies the model.
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        new.listeners = list(self.listeners)
-        new._knows = self._knows  # noqa: SLF001 - its own class
-        new._binding.model = memo.get(id(self._binding.model), self._binding.model)  # noqa: SLF001 - its own class
+        new.updater.listeners = list(self.updater.listeners)
+        new.core.knows = self.core.knows
+        new.core.binding.model = memo.get(id(self.model), self.model)
         return new

@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from torch import nn
-
-from polyak.errors import PolyakWarning
-from polyak.tensors.wrappers import root_of
+from polyak.engine.writes import many, writes
+from polyak.errors.calls import warn_user
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
-    from torch import Tensor
     from torch.optim import Optimizer
 
-    from polyak.tensors.entries import Model
-
-__all__ = ["Source", "Sources", "WithSources", "many", "writes"]
+__all__ = ["Source", "Sources"]
 
 _BY_HAND = "averager.update()"
 _TURNS = 3
-_STEPS = 10
-
-
-def writes(tensors: Iterable[Tensor]) -> list[int] | None:
-    """Return how often each tensor was written to in place, or None where that is unknown."""
-    try:
-        return [*map(attrgetter("_version"), tensors)]
-    except RuntimeError:  # inference tensors have no counter
-        return None
-
-
-def many(before: Sequence[int] | None, now: Sequence[int] | None) -> bool:
-    """Return whether any tensor was written to so often between two looks that it was trained."""
-    if before is None or now is None or len(before) != len(now):
-        return False
-    return any(n - first >= _STEPS for first, n in zip(before, now, strict=True))
 
 
 class Source:
@@ -160,16 +137,20 @@ class Sources:
         finally:
             self._updating = False
 
-    def leave_out(self) -> bool:
-        """Return whether a call of ``update()`` comes second for the weights that an optimiser's update took."""
-        if self._updating:
+    def leave_out(self, is_own: Callable[[], bool]) -> bool:
+        """Return whether a call of ``update()`` comes second for the weights that an optimiser's update took.
+
+        Args:
+            is_own: Whether the call is for the model that the optimisers train.
+        """
+        if self._updating or not (self._attached and is_own()):
             return False
         if self._last is not None and self._versions is not None and self._versions == self._last.versions():
             message = (
                 f"{self._last.name} already updated this averager in its step, so this {_BY_HAND} was ignored. "
                 f"Call {_BY_HAND} yourself or let the optimiser do it, not both."
             )
-            self._warn("repeated", message, level=5)
+            self._warn("repeated", message)
             return True
         self.note(None)
         return False
@@ -185,7 +166,7 @@ class Sources:
                 f"the averager is updated in turns by {first} and by {'another ' * (first == second)}{second}: each "
                 "training step counts more than once. Update by one of them only."
             )
-            self._warn("turns", message, level=6)
+            self._warn("turns", message)
             turns.clear()
         turns.append(source)
         for other in self._stepped:
@@ -197,27 +178,7 @@ class Sources:
         """Return the name of an attached optimiser whose ``step()`` never runs though it trains, or ""."""
         return next((source.name for source in self._present() if source.trained()), "")
 
-    def _warn(self, kind: str, message: str, level: int) -> None:
+    def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(message, PolyakWarning, stacklevel=level)
-
-
-class WithSources:
-    """An averager that knows who updates it."""
-
-    _sources: Sources | None = None
-
-    @property
-    def sources(self) -> Sources:
-        """Who updates it; asked for only where an optimiser does."""
-        if self._sources is None:
-            self._sources = Sources()
-        return self._sources
-
-    def _left_out(self, model: Model | None) -> bool:
-        if self._sources is None:
-            return False
-        root = root_of(model) if isinstance(model, nn.Module) else model
-        own: object = getattr(self, "model", None)
-        return (root is None or root is own) and self._sources.leave_out()
+            warn_user(message)

@@ -16,10 +16,10 @@ from polyak.tensors.modes import Untracked
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from polyak.engine.pending import Seen, Turn
+    from polyak.engine.pending import PendingUpdate, Seen
     from polyak.engine.plan.offload import Offload
-    from polyak.engine.plan.tensor_update import Mover
-    from polyak.engine.updates import Updating
+    from polyak.engine.plan.tensor_update import TensorUpdate
+    from polyak.engine.updates import Updater
 
 __all__ = ["Background", "Joint", "Pass", "alone", "carry_out", "refuse_within", "whole"]
 
@@ -28,24 +28,24 @@ class Pass:
     """One pass over the weights: an update of one averager, with all its moves.
 
     Attributes:
-        turns: The updates that it makes.
+        updates: The updates that it makes.
         finite: Whether the weights are finite, or need not be.
         moved: Whether all its tensors have moved.
         counted: Whether it was counted.
     """
 
-    def __init__(self, turn: Turn) -> None:
-        self.turns: Sequence[Turn] = (turn,)
+    def __init__(self, update: PendingUpdate) -> None:
+        self.updates: Sequence[PendingUpdate] = (update,)
         self.finite, self.moved, self.counted = True, False, False
 
     def prepare(self) -> None:
         """Look at the weights; nothing moves yet."""
-        (turn,) = self.turns
-        self.finite = turn.plan.moves.prepare(turn.moves, check=turn.averager.checks)
+        (update,) = self.updates
+        self.finite = update.plan.moves.prepare(update.moves, check=update.updater.core.checks)
 
     def begun(self) -> bool:
         """Return whether anything has moved."""
-        return self.finite and self.turns[0].plan.moves.begun()
+        return self.finite and self.updates[0].plan.moves.begun()
 
     def move(self) -> None:
         """Move what has not moved yet."""
@@ -55,33 +55,33 @@ class Pass:
 
     def commit(self) -> None:
         """Count the updates; idempotent."""
-        for turn in self.turns:
+        for update in self.updates:
             if self.finite:
-                turn.commit()
+                update.commit()
             else:
-                turn.skip()
+                update.skip()
         self.counted = True
 
-    def announce(self, turn: Turn) -> None:
+    def announce(self, update: PendingUpdate) -> None:
         """Call the listeners of an update that was made."""
         if self.counted and self.finite:
-            turn.averager.announce(turn)
+            update.updater.announce(update)
 
     def _move(self) -> None:
-        (turn,) = self.turns
-        turn.plan.moves.move(turn.generators)
+        (update,) = self.updates
+        update.plan.moves.move(update.generators)
 
 
 class Joint(Pass):
     """One pass over the weights for several averagers."""
 
-    def __init__(self, turns: Sequence[Turn], mover: Mover) -> None:
-        super().__init__(turns[0])
-        self.turns, self._mover = turns, mover
+    def __init__(self, updates: Sequence[PendingUpdate], mover: TensorUpdate) -> None:
+        super().__init__(updates[0])
+        self.updates, self._mover = updates, mover
 
     @override
     def prepare(self) -> None:
-        self.finite = self._mover.prepare(check=self.turns[0].averager.checks)
+        self.finite = self._mover.prepare(check=self.updates[0].updater.core.checks)
 
     @override
     def begun(self) -> bool:
@@ -89,14 +89,14 @@ class Joint(Pass):
 
     @override
     def _move(self) -> None:
-        self._mover.move([turn.rate for turn in self.turns], [turn.generators for turn in self.turns])
+        self._mover.move([update.rate for update in self.updates], [update.generators for update in self.updates])
 
 
 class Background(Pass):
     """An update that another thread makes, and counts."""
 
-    def __init__(self, turn: Turn, offload: Offload) -> None:
-        super().__init__(turn)
+    def __init__(self, update: PendingUpdate, offload: Offload) -> None:
+        super().__init__(update)
         self._offload = offload
         self._process, self._future = os.getpid(), Future[bool]()
 
@@ -106,24 +106,26 @@ class Background(Pass):
 
     @override
     def begun(self) -> bool:
-        return self.turns[0].averager.pending is self
+        return self.updates[0].updater.core.pending is self
 
     @override
     def commit(self) -> None:
         """The other thread counts, and who waits for it calls the listeners."""
 
     @override
-    def announce(self, turn: Turn) -> None:
-        if self.begun() and turn.averager.is_followed:
+    def announce(self, update: PendingUpdate) -> None:
+        if self.begun() and update.updater.view.is_held:
             self.wait()
 
     @override
     def _move(self) -> None:
-        (turn,) = self.turns
+        (update,) = self.updates
         if not self.begun():
-            self._future = self._offload.start(turn.moves, turn.generators, turn.commit, check=turn.averager.checks)
-            turn.averager.pending = self
-        if not turn.averager.guards:
+            self._future = self._offload.start(
+                update.moves, update.generators, update.commit, check=update.updater.core.checks
+            )
+            update.updater.core.pending = self
+        if not update.updater.guards:
             self.release()
 
     def release(self) -> None:
@@ -137,28 +139,28 @@ class Background(Pass):
             StateError: If it was under way in another process, which was forked.
             NonFiniteError: If weights are not finite and the averager does not skip such updates.
         """
-        (turn,) = self.turns
+        (update,) = self.updates
         if self._process != os.getpid():
-            turn.averager.pending = None
+            update.updater.core.pending = None
             message = (
                 "the process was forked while an update was under way on another thread, which is not there now; "
                 "call averager.synchronize() before forking. This process has half an average."
             )
             raise StateError(message)
         wait([self._future])
-        turn.averager.pending = None
+        update.updater.core.pending = None
         if self._future.result():
-            turn.averager.announce(turn)
+            update.updater.announce(update)
             return
-        turn.refuse()
-        turn.skip()
-        turn.warn()
+        update.refuse()
+        update.skip()
+        update.warn()
 
 
-def alone(turn: Turn) -> Pass:
+def alone(update: PendingUpdate) -> Pass:
     """Return the pass that makes an update of one averager only."""
-    offload = turn.plan.offload
-    return Pass(turn) if offload is None else Background(turn, offload)
+    offload = update.plan.offload
+    return Pass(update) if offload is None else Background(update, offload)
 
 
 def carry_out(passes: Sequence[Pass], others: Sequence[Seen] = ()) -> None:
@@ -173,11 +175,11 @@ def carry_out(passes: Sequence[Pass], others: Sequence[Seen] = ()) -> None:
     """
     with ExitStack() as stack:  # a listener that fails keeps none of the others from being called
         for one in reversed(passes):
-            for turn in reversed(one.turns):
-                stack.callback(one.announce, turn)
+            for update in reversed(one.updates):
+                stack.callback(one.announce, update)
         _make(passes, others)
-        for turn in _skipped(passes):
-            turn.warn()
+        for update in _skipped(passes):
+            update.warn()
 
 
 def whole(act: Callable[[], None]) -> None:
@@ -189,7 +191,7 @@ def whole(act: Callable[[], None]) -> None:
         raise
 
 
-def refuse_within(averager: Updating) -> None:
+def refuse_within(updater: Updater) -> None:
     """Refuse a state that a signal handler takes in the middle of an update: some tensors would have moved.
 
     Raises:
@@ -200,7 +202,9 @@ def refuse_within(averager: Updating) -> None:
         frame = back
         if frame.f_code is _make.__code__:
             passes, others = frame.f_locals["passes"], frame.f_locals["others"]
-            if any(turn.averager is averager for turn in (*others, *(turn for one in passes for turn in one.turns))):
+            if any(
+                update.updater is updater for update in (*others, *(update for one in passes for update in one.updates))
+            ):
                 message = (
                     "state_dict() in the middle of an update, from a signal handler: half of the average has moved. "
                     "Let the handler set a flag, and save behind the next update."
@@ -208,8 +212,8 @@ def refuse_within(averager: Updating) -> None:
                 raise StateError(message)
 
 
-def _skipped(passes: Sequence[Pass]) -> list[Turn]:
-    return [turn for one in passes if not one.finite for turn in one.turns]
+def _skipped(passes: Sequence[Pass]) -> list[PendingUpdate]:
+    return [update for one in passes if not one.finite for update in one.updates]
 
 
 def _make(passes: Sequence[Pass], others: Sequence[Seen]) -> None:
@@ -227,8 +231,8 @@ def _make(passes: Sequence[Pass], others: Sequence[Seen]) -> None:
     with Untracked():
         for one in passes:
             one.prepare()
-        for turn in _skipped(passes):
-            turn.refuse()
+        for update in _skipped(passes):
+            update.refuse()
         try:
             go_on()
         except BaseException:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
-from polyak.errors import ArgumentError
+from polyak.errors import ArgumentError, PolyakWarning
 from polyak.errors.formatting import listed, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
-__all__ = ["explained", "refuse_arguments", "users_level"]
+__all__ = ["explained", "refuse_arguments", "users_level", "warn_user"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _HERE = str(Path(__file__).parents[1])
+_BETWEEN = frozenset({"torch", "contextlib"})  # these call hooks and contexts
 
 
 def explained(hint: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
@@ -60,8 +63,19 @@ def refuse_arguments(more: tuple[Any, ...], unknown: dict[str, Any]) -> NoReturn
 
 
 def users_level() -> int:
-    """Return the ``stacklevel`` at which a warning of the caller's points at the first line outside of polyak."""
+    """Return the ``stacklevel`` at which a warning of the caller's points at the user's line."""
     frame, level = sys._getframe(1), 1  # noqa: SLF001 - as the module warnings does
-    while frame.f_code.co_filename.startswith(_HERE) and frame.f_back is not None:
+    while frame.f_back is not None and _is_between(frame):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def warn_user(message: str, category: type[Warning] = PolyakWarning) -> None:
+    """Warn at the user's line: the nearest one that is neither polyak's nor torch's."""
+    warnings.warn(message, category, users_level())
+
+
+def _is_between(frame: FrameType) -> bool:
+    if frame.f_code.co_filename.startswith(_HERE):
+        return True
+    return str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from polyak.engine.pending import Seen, Turn
-from polyak.engine.plan.tensor_update import Mover
+from polyak.engine.pending import PendingUpdate, Seen
+from polyak.engine.plan.tensor_update import TensorUpdate
 from polyak.optim.fused import pairs
 from polyak.tensors.modes import Untracked
 
@@ -27,7 +27,7 @@ class _Pairing(NamedTuple):
     plan: Plan
     params: list[int]
     averages: list[Tensor | None]
-    rest: Mover | None
+    rest: TensorUpdate | None
 
 
 class OnePass:
@@ -57,14 +57,14 @@ class OnePass:
     def _made(self, kernel: AdamWCPU, grads: Sequence[Tensor], hypers: Sequence[Hyper], lr: float) -> str:
         averages: list[Tensor | None] = [None] * len(grads)
         kernel.reset()
-        turn = self._averager.begin(None, None, lr)
-        if isinstance(turn, Seen):
-            rate, rest = 0.0, turn.commit
+        update = self._averager.updater.prepare(None, None, lr)
+        if isinstance(update, Seen):
+            rate, rest = 0.0, update.commit
         else:
-            if found := _hindrance(turn):
+            if found := _hindrance(update):
                 return found
-            pairing = self._paired(turn.plan, kernel.params)
-            rate, averages, rest = turn.rate, pairing.averages, _rest(turn, pairing.rest)
+            pairing = self._paired(update.plan, kernel.params)
+            rate, averages, rest = update.rate, pairing.averages, _rest(update, pairing.rest)
         try:
             kernel.prepare(averages, hypers, rate)
             kernel()
@@ -74,8 +74,8 @@ class OnePass:
                 kernel()
                 rest()
             raise
-        if isinstance(turn, Turn):
-            self._averager.announce(turn)
+        if isinstance(update, PendingUpdate):
+            self._averager.updater.announce(update)
         return ""
 
     def _paired(self, plan: Plan, params: Sequence[Tensor]) -> _Pairing:
@@ -85,10 +85,10 @@ class OnePass:
         return self._pairing
 
 
-def _hindrance(turn: Turn) -> str:
-    if turn.plan.offload is not None:
+def _hindrance(update: PendingUpdate) -> str:
+    if update.plan.offload is not None:
         return "the average lives on another device than the model"
-    if tuple(turn.moves) != (("average", "weights", turn.rate),):
+    if tuple(update.moves) != (("average", "weights", update.rate),):
         return "the strategy moves more than the average"
     return ""
 
@@ -102,21 +102,21 @@ def _pair(plan: Plan, numbers: list[int]) -> _Pairing:
         else:
             rest.append((stored, live))
     left = lane._replace(stored=[stored for stored, _ in rest], live=[live for _, live in rest])
-    return _Pairing(plan, numbers, [own.get(number) for number in numbers], Mover([left]) if rest else None)
+    return _Pairing(plan, numbers, [own.get(number) for number in numbers], TensorUpdate([left]) if rest else None)
 
 
-def _rest(turn: Turn, mover: Mover | None) -> Callable[[], None]:
+def _rest(update: PendingUpdate, mover: TensorUpdate | None) -> Callable[[], None]:
     """Return what moves the rest of an update and counts it; twice is once."""
     moved: list[bool] = []
 
     def commit() -> None:
         moved.append(True)
-        turn.commit()
+        update.commit()
 
     def move() -> None:
         if mover is not None and not moved:
             with Untracked():
-                mover.update([turn.rate], [turn.generators], commit, check=False)
-        turn.commit()
+                mover.update([update.rate], [update.generators], commit, check=False)
+        update.commit()
 
     return move

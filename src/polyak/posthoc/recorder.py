@@ -129,18 +129,18 @@ class Recorder:
         self._shapes = {name: shapes_of(engine) for name, engine in self._series().items()}
         self._listeners = [(one, self._listener(name), self._opener(name)) for name, one in self._engines.items()]
         for engine, listener, opener in self._listeners:
-            engine.listeners.append(listener)
-            engine.openers.append(opener)
+            engine.updater.listeners.append(listener)
+            engine.updater.openers.append(opener)
         self._unclosed = weakref.finalize(self, warn_unclosed, self.directory, self._seen, self._written)
 
     def close(self) -> None:
         """Write the snapshots of the last updates, and follow no longer; twice is once."""
         for engine, listener, opener in self._listeners:
             engine.synchronize()
-            if listener in engine.listeners:
-                engine.listeners.remove(listener)
-            if opener in engine.openers:
-                engine.openers.remove(opener)
+            if listener in engine.updater.listeners:
+                engine.updater.listeners.remove(listener)
+            if opener in engine.updater.openers:
+                engine.updater.openers.remove(opener)
         self._listeners = []
         self._unclosed.detach()
         if not self._begun and self._late():  # its state was loaded, and no update came

@@ -191,7 +191,7 @@ def block_means(engines: Mapping[str, Engine], wanted: bool | None) -> Engine | 
     own = fastest.options
     options = Options(
         every=own.every, origin="first", buffers=own.buffers, include=own.include, exclude=own.exclude,
-        match=own.match, nonfinite="propagate" if fastest.checks else "skip",
+        match=own.match, nonfinite="propagate" if fastest.core.checks else "skip",
     )  # fmt: skip
     return Engine(model_of(fastest), SWA(), options)
 

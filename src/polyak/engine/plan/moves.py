@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
-from polyak.engine.plan.tensor_update import Mover
-from polyak.tensors.finite import FiniteCheck
+from polyak.engine.plan.tensor_update import TensorUpdate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from polyak.engine.plan.groups import Lane
+    from polyak.engine.plan.groups import Group, Lane
     from polyak.strategy.base import Move
     from polyak.tensors.generators import OwnGenerators
 
@@ -24,21 +22,15 @@ _COPIED = ("average", "copied")
 class Moves:
     """Makes the moves of one averager's update, one after the other: all of them or none.
 
-    Attributes:
-        mover: Makes the one move that most strategies are: the average towards the weights.
+    Whether weights are finite is decided by the move of the average towards the weights, which most strategies are.
     """
 
     def __init__(self, lane: Lane) -> None:
-        self.mover = Mover([lane])
+        self._whole = TensorUpdate([lane])
         self._lane = lane
-        self._movers: dict[tuple[str, str], Mover] = {}
-        self._todo: Sequence[tuple[Mover, float]] = ()
+        self._updates: dict[tuple[str, str], TensorUpdate] = {}
+        self._todo: Sequence[tuple[TensorUpdate, float]] = ()
         self._made, self._prepared = 0, -1
-
-    @cached_property
-    def _finite(self) -> FiniteCheck:
-        lane = self._lane
-        return FiniteCheck([live for s, live in zip(lane.stored, lane.live, strict=True) if s.policy == "average"])
 
     def prepare(self, moves: Sequence[Move], *, check: bool) -> bool:
         """Begin an update; nothing moves yet.
@@ -52,23 +44,19 @@ class Moves:
         """
         self._made, self._prepared = 0, -1
         if len(moves) == 1 and moves[0][:2] == ("average", "weights"):
-            self._todo = [(self.mover, moves[0].rate)]
-            self._prepared = 0
-            return self.mover.prepare(check=check)
-        self._todo = [(self._mover(target, source), rate) for target, source, rate in [(*_COPIED, 1.0), *moves]]
-        if not check:
-            return True
-        finite = self._finite()
-        return finite if self._lane.agree is None else self._lane.agree(finite)
+            self._todo, self._prepared = [(self._whole, moves[0].rate)], 0
+        else:
+            self._todo = [(self._update(target, source), rate) for target, source, rate in [(*_COPIED, 1.0), *moves]]
+        return self._whole.prepare(check=check)
 
     def move(self, generators: OwnGenerators) -> None:
         """Make the moves one after the other, or the rest of them after an interruption."""
         while self._made < len(self._todo):
-            mover, rate = self._todo[self._made]
+            update, rate = self._todo[self._made]
             if self._prepared < self._made:
-                mover.prepare(check=False)
+                update.prepare(check=False)
                 self._prepared = self._made
-            mover.move([rate], [generators])
+            update.move([rate], [generators])
             self._made += 1
 
     def begun(self) -> bool:
@@ -101,8 +89,17 @@ class Moves:
             raise
         return True
 
-    def _mover(self, target: str, source: str) -> Mover:
-        if (target, source) not in self._movers:
+    def replace(self, generators: OwnGenerators) -> None:
+        """Copy the weights over the average, and count nothing."""
+        self._whole.update([1.0], [generators], lambda: None, check=False)
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        """The groups of tensors that the move of the average towards the weights consists of."""
+        return self._whole.groups
+
+    def _update(self, target: str, source: str) -> TensorUpdate:
+        if (target, source) not in self._updates:
             pairs = [*zip(self._lane.stored, self._lane.live, strict=True)]
             if (target, source) == _COPIED:
                 chosen = [(stored, live) for stored, live in pairs if stored.policy == "copy"]
@@ -113,5 +110,5 @@ class Moves:
                     if stored.policy == "average"
                 ]
             stored, live = [one for one, _ in chosen], [tensor for _, tensor in chosen]
-            self._movers[target, source] = Mover([self._lane._replace(stored=stored, live=live)])
-        return self._movers[target, source]
+            self._updates[target, source] = TensorUpdate([self._lane._replace(stored=stored, live=live)])
+        return self._updates[target, source]

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
     from polyak.tensors.generators import OwnGenerators
 
-__all__ = ["Mover"]
+__all__ = ["TensorUpdate"]
 
 
-class Mover:
+class TensorUpdate:
     """Moves the averages of one averager, or of several of the same weights, in one pass over them.
 
     Attributes:
