@@ -289,7 +289,7 @@ def test_a_copy_and_a_pickle_of_a_recorded_average_go_on_with_its_run(tmp_path):
     model, averager, _ = recorded(tmp_path, steps=25)
     for other in (copy.deepcopy(averager), pickle.loads(pickle.dumps(averager))):
         assert other.identity == averager.identity
-        assert not other.openers
+        assert not other.updater.openers
         folder = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name} {id(other)}")
         other.update(model, step=26)
         with Recorder(other, folder, every=10):
