@@ -796,7 +796,7 @@ PROFILES = [
     (lambda: polyak.Profile.of(polyak.EMA(), 3).distance("swa"), TypeError, ["another profile", "'swa'"]),
     (lambda: polyak.AveragerConfig().profile("a"), TypeError, ["step: got 'a'"]),
     (lambda: polyak.AveragerConfig.of(None), TypeError, ["got None", "a mapping"]),
-    (lambda: polyak.AveragerConfig.of("ema"), TypeError, ["got 'ema'", "a mapping"]),
+    (lambda: polyak.AveragerConfig.of(["ema"]), TypeError, ["got ['ema']", "a strategy, or a mapping"]),
     (lambda: polyak.AveragerConfig.from_file(None), TypeError, ["a config file is given as a path", "None"]),
     (lambda: polyak.strategies()["emma"], KeyError, ["'emma'", "Known: ema"]),
     (lambda: polyak.convert("ema", None, steps=100), TypeError, ["None as the family"]),

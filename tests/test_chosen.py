@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from pydantic import BaseModel, ValidationError
+from torch import nn
 
 import polyak
 from models import mlp
@@ -21,6 +23,13 @@ class Settings:
     decay: float = 0.5
 
 
+@dataclass
+class Whole:
+    strategy: Settings = field(default_factory=Settings)
+    every: int = 2
+    include: tuple[str, ...] = ("*.weight",)
+
+
 PLAIN = {"name": "ema", "decay": 0.5}
 ONLY = {
     "object": polyak.EMA(decay=0.5),
@@ -29,10 +38,14 @@ ONLY = {
     "dataclass": Settings(),
     "omegaconf": OmegaConf.create(PLAIN),
     "config": polyak.AveragerConfig(strategy=PLAIN),
+    "config of defaults": polyak.AveragerConfig(strategy=PLAIN, every=1),
+    "namespace with strategy": Namespace(strategy=Namespace(**PLAIN), every=1, start=0),
+    "mapping with strategy": {"strategy": PLAIN},
 }
 WHOLE = {
     "mapping": {"strategy": PLAIN, "every": 2, "include": ["*.weight"]},
     "namespace": Namespace(strategy=Namespace(**PLAIN), every=2, include=["*.weight"]),
+    "dataclass": Whole(),
     "omegaconf": OmegaConf.create({"strategy": PLAIN, "every": 2, "include": ["*.weight"]}),
     "config": polyak.AveragerConfig(strategy=PLAIN, every=2, include="*.weight"),
 }
@@ -46,6 +59,56 @@ def test_a_strategy_is_named_in_every_way_everywhere(way):
     assert polyak.AveragerConfig(strategy=way).strategy == wanted
     assert polyak.convert(way, "power", steps=100).wanted.distance(polyak.Profile.of(wanted, 100)) == 0
     check_strategy(way)
+
+
+class Train(BaseModel):
+    average: polyak.AveragerConfig = polyak.AveragerConfig()
+
+
+ALONE = {**ONLY, "name": "ema", "class": polyak.EMA}
+
+
+@pytest.mark.parametrize("way", ALONE.values(), ids=ALONE)
+def test_a_config_is_made_of_a_strategy_alone(way):
+    wanted = polyak.AveragerConfig(strategy=polyak.AveragerConfig(strategy=way).strategy)
+    assert polyak.AveragerConfig.of(way) == wanted
+    assert Train(average=way).average == wanted
+    assert Train.model_validate_json(Train(average=way).model_dump_json()).average == wanted
+
+
+@pytest.mark.parametrize("way", WHOLE.values(), ids=WHOLE)
+def test_a_config_is_made_of_a_strategy_and_options(way):
+    wanted = polyak.AveragerConfig(strategy=PLAIN, every=2, include="*.weight")
+    assert polyak.AveragerConfig.of(way) == wanted
+    assert Train(average=way).average == wanted
+    check_strategy(way)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"name": "ema", "decay": 2}, r"strategy\.decay\n  Input should be less than 1"),
+        ({"name": "ema", "every": 2}, r"strategy\.every"),
+        ({"decay": 0.5}, r"decay\n  Extra inputs"),
+        ("emma", r"strategy\n  .*Did you mean 'ema'"),
+        (3, "average\n  Input should be a valid dictionary"),
+        (nn.Linear, "average\n  Input should be a valid dictionary"),
+    ],
+)
+def test_what_is_neither_is_refused_with_its_place(wrong, said):
+    with pytest.raises(ValidationError, match=said):
+        Train(average=wrong)
+    with pytest.raises(polyak.ConfigError):
+        polyak.AveragerConfig.of(wrong)
+
+
+def test_settings_that_hold_themselves_are_refused_in_words():
+    for settings in ({}, Namespace()):
+        table = settings if isinstance(settings, dict) else vars(settings)
+        table["strategy"] = settings
+        for take in (polyak.AveragerConfig.of, check_strategy, lambda way: polyak.average(mlp(), way)):
+            with pytest.raises(polyak.ConfigError, match="too many values within one another"):
+                take(settings)
 
 
 @pytest.mark.parametrize("way", WHOLE.values(), ids=WHOLE)
@@ -81,8 +144,10 @@ def test_what_a_config_says_is_not_said_again():
         polyak.average(mlp(), config, every=5)
     with pytest.raises(polyak.ConfigError, match="It is a setting of the strategy"):
         polyak.average(mlp(), config, decay=0.9)
-    with pytest.raises(polyak.ConfigError, match=r"a config with the options every: give config\.strategy"):
-        polyak.AveragerConfig(strategy=config)
+    for way in (config, Namespace(strategy="ema", every=2, start=0), {"strategy": PLAIN, "every": 2}):
+        for take in (lambda way: polyak.AveragerConfig(strategy=way), lambda way: polyak.convert(way, "swa", steps=9)):
+            with pytest.raises(polyak.ConfigError, match=r"a config with the options every: give its strategy alone"):
+                take(way)
 
 
 def test_every_way_and_a_whole_config_are_taken_together_by_a_bank():

@@ -380,8 +380,20 @@ def test_a_config_inside_a_model_of_the_users_own_has_the_same_schema_and_comes_
     assert Train.model_validate(train.model_dump()) == train
     assert schema.is_valid(json.loads(train.model_dump_json()))
     assert schema.is_valid({"short": {"decay": 0.5}})
-    for wrong in ({"name": "ema", "decy": 1}, {"decay": 0.5}, {"name": "ema", "decay": "0.5"}, "emma"):
-        assert not schema.is_valid({"ema": {"strategy": wrong}}), wrong
+    for right in ("swa", {"name": "ema", "decay": 0.5}):
+        for data in ({"ema": right}, {"more": {"a": right}}):
+            assert schema.is_valid(data)
+            assert Train.model_validate(data)
+    for wrong in (
+        {"name": "ema", "decy": 1}, {"decay": 0.5}, {"name": "ema", "decay": "0.5"}, "emma",
+        {"name": "ema", "every": 2},
+    ):  # fmt: skip
+        for data in ({"ema": {"strategy": wrong}}, {"ema": wrong}, {"more": {"a": wrong}}):
+            assert not schema.is_valid(data)
+            with pytest.raises(ValidationError):
+                Train.model_validate(data)
+    written = jsonschema.Draft202012Validator(Train.model_json_schema(mode="serialization"))
+    assert written.is_valid(json.loads(train.model_dump_json()))
 
 
 class Limited(polyak.Strategy):

@@ -6,10 +6,17 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BeforeValidator, SerializeAsAny, SerializerFunctionWrapHandler, ValidationError, field_serializer
+from pydantic import (
+    BeforeValidator,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
 from typing_extensions import override
 
-from polyak.config.chosen import plain_mapping
+from polyak.config.chosen import AnyStrategy, plain_mapping, whole
 from polyak.config.explain import explain
 from polyak.config.files import read, render, write
 from polyak.config.schema import OneOfTheInstalled, for_files
@@ -24,6 +31,10 @@ from polyak.strategy.numbers import given_integer
 from polyak.strategy.profile import Profile
 
 if TYPE_CHECKING:
+    from pydantic import GetJsonSchemaHandler
+    from pydantic.json_schema import JsonSchemaValue
+    from pydantic_core import CoreSchema
+
     from polyak.engine.averager import Averager
     from polyak.tensors.entries import Model
 
@@ -34,9 +45,12 @@ _EXPECTED = "a strategy is a name, a mapping with a 'name', or a polyak.Strategy
 
 def _resolve(value: Any) -> Any:  # noqa: ANN401 - a validator takes whatever the user wrote
     value = plain_mapping(value)
+    if isinstance(value, Mapping) and "strategy" in value and "name" not in value:
+        value = AveragerConfig.model_validate(value)
     if isinstance(value, AveragerConfig):
-        if options := sorted(value.model_fields_set - {"strategy"}):
-            message = f"{_EXPECTED}; got a config with the options {listed(options)}: give config.strategy"
+        fields = Options.model_fields.items()
+        if options := sorted(name for name, field in fields if getattr(value, name) != field.default):
+            message = f"{_EXPECTED}; got a config with the options {listed(options)}: give its strategy alone"
             raise ValueError(message)
         return value.strategy
     if isinstance(value, type) and issubclass(value, Strategy):
@@ -77,29 +91,41 @@ class AveragerConfig(Options):
     """The strategy: a name, or a mapping of its name and settings."""
 
     @classmethod
-    def of(cls, data: Mapping[str, Any], where: str = "the settings") -> Self:
+    def of(cls, data: AnyStrategy | AveragerConfig, where: str = "the settings") -> Self:
         """Return the config in a mapping, or say in words what is wrong with it.
 
+        Args:
+            data: A mapping with "strategy" and options, or whatever names a strategy alone.
+            where: What the mapping is, for messages.
+
         Raises:
-            ArgumentError: If ``data`` is no mapping.
+            ArgumentError: If ``data`` is neither.
             ConfigError: A wrong key or value: its location, what was got, what is allowed and the nearest known name.
         """
-        data = plain_mapping(data)
-        if not isinstance(data, Mapping):
-            message = f"{where}: got {shown(data)}; expected a mapping with 'strategy' and options"
+        settings = whole(data)
+        if isinstance(settings, cls):
+            return settings
+        if not isinstance(settings, Mapping):
+            message = f"{where}: got {shown(data)}; expected a strategy, or a mapping with 'strategy' and options"
             raise ArgumentError(message)
         try:
-            return cls.model_validate(dict(data))
+            return cls.model_validate(settings)
         except ValidationError as error:
-            raise cls._refused(error, data, where) from error
+            raise cls._refused(error, settings, where) from error
 
     def named(self) -> dict[str, Any]:
         """Return the options that it names itself, and its strategy."""
         return {"strategy": self.strategy, **{name: getattr(self, name) for name in self.model_fields_set}}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _whole(cls, data: Any) -> Any:  # noqa: ANN401 - as above
+        return whole(data)
+
     @classmethod
     @override
     def _refused(cls, error: ValidationError, settings: Mapping[str, Any], where: str) -> ConfigError:
+        settings = whole(settings)
         causes = [detail.get("ctx", {}).get("error") for detail in error.errors()]
         if any(isinstance(cause, UnknownStrategyError) for cause in causes):
             lines = explain(error, {**settings, "strategy": "ema"})  # its own settings are those of no strategy
@@ -186,6 +212,13 @@ class AveragerConfig(Options):
         computed = type(strategy).model_computed_fields
         said = {name: value for name, value in handler(strategy).items() if name not in computed}
         return {**said, "name": registry().called(strategy)}
+
+    @classmethod
+    @override
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        # Put in the place of the definition, which a reference to it would make refer to itself.
+        own = {**handler.resolve_ref_schema(handler(schema))}
+        return {"anyOf": [own, *own["properties"]["strategy"]["anyOf"]]} if handler.mode == "validation" else own
 
     @classmethod
     @override

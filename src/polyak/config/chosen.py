@@ -1,4 +1,4 @@
-"""The ways to name a strategy: everything that takes one takes all of them."""
+"""The ways to name a strategy, alone or with options: everything that takes one takes all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from polyak.errors import ArgumentError, ConfigError
 from polyak.errors.formatting import listed, shown, type_name
 from polyak.strategy.base import Strategy
 
-__all__ = ["AnyStrategy", "plain_mapping", "refuse_swapped", "written"]
+__all__ = ["AnyStrategy", "plain_mapping", "refuse_swapped", "whole", "written"]
+
+_DEEPEST = 32
 
 AnyStrategy = str | Strategy | type[Strategy] | Mapping[str, Any]
 """A name, an object, a class, or a mapping of a name and settings.
@@ -22,17 +24,32 @@ Wherever a mapping is taken, so are an ``argparse.Namespace``, a dataclass, and 
 """
 
 
-def plain_mapping(value: object) -> Any:  # noqa: ANN401 - anything that is no mapping comes back as it is
-    """Return a dictionary of what other libraries keep settings in, and everything else as it is."""
+def plain_mapping(value: object, depth: int = 0) -> Any:  # noqa: ANN401 - anything that is no mapping comes back as it is
+    """Return a dictionary of what other libraries keep settings in, and everything else as it is.
+
+    Raises:
+        ConfigError: If settings are nested too deep, as a mapping in itself is.
+    """
+    if depth > _DEEPEST:
+        message = "the settings have too many values within one another; expected two or three levels"
+        raise ConfigError(message)
     if isinstance(value, Namespace):
         value = vars(value)
     elif is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, Mapping) and not any(isinstance(tensor, Tensor) for tensor in value.values()):
-        return {key: plain_mapping(part) for key, part in value.items()}
+        return {key: plain_mapping(part, depth + 1) for key, part in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes, tuple, list)):
-        return [plain_mapping(part) for part in value]
+        return [plain_mapping(part, depth + 1) for part in value]
     return value
+
+
+def whole(value: object) -> Any:  # noqa: ANN401 - what is neither comes back as it is
+    """Return the data of a config: a mapping with "strategy" and options, also where a strategy alone is given."""
+    value = plain_mapping(value)
+    named = isinstance(value, Mapping) and "name" in value and "strategy" not in value
+    is_class = isinstance(value, type) and issubclass(value, Strategy)
+    return {"strategy": value} if named or is_class or isinstance(value, (str, Strategy)) else value
 
 
 def written(strategy: AnyStrategy, settings: Mapping[str, Any]) -> Mapping[str, Any] | Strategy:

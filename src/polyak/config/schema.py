@@ -45,8 +45,10 @@ class OneOfTheInstalled:
 
 def for_files(schema: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of a config as that of a file, which may name the schema it follows."""
-    properties = {**schema["properties"], "$schema": {"type": "string"}}
-    return {"$schema": _DRAFT, **schema, "properties": properties}
+    rest = {**schema}
+    whole = rest.pop("anyOf")[0] if "anyOf" in rest else {}  # the other branches are a strategy alone
+    made = {**whole, **rest}
+    return {"$schema": _DRAFT, **made, "properties": {**made["properties"], "$schema": {"type": "string"}}}
 
 
 def _names(cls: type[Strategy], strategies: Strategies) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from polyak.config import AveragerConfig
-from polyak.config.chosen import AnyStrategy, written
+from polyak.config.chosen import AnyStrategy, plain_mapping, written
 from polyak.registry import registry
 from polyak.testing.laws import LAWS
 from polyak.testing.rates import Case, learning_rate
@@ -91,6 +92,8 @@ def _ready() -> list[str]:
 
 
 def _instance(strategy: AnyStrategy | AveragerConfig, settings: dict[str, Any]) -> Strategy:
-    if isinstance(strategy, AveragerConfig):
-        strategy = strategy.strategy
-    return AveragerConfig.of({"strategy": written(strategy, settings)}, "check_strategy(): the strategy").strategy
+    where = "check_strategy(): the strategy"
+    strategy = plain_mapping(strategy)
+    if isinstance(strategy, AveragerConfig) or (isinstance(strategy, Mapping) and "strategy" in strategy):
+        strategy = AveragerConfig.of(strategy, where).strategy
+    return AveragerConfig.of({"strategy": written(strategy, settings)}, where).strategy
