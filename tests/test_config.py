@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Any, Generic, Literal, TypeVar
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 import polyak
 from models import mlp
 from polyak import AveragerConfig, ConfigError
+from polyak.config import files
 from polyak.registry import Registry, made, registry
 from polyak.strategy import EMA
 from polyak.testing import check_strategy
@@ -541,6 +543,13 @@ class WithContainers(Levels):
     table: dict[str, float] = Field({"a": 1.0})
 
 
+class WithKeys(Levels):
+    name: Literal["with_keys"] = "with_keys"
+    steps: dict[int, float] = Field({1: 0.5, 10: 0.25})
+    nested: dict[str, dict[float, list[int]]] = Field({"a": {0.5: [2]}})
+    flags: dict[bool, int] | None = None
+
+
 class WithExcluded(Levels):
     name: Literal["with_excluded"] = "with_excluded"
     secret: int = Field(3, exclude=True)
@@ -560,7 +569,7 @@ WithInt = WithType[int]
 COMES_BACK = [
     WithEnum(kind=Kind.HIGH), WithComputed(decay=0.5), WithAlias(win=7), WithSerialisedAlias(window=7),
     WithPrivate(scale=2.0), WithInner(inner=Inner(cap=2.0)), WithInner(), WithInt(value=3),
-    WithContainers(several=(3.0,), table={"b": 2.0}),
+    WithContainers(several=(3.0,), table={"b": 2.0}), WithKeys(), WithKeys(steps={np.int64(3): 1.0}, flags={True: 1}),
 ]  # fmt: skip
 REFUSED = [WithExcluded(secret=4), WithBytes(), WithAnything(what=torch.nn.ReLU)]
 
@@ -593,6 +602,35 @@ def test_settings_of_every_kind_come_back_from_files_states_and_copies(strategy,
         assert again == config
         assert hash(again) == hash(config)
     check_strategy(strategy)
+
+
+def test_keys_that_are_numbers_are_texts_in_files_and_nothing_else():
+    assert WithKeys(steps={"1": 0.5, 10: 0.25}) == WithKeys()
+    for key in ("1.5", "one", True, np.bool_(1), None):
+        with pytest.raises(ConfigError, match="steps"):
+            WithKeys(steps={key: 0.5})
+    with pytest.raises(ConfigError, match=r"steps\.1: Input should be a valid number \(got '0\.5'\)"):
+        WithKeys(steps={1: "0.5"})
+
+
+@pytest.mark.usefixtures("_fields_of_every_kind")
+def test_keys_that_are_numbers_come_back_when_they_were_changed_in_a_run():
+    averager, again = polyak.average(mlp(), WithKeys()), polyak.average(mlp(), WithKeys())
+    averager.update()
+    averager.configure(steps={3: 0.5})
+    again.load_state_dict(averager.state_dict())
+    assert again.strategy == averager.strategy == WithKeys(steps={3: 0.5})
+
+
+class WithNulls(Levels):
+    name: Literal["with_nulls"] = "with_nulls"
+    caps: dict[str, list[float | None]] = Field({"a": [1.0, None]})
+
+
+def test_toml_refuses_a_null_however_deep():
+    config = AveragerConfig(strategy=WithNulls())
+    with pytest.raises(ConfigError, match=r"TOML has no null, and the strategy has caps\.a\.1 = None"):
+        files.render("a.toml", config.model_dump(mode="json"))
 
 
 @pytest.mark.usefixtures("_fields_of_every_kind")

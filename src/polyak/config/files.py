@@ -15,10 +15,11 @@ import yaml
 
 from polyak.config.yaml12 import dump_yaml, load_yaml
 from polyak.errors import ConfigError, MissingFileError
-from polyak.errors.formatting import brief, shown
+from polyak.errors.formatting import brief, listed, shown
 from polyak.io import atomic
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 __all__ = ["read", "render", "write"]
@@ -109,12 +110,20 @@ def render(path: str | os.PathLike[str], data: Mapping[str, Any]) -> str:
         return json.dumps(options, indent=2) + "\n"
     if suffix != ".toml":
         return dump_yaml(options)
-    if nulls := [key for key, value in options["strategy"].items() if value is None]:
-        message = (
-            f"TOML has no null, and the strategy has {', '.join(nulls)} = None; write a .yaml or .json file instead"
-        )
+    if nulls := [*_nulls(options["strategy"])]:
+        message = f"TOML has no null, and the strategy has {listed(nulls)} = None; write a .yaml or .json file instead"
         raise ConfigError(message)
     return tomli_w.dumps(options)
+
+
+def _nulls(value: object, where: str = "") -> Iterator[str]:
+    """Return the places of nulls in plain types."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        place = f"{where}.{key}" if where else str(key)
+        if part is None:
+            yield place
+        yield from _nulls(part, place)
 
 
 def write(path: str | os.PathLike[str], text: str) -> None:

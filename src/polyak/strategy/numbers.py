@@ -80,15 +80,23 @@ def given_positive(name: str, value: object) -> float:
     return number
 
 
-def plain(schema: Any) -> Any:  # noqa: ANN401 - a core schema is nested dicts and lists
-    """Return a core schema whose numbers and truth values are taken as such only."""
+def plain(schema: Any, *, keys: bool = False) -> Any:  # noqa: ANN401 - a core schema is nested dicts and lists
+    """Return a core schema whose numbers and truth values are taken as such only.
+
+    Args:
+        schema: A core schema, or a part of one.
+        keys: Whether it is that of the keys of a mapping: files write those as texts.
+    """
     if isinstance(schema, (list, tuple)):
-        return type(schema)(map(plain, schema))
+        return type(schema)(plain(part, keys=keys) for part in schema)
     if not isinstance(schema, dict):
         return schema
-    if (check := _CHECKS.get(schema.get("type", ""))) is not None:
+    if (check := (_KEY_CHECKS if keys else _CHECKS).get(schema.get("type", ""))) is not None:
         return core_schema.no_info_before_validator_function(check, schema)
-    return {key: part if key in _VALUES else plain(part) for key, part in schema.items()}
+    return {
+        name: part if name in _VALUES else plain(part, keys=keys or name == "keys_schema")
+        for name, part in schema.items()
+    }
 
 
 def _is_truth(value: object) -> bool:
@@ -120,4 +128,11 @@ def _truth(value: Any) -> Any:  # noqa: ANN401 - as above
     return bool(value)
 
 
+def _key(value: Any) -> Any:  # noqa: ANN401 - as above
+    if _is_truth(value):
+        raise PydanticKnownError(_NUMBER)
+    return value
+
+
+_KEY_CHECKS: Mapping[str, Callable[[Any], Any]] = {"int": _key, "float": _key}
 _CHECKS: Mapping[str, Callable[[Any], Any]] = {"int": _integer, "float": _number, "bool": _truth}
