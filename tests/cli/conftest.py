@@ -24,6 +24,9 @@ def far(state):
 def near(state):
     return -far(state)
 
+def two(state, other):
+    return 1.0
+
 def words(state):
     return "good"
 

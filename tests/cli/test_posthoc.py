@@ -14,6 +14,7 @@ from polyak.posthoc.snapshot import Snapshot
 from scratch import environment
 
 SYNTHESIZE = "synthesize blocks --target swa -o out.safetensors"
+MANY = " ".join(f"--grid k{key}={','.join(map(str, range(20)))}" for key in range(6))
 
 
 def value(state) -> float:
@@ -146,6 +147,10 @@ def test_averages_that_were_not_recorded_are_told_so(says, stores):
         (f"{SYNTHESIZE} --set start=201", r"no update up to step 200; check start="),
         (f"{SYNTHESIZE} --set start", r"got 'start'; expected KEY=VALUE"),
         (f"{SYNTHESIZE} --set sigma_rel=0.1", r"there is no such setting"),
+        (f"{SYNTHESIZE} --set name=ema", r"got 'name=ema'; expected a setting\. Give the name .* in its own place"),
+        (f"{SYNTHESIZE} --set start={'[' * 9999}", r"start: Input should be a valid integer"),
+        (SYNTHESIZE.replace("out", "folder"), r"folder\.safetensors cannot be written: the path belongs to a folder"),
+        (f"{SYNTHESIZE} --at-step -1", r"at_step: got -1; expected an integer from 0"),
         (SYNTHESIZE.replace("swa", "sva"), r".*'sva'.*Did you mean 'swa'"),
         ("sweep nowhere task:far", r"there is no folder 'nowhere'"),
         ("sweep empty task:far", r"no snapshot.* in 'empty'"),
@@ -157,12 +162,22 @@ def test_averages_that_were_not_recorded_are_told_so(says, stores):
         ("sweep blocks task:absent", r"'task:absent' cannot be imported \(module 'task' has no attribute 'absent'\)"),
         ("sweep blocks task", r"got 'task'; expected MODULE:FUNCTION"),
         ("sweep blocks :far", r"got ':far'; expected MODULE:FUNCTION"),
+        ("sweep blocks ..task:far", r"got '\.\.task:far'; expected MODULE:FUNCTION"),
+        ("sweep blocks task:two", r"task:two raised TypeError: two\(\) missing 1 required positional argument"),
         ("sweep blocks task:TEXT", r"'task:TEXT' is 'no function'; expected a function that takes a state dict"),
         ("sweep blocks task:words", r"evaluate\(\) returned 'good'; expected a number"),
         ("sweep blocks task:far --grid start=1,2", r"--grid and --set belong to a strategy; give its name: --target"),
         ("sweep blocks task:far --set start=1", r"--grid and --set belong to a strategy"),
         ("sweep blocks task:far --target swa --grid start", r"got 'start'; expected KEY=VALUE"),
         ("sweep blocks task:far --target swa --grid start=1,201", r"no update up to step 200"),
+        (
+            "sweep blocks task:far --target swa --grid start=1 --grid start=2",
+            r"--grid has 'start' twice; give all",
+        ),
+        ("sweep blocks task:far --target swa --grid start=1,2 --set start=1", r"'start' given by --set and by --grid"),
+        ("sweep blocks task:far --target swa --grid name=ema,swa", r"got 'name=ema,swa'; expected a setting"),
+        (f"sweep blocks task:far --target ema {MANY}", r"--grid has 64,000,000 combinations; expected at most 10,000"),
+        ("sweep blocks task:far -o folder.safetensors", r"cannot be written: the path belongs to a folder"),
         ("sweep blocks task:far --target swa --grid start=1,", r"start: .*\(got ''\)"),
         ("sweep blocks task:far --plot a.bmp", r"the picture 'a\.bmp' has the type '\.bmp'"),
         ("sweep blocks task:far -o a.pt", r"the file 'a\.pt' has the type '\.pt'"),
@@ -171,6 +186,7 @@ def test_averages_that_were_not_recorded_are_told_so(says, stores):
 )
 def test_a_wrong_input_is_refused_in_one_line_and_nothing_is_written(says, stores, command, message):
     (stores / "empty").mkdir()
+    (stores / "folder.safetensors").mkdir()
     before = {path: path.stat().st_mtime_ns for path in stores.rglob("*.*") if "__pycache__" not in path.parts}
     status, out, err = says(command)
     assert (status, out) == (2, "")

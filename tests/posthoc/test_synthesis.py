@@ -209,6 +209,7 @@ WRONG = [
     (Profile.of(polyak.SWA(), 5000), {}, "ends at step 5000"),
     (Profile.of(polyak.SWA(), 0), {}, "no update"),
     ("swa", {"start": 5000}, "no update up to step"),
+    ("swa", {"name": "ema"}, "beside the target"),
 ]
 
 

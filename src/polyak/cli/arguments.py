@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["average_at", "check_steps", "grid", "named", "settings", "split", "with_start"]
 
 _CADENCE = ("start", "every", "origin")
+_LARGEST = 10_000  # combinations of a grid
 _LONGEST = 50_000_000  # a profile counts every single step
 
 
@@ -71,13 +73,19 @@ def grid(words: Iterable[str]) -> list[dict[str, Any]]:
     """Return every combination of the settings in ``KEY=VALUE,VALUE,...`` words.
 
     Raises:
-        ConfigError: A word is no such list.
+        ConfigError: If a word is no such list, a key is given twice, or there are too many combinations.
     """
-    axes = []
+    axes: dict[str, list[Any]] = {}
     for word in words:
         key, text = _pair(word)
-        axes.append([(key, _value(one)) for one in text.split(",")])
-    return [dict(chosen) for chosen in product(*axes)]
+        if key in axes:
+            message = f"--grid has {key!r} twice; give all its values once, as in {key}=V1,V2"
+            raise ConfigError(message)
+        axes[key] = [_value(one) for one in text.split(",")]
+    if (count := math.prod(map(len, axes.values()))) > _LARGEST:
+        message = f"--grid has {count:,} combinations; expected at most {_LARGEST:,}. Give fewer values"
+        raise ConfigError(message)
+    return [dict(zip(axes, chosen, strict=True)) for chosen in product(*axes.values())]
 
 
 def with_start(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -123,6 +131,9 @@ def _pair(word: str) -> tuple[str, str]:
     if not (key and equals and text):
         message = f"got {word!r}; expected KEY=VALUE, as in decay=0.999"
         raise ConfigError(message)
+    if key == "name":
+        message = f"got {word!r}; expected a setting. Give the name of the strategy in its own place"
+        raise ConfigError(message)
     return key, text
 
 
@@ -130,6 +141,6 @@ def _value(text: str) -> Any:  # noqa: ANN401 - JSON
     for read in (json.loads, float):  # JSON has no .5
         try:
             return read(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
     return text

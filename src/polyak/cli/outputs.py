@@ -21,7 +21,7 @@ _PICTURES = (".pdf", ".png", ".svg")
 
 
 def check_folder(*files: Path | None) -> None:
-    """Refuse files in folders that do not exist.
+    """Refuse files in folders that do not exist, and folders in their place.
 
     Raises:
         ConfigError: There is one.
@@ -29,6 +29,9 @@ def check_folder(*files: Path | None) -> None:
     for file in filter(None, files):
         if not file.absolute().parent.is_dir():
             message = f"{file} cannot be written: there is no folder {file.absolute().parent}; make it first"
+            raise ConfigError(message)
+        if file.is_dir():
+            message = f"{file} cannot be written: the path belongs to a folder; give another path"
             raise ConfigError(message)
 
 

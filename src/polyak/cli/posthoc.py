@@ -134,7 +134,7 @@ def _function(name: str) -> Callable[[Any], float]:
     from polyak.bench.models import imported
 
     module, _, function = name.partition(":")
-    if not (module and function):
+    if not (module and function) or module.startswith("."):
         message = f"got {name!r}; expected MODULE:FUNCTION, as in evaluation:test_loss for a function in evaluation.py"
         raise ConfigError(message)
     try:
@@ -164,9 +164,8 @@ def _function(name: str) -> Callable[[Any], float]:
         except Exception as error:
             frames = [frame for frame in extract_tb(error.__traceback__) if frame.filename != __file__]
             own = [frame for frame in frames if frame.filename == getattr(sys.modules[module], "__file__", "")]
-            last = (own or frames)[-1]
-            said = f"{type(error).__name__}: {error}"
-            message = f"{name} raised {said} ({Path(last.filename).name}:{last.lineno})"
+            place = f" ({Path(last.filename).name}:{last.lineno})" if (last := (own or frames or [None])[-1]) else ""
+            message = f"{name} raised {type(error).__name__}: {error}{place}"
             raise ConfigError(message) from error
         return value
 
@@ -179,8 +178,11 @@ def _targets(target: str | None, grids: list[str], fixed: list[str], step: int) 
             message = "--grid and --set belong to a strategy; give its name: --target ema_halflife"
             raise ConfigError(message)
         return None
-    own = settings(fixed)
-    return [{"name": target, **with_start({**own, **point}, step)} for point in grid(grids)]
+    own, points = settings(fixed), grid(grids)
+    if twice := sorted(own.keys() & points[0].keys()):
+        message = f"{', '.join(map(repr, twice))} given by --set and by --grid; give it once"
+        raise ConfigError(message)
+    return [{"name": target, **with_start({**own, **point}, step)} for point in points]
 
 
 def _check_spared(output: Path | None, chosen: Sequence[Snapshot]) -> None:

@@ -200,6 +200,9 @@ def _config(target: str | Strategy | Mapping[str, Any] | AveragerConfig, setting
     if "step" in settings:
         message = f"step: got {shown(settings['step'])}; the optimiser step of the average is given as at_step="
         raise ConfigError(message)
+    if "name" in settings:
+        message = f"name={shown(settings['name'])} was given beside the target {shown(target)}; give one of them"
+        raise ConfigError(message)
     target = target.named() if isinstance(target, AveragerConfig) else plain_mapping(target)
     if isinstance(target, Strategy):
         if strange := settings.keys() - _CADENCE:
