@@ -398,6 +398,30 @@ def test_a_config_inside_a_model_of_the_users_own_has_the_same_schema_and_comes_
     assert written.is_valid(json.loads(train.model_dump_json()))
 
 
+def test_a_strategy_inside_a_model_of_the_users_own_is_an_object():
+    class Train(BaseModel):
+        strategy: polyak.Strategy = polyak.EMA()
+
+    assert Train(strategy=polyak.SWA()).strategy == polyak.SWA()
+    for wrong in ({"name": "ema"}, "ema", None):
+        with pytest.raises(ValidationError, match=r"strategy\n.*expected an object of a subclass of Strategy"):
+            Train(strategy=wrong)
+    assert Train.model_json_schema()["properties"]["strategy"]["default"] == {"name": "ema", "decay": 0.999}
+
+
+class WithRun(AveragerConfig):
+    run: str = "first"
+
+
+def test_a_config_with_a_field_of_the_users_own_builds_and_comes_back(tmp_path):
+    config = WithRun(strategy="swa", every=2, run="second")
+    assert config.build(mlp()).options.every == 2
+    config.to_file(tmp_path / "a.toml")
+    assert WithRun.from_file(tmp_path / "a.toml") == config
+    assert WithRun.of("swa") == WithRun(strategy="swa")
+    assert "run" in WithRun.model_json_schema()["properties"]
+
+
 class Limited(polyak.Strategy):
     name: Literal["limited"] = "limited"
     limit: float = 10.0

@@ -164,8 +164,9 @@ def _function(name: str) -> Callable[[Any], float]:
         except Exception as error:
             frames = [frame for frame in extract_tb(error.__traceback__) if frame.filename != __file__]
             own = [frame for frame in frames if frame.filename == getattr(sys.modules[module], "__file__", "")]
-            place = f" ({Path(last.filename).name}:{last.lineno})" if (last := (own or frames or [None])[-1]) else ""
-            message = f"{name} raised {type(error).__name__}: {error}{place}"
+            # Without a frame the call itself failed: the function takes other arguments.
+            places = [f" ({Path(frame.filename).name}:{frame.lineno})" for frame in (own or frames)[-1:]]
+            message = f"{name} raised {type(error).__name__}: {error}{''.join(places)}"
             raise ConfigError(message) from error
         return value
 

@@ -181,7 +181,7 @@ class AveragerConfig(Options):
             ModelError: The model has nothing that can be averaged.
             ConfigError: A glob matches no tensor.
         """
-        options = Options.model_validate(self.model_dump(exclude={"strategy"}))
+        options = Options.model_validate(self.model_dump(include={*Options.model_fields}))
         names = registry()
         engine = Engine(model, self.strategy, options, knows=names.knows)
         if names.listens:

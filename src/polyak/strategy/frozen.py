@@ -8,6 +8,7 @@ from inspect import isabstract
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import core_schema
 from typing_extensions import override
 
 from polyak.errors import ArgumentError, ConfigError, FrozenError
@@ -143,7 +144,15 @@ class Frozen(BaseModel, metaclass=_Direct):
     @override
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         schema: CoreSchema = plain(handler(source))
-        return schema
+        return core_schema.no_info_before_validator_function(cls._made, schema) if isabstract(cls) else schema
+
+    @classmethod
+    def _made(cls, value: object) -> object:
+        """Refuse what an abstract class would be made of: pydantic's error for that is no ``ValidationError``."""
+        if not isinstance(value, cls):
+            message = f"got {shown(value)}; expected an object of a subclass of {cls.__name__}, which is abstract"
+            raise ValueError(message)  # noqa: TRY004 - pydantic turns only these into a located error
+        return value
 
 
 def line(detail: ErrorDetails, hint: Callable[[str], str]) -> str:
