@@ -547,7 +547,7 @@ def _set(value, *keys):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_set(2, "format"), ["format 2", "upgrade polyak"]),
+        (_set(3, "format"), ["format 3", "upgrade polyak"]),
         (_set("1", "format"), ["expected what averager.state_dict() returned"]),
         (_without("format"), ["expected what averager.state_dict() returned"]),
         (_without("slots"), ["damaged or incomplete", "slots"]),

@@ -21,8 +21,9 @@ def saved():
     return averager.state_dict()
 
 
-def history(rates, strides, last):
-    return torch.tensor(rates, dtype=torch.float64), torch.tensor(strides), torch.tensor(last)
+def history(runs, strides, last, **more):
+    columns = torch.tensor(runs, dtype=torch.float64), torch.tensor(strides), torch.tensor(last)
+    return ({**dict(zip(("rates", "strides", "last"), columns, strict=True)), **more},)
 
 
 def nested(depth, inner=1):
@@ -53,14 +54,17 @@ HISTORIES = {
     "a negative stride": history([0.1], [-4], [3]), "a stride of 0": history([0.1], [0], [3]),
     "another count": history([0.1], [1], [4]), "other lengths": history([0.1, 0.1], [1], [3]),
     "two dimensions": history([[0.1]], [[1]], [[3]]), "fractions of strides": history([0.1], [1.0], [3]),
-    "lists": ([0.1], [1], [3]), "two tensors": history([0.1], [1], [3])[:2], "nothing": None,
-    "more values than bytes": (torch.ones(1).double().expand(10**12), *history([0.1], [1], [3])[1:]),
-    "an identity without marks": (*history([0.1], [1], [3]), {"start": "ab"}),
-    "an identity of numbers": (*history([0.1], [1], [3]), {"start": 5, "marks": []}),
-    "a mark without a digest": (*history([0.1], [1], [3]), {"start": "", "marks": [[3]]}),
-    "a mark that is a number": (*history([0.1], [1], [3]), {"start": "", "marks": [3]}),
-    "a mark at a truth": (*history([0.1], [1], [3]), {"start": "", "marks": [[True, "ab"]]}),
-    "no values": (torch.ones(1, device="meta").double(), *history([0.1], [1], [3])[1:]),
+    "lists": ({"rates": [0.1], "strides": [1], "last": [3]},), "nothing": None, "no column": ({},),
+    "two columns": ({"rates": torch.ones(1), "last": torch.tensor([3])},),
+    "an unknown key": history([0.1], [1], [3], x=1),
+    "changes that are a text": history([0.1], [1], [3], changes="x"), "two histories": 2 * history([0.1], [1], [3]),
+    "more values than bytes": history([0.1], [1], [3], rates=torch.ones(1).double().expand(10**12)),
+    "an identity without marks": history([0.1], [1], [3], identity={"start": "ab"}),
+    "an identity of numbers": history([0.1], [1], [3], identity={"start": 5, "marks": []}),
+    "a mark without a digest": history([0.1], [1], [3], identity={"start": "", "marks": [[3]]}),
+    "a mark that is a number": history([0.1], [1], [3], identity={"start": "", "marks": [3]}),
+    "a mark at a truth": history([0.1], [1], [3], identity={"start": "", "marks": [[True, "ab"]]}),
+    "no values": history([0.1], [1], [3], rates=torch.ones(1, device="meta").double()),
 }  # fmt: skip
 OTHERS = {
     "a config that is a text": {"config": "x"}, "a cadence of 0": {"config": {"every": 0}},
@@ -101,8 +105,8 @@ def test_a_damaged_state_is_refused_in_a_few_lines_and_nothing_is_adopted(saved,
 
 def test_a_history_by_name_and_aliases_by_name_are_those_of_the_first_files(saved):
     averager = polyak.average(mlp(), "ema", decay=0.9)
-    named = dict(zip(("rates", "strides", "last"), saved["history"], strict=True))
-    averager.load_state_dict({**saved, "history": named, "aliases": {}, "generators": {}, "later": 1})
+    (named,) = saved["history"]
+    averager.load_state_dict({**saved, "format": 1, "history": named, "aliases": {}, "generators": {}, "later": 1})
     assert averager.n == 3
 
 
@@ -122,7 +126,7 @@ def test_a_bank_of_anything_is_refused_by_an_averager_and_by_a_bank(saved, bank)
 def test_a_bank_of_a_newer_format_says_so(saved):
     bank = polyak.bank(mlp(), {"x": "ema"})
     with pytest.raises(polyak.StateError, match="upgrade polyak"):
-        bank.load_state_dict({"format": 2, "bank": {"x": saved}})
+        bank.load_state_dict({"format": 3, "bank": {"x": saved}})
 
 
 def test_names_of_ten_megabytes_are_shortened(saved):

@@ -124,7 +124,8 @@ def test_a_run_goes_on_into_a_folder_of_snapshots(folder, tmp_path):
     with polyak.posthoc.Recorder(bank, copy, every=2, blocks=True):
         run(bank, model, "ema", range(SAVED + 1, LAST + 1))
     _synthesised(copy, bank)
-    assert all([step for step, _ in averager.identity.marks] == [6, 8, 9] for averager in bank.values())
+    for averager in bank.values():
+        assert [step for step, _ in averager.identity.marks if step > SAVED] == [6, 8, 9]
 
 
 def _synthesised(snapshots, bank):

@@ -164,8 +164,8 @@ def test_the_history_of_a_changing_rate_takes_24_bytes_an_update():
     averager = polyak.average(weights, "swa", nonfinite="propagate")
     for _ in range(1000):
         averager.update()
-    history = averager.state_dict()["history"]
-    assert sum(tensor.nbytes for tensor in history) == 24_000
+    (history,) = averager.state_dict()["history"]
+    assert sum(tensor.nbytes for tensor in history.values()) == 24_000
     assert averager.profile().shares.tolist() == pytest.approx([1e-3] * 1000)
 
 

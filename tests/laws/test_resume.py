@@ -27,7 +27,8 @@ def saved_and_loaded(state):
 def everything(averager):
     """Return all that an averager knows, for comparison."""
     state = averager.state_dict()
-    tensors = [value.numpy().tobytes() if isinstance(value, torch.Tensor) else value for value in state.pop("history")]
+    (history,) = state.pop("history")
+    tensors = {key: bytes(part.numpy()) if isinstance(part, torch.Tensor) else part for key, part in history.items()}
     generators = {name: bytes(value.numpy().tobytes()) for name, value in state.pop("generators")}
     state.pop("slots")
     return average_bits(averager), tensors, generators, state
@@ -83,7 +84,7 @@ def test_a_state_is_tensors_and_plain_types_and_carries_its_format():
     averager = polyak.average(mlp(), "ema", decay=0.5)
     averager.update()
     state = averager.state_dict()
-    assert state["format"] == 1
+    assert state["format"] == 2
     assert (state["n"], state["step"]) == (1, 1)
     assert state["strategy"] == {"name": "ema", "decay": 0.5}
     assert set(state["slots"]["average"]) == {"0.weight", "0.bias", "2.weight", "2.bias"}

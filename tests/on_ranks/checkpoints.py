@@ -48,9 +48,9 @@ def everything(averager):
     found = dict(bits(averager))
     for slot, tensors in averager.state_dict()["slots"].items():
         found |= {f"{slot}/{name}": models.whole(tensor) for name, tensor in tensors.items()}
-    history = averager.state_dict()["history"]
+    (history,) = averager.state_dict()["history"]
     counts = torch.tensor([averager.n, averager.skipped, averager.rate or 0.0], dtype=torch.float64)
-    return {**found, "counts": counts, **{f"history {i}": tensor for i, tensor in enumerate(history)}}
+    return {**found, "counts": counts, **{f"history {key}": column for key, column in history.items()}}
 
 
 def writes(rank, folder, layout):

@@ -30,8 +30,7 @@ __all__ = ["load", "save"]
 
 _METADATA = "polyak"
 _COMPLEX = "complex"
-_CHANGES = "changes"
-_HISTORY = ("rates", "strides", "last", "lrs", "counted")
+_COLUMNS = ("rates", "strides", "last", "lrs", "counted")  # the order of format 1
 _PIECE = 1 << 20  # bytes that are read at a time
 
 
@@ -185,7 +184,10 @@ def _read_safetensors(file: Path, opened: IO[bytes]) -> dict[str, Any]:
         slot, _, name = key.partition("/")
         slots.setdefault(slot, {})[name] = tensor
     columns = parts["history"]
-    history = (*(columns[key] for key in _HISTORY if key in columns), *rest.pop(_CHANGES, ()))
+    if rest["format"] == 1:
+        history = *(columns[key] for key in _COLUMNS if key in columns), *rest.pop("changes", ())
+    else:
+        history = ({**columns, **rest.pop("history")},)
     return {**rest, "slots": slots, "history": history, "generators": tuple(parts["generators"].items())}
 
 
@@ -203,12 +205,12 @@ def _flattened(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
         for slot, own in state["slots"].items()
         for name, tensor in own.items()
     }
-    columns = [part for part in state["history"] if isinstance(part, torch.Tensor)]
-    tensors |= {f"history/{key}": tensor for key, tensor in zip(_HISTORY, columns, strict=False)}
+    (history,) = state["history"]
+    columns = {key: part for key, part in history.items() if isinstance(part, torch.Tensor)}
+    tensors |= {f"history/{key}": tensor for key, tensor in columns.items()}
     tensors |= {f"generators/{key}": tensor for key, tensor in state["generators"]}
-    rest = {key: value for key, value in state.items() if key not in {"slots", "history", "generators"}}
-    if changes := [part for part in state["history"] if not isinstance(part, torch.Tensor)]:
-        rest[_CHANGES] = changes
+    rest = {key: value for key, value in state.items() if key not in {"slots", "generators"}}
+    rest["history"] = {key: part for key, part in history.items() if key not in columns}
     rest[_COMPLEX] = [key for key, tensor in tensors.items() if tensor.is_complex()]
     real = {key: torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for key, t in tensors.items()}
     return real, rest

@@ -14,16 +14,17 @@ from pydantic import AfterValidator, ConfigDict, Field
 from torch import Tensor
 
 from polyak.engine.history import Change, Identity
+from polyak.engine.migrations import upgraded
 from polyak.errors import StateError
 from polyak.errors.formatting import shown
 from polyak.io.schema import LARGEST, Count, Moment, Schema, Settings, checked, held, plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
 __all__ = ["FORMAT", "SavedState", "check_bank"]
 
-FORMAT = 1
+FORMAT = 2
 _SHOWN = 6
 
 
@@ -39,8 +40,8 @@ class _History(NamedTuple):
     counted: list[int]
 
 
-_RUNS = _History._fields[:3]
-_MORE = _History._fields[5:]  # of histories in which a strategy used a learning rate, or steps were given
+_COLUMNS = {"rates": None, "strides": torch.int64, "last": torch.int64, "lrs": None, "counted": torch.int8}
+_MORE = ("lrs", "counted")  # of histories in which a strategy used a learning rate, or steps were given
 
 
 def _history(raw: Any) -> _History:  # noqa: ANN401 - a validator takes whatever there is
@@ -49,49 +50,48 @@ def _history(raw: Any) -> _History:  # noqa: ANN401 - a validator takes whatever
     Raises:
         ValueError: If it is no history.
     """
-    if isinstance(raw, Mapping):  # by name in the first files of this format
-        raw = [raw.get(key) for key in _RUNS]
-    if not isinstance(raw, (list, tuple)) or len(raw) < len(_RUNS):
-        message = "expected the rates, the strides and the ends of the runs"
+    if not isinstance(raw, (list, tuple)) or len(raw) != 1 or not isinstance(raw[0], Mapping):
+        message = "expected one mapping in a tuple"
         raise ValueError(message)
-    rates, strides, last, *more = raw
-    columns = [part for part in more if isinstance(part, Tensor)]
-    told = [part for part in more if isinstance(part, Mapping)]
-    changes = [part for part in more if not isinstance(part, (Tensor, Mapping))]
-    if len(columns) not in {0, len(_MORE)}:
-        message = f"got {len(columns)} columns beside those of the runs; expected {' and '.join(_MORE)}"
+    named = dict(raw[0])
+    columns = {name: named.pop(name) for name in _COLUMNS if name in named}
+    if len({*columns} & {*_MORE}) == 1 or {*_COLUMNS} - {*_MORE} - {*columns}:
+        message = f"got the columns {', '.join(columns) or '(none)'}; expected {', '.join(_COLUMNS)}"
         raise ValueError(message)
-    _check_columns((rates, strides, last, *columns))
-    lrs, counted = [tensor.tolist() for tensor in columns] or ([], [])
-    found = _History(rates.tolist(), strides.tolist(), last.tolist(), _changes(changes), _identity(told), lrs, counted)
-    if not all(0.0 <= rate <= 1.0 for rate in found.rates):
+    _check_columns(columns)
+    changes, identity = _changes(named.pop("changes", ())), _identity(named.pop("identity", None))
+    if named:
+        message = f"unknown: {_names(named)}; if a newer polyak wrote it, upgrade polyak"
+        raise ValueError(message)
+    rates, strides, last, lrs, counted = (columns[name].tolist() if name in columns else [] for name in _COLUMNS)
+    if not all(0.0 <= rate <= 1.0 for rate in rates):
         message = "a rate is no number in [0, 1]"
         raise ValueError(message)
-    if min(found.strides, default=1) < 1 or any(b <= a for a, b in pairwise([0, *found.last])):
+    if min(strides, default=1) < 1 or any(b <= a for a, b in pairwise([0, *last])):
         message = "a stride is less than 1, or a run ends before it begins"
         raise ValueError(message)
-    if any(math.isnan(lr) for lr in found.lrs) or not {*found.counted} <= {0, 1}:
+    if any(math.isnan(lr) for lr in lrs) or not {*counted} <= {0, 1}:
         message = "a learning rate is NaN, or whether a step was counted is neither 0 nor 1"
         raise ValueError(message)
-    return found
+    return _History(rates, strides, last, changes, identity, lrs, counted)
 
 
-def _check_columns(columns: tuple[Any, ...]) -> None:
+def _check_columns(columns: Mapping[str, Any]) -> None:
     """Refuse what are no columns of one table of runs.
 
     Raises:
         ValueError: If one is no tensor, or has another dtype or length.
     """
-    expected = {"rates": None, "strides": torch.int64, "last": torch.int64, "lrs": None, "counted": torch.int8}
-    for (name, dtype), tensor in zip(expected.items(), columns, strict=False):
+    for name, tensor in columns.items():
+        dtype = _COLUMNS[name]
         if not isinstance(tensor, Tensor) or tensor.dim() != 1 or not held(tensor):
             message = f"{name}: expected a tensor of one dimension"
             raise ValueError(message)
         if not (tensor.is_floating_point() if dtype is None else tensor.dtype == dtype):
             message = f"{name}: got the dtype {tensor.dtype}; expected {dtype or torch.float64}"
             raise ValueError(message)
-    if len({len(tensor) for tensor in columns}) != 1:
-        message = f"got {', '.join(f'{len(tensor)} {name}' for name, tensor in zip(expected, columns, strict=False))}"
+    if len({len(tensor) for tensor in columns.values()}) != 1:
+        message = f"got {', '.join(f'{len(tensor)} {name}' for name, tensor in columns.items())}"
         raise ValueError(message)
 
 
@@ -102,27 +102,24 @@ def _changes(raw: Any) -> tuple[Change, ...]:  # noqa: ANN401 - a validator take
         ValueError: If they are something else.
     """
     plain(raw)
-    if not all(
-        isinstance(one, (list, tuple)) for part in raw for one in (part if isinstance(part, (list, tuple)) else [0])
-    ):
+    if not isinstance(raw, (list, tuple)) or not all(isinstance(one, (list, tuple)) for one in raw):
         message = "expected lists of changed settings"
         raise ValueError(message)
-    found = [one for part in raw for one in part]
-    if not all(len(one) == len(Change._fields) and type(one[0]) is int and type(one[1]) is str for one in found):
+    if not all(len(one) == len(Change._fields) and type(one[0]) is int and type(one[1]) is str for one in raw):
         message = "a changed setting is no count, name and two values"
         raise ValueError(message)
-    return tuple(Change(*one) for one in found)
+    return tuple(Change(*one) for one in raw)
 
 
-def _identity(raw: Sequence[Mapping[Any, Any]]) -> Identity:
+def _identity(raw: Any) -> Identity:  # noqa: ANN401 - a validator takes whatever there is
     """Return what tells a history from others.
 
     Raises:
         ValueError: If it is something else.
     """
-    if not raw:  # before histories had one, or where nothing was recorded
+    if raw is None:  # nothing was recorded
         return Identity()
-    start, marks = raw[-1].get("start"), raw[-1].get("marks")
+    start, marks = (raw.get(name) if isinstance(raw, Mapping) else None for name in Identity._fields)
     if type(start) is not str or not isinstance(marks, (list, tuple)):
         message = "its identity is no digest of a start with marks"
         raise ValueError(message)
@@ -200,7 +197,7 @@ class SavedState(Schema):
         if not isinstance(strategy, Mapping) or type(strategy.get("name")) is not str:
             message = "the state names no strategy; expected what averager.state_dict() returned"
             raise StateError(message)
-        state = checked(cls, dict(raw), "the state", "Load the one before it.")
+        state = checked(cls, upgraded(raw), "the state", "Load the one before it.")
         if problem := state.contradiction():
             message = f"the state is damaged or incomplete: {problem}. Load the one before it."
             raise StateError(message)

@@ -1,4 +1,4 @@
-"""The state of an averager as tensors and plain types, and its way back; format 1."""
+"""The state of an averager as tensors and plain types, and its way back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polyak.engine.cadence import Progress
-from polyak.engine.history import NO_LR, History, Identity
+from polyak.engine.history import NO_LR, History
 from polyak.engine.schema import FORMAT, SavedState
 from polyak.errors import StateError
 from polyak.errors.formatting import brief, listed
@@ -53,13 +53,6 @@ def dump(state: State, holding: Sequence[Tensor], strategy: Strategy, options: O
         strategy: The strategy.
         options: The engine's options.
     """
-    history = state.history
-    more = []
-    if any(lr != NO_LR for lr in history.lrs) or 0 in history.counted:
-        more = [
-            torch.tensor(history.lrs, dtype=torch.float64, device="cpu"),
-            torch.tensor(history.counted, dtype=torch.int8, device="cpu"),
-        ]
     kind = variant(strategy)
     return {
         "format": FORMAT,
@@ -77,21 +70,23 @@ def dump(state: State, holding: Sequence[Tensor], strategy: Strategy, options: O
         },
         "aliases": [list(s.aliases) for s in state.stored if len(s.aliases) > 1],
         "progress": state.progress._asdict(),
-        "history": (
-            torch.tensor(history.rates, dtype=torch.float64, device="cpu"),
-            torch.tensor(history.strides, dtype=torch.int64, device="cpu"),
-            torch.tensor(history.last, dtype=torch.int64, device="cpu"),
-            *([[*map(list, history.changes)]] if history.changes else []),
-            *([_told(history.identity)] if history.identity != Identity() else []),
-            *more,
-        ),
+        "history": (_dumped(state.history),),
         "skipped": state.skipped,
         "generators": tuple(state.generators.states().items()),
     }
 
 
-def _told(identity: Identity) -> dict[str, Any]:
-    return {"start": identity.start, "marks": [*map(list, identity.marks)]}
+def _dumped(history: History) -> dict[str, Any]:
+    """Return a history by names; what most have not is left out."""
+    columns = {"rates": torch.float64, "strides": torch.int64, "last": torch.int64}
+    if any(lr != NO_LR for lr in history.lrs) or 0 in history.counted:
+        columns |= {"lrs": torch.float64, "counted": torch.int8}
+    identity = history.identity
+    return {
+        **{name: torch.tensor(getattr(history, name), dtype=dtype, device="cpu") for name, dtype in columns.items()},
+        **({"changes": [*map(list, history.changes)]} if history.changes else {}),
+        **({"identity": {"start": identity.start, "marks": [*map(list, identity.marks)]}} if any(identity) else {}),
+    }
 
 
 def parse(saved: SavedState, current: State, slots: Sequence[str], optional: Container[str] = ()) -> State:
