@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from polyak.errors import PolyakWarning
+from polyak.errors.calls import warn_user
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -64,4 +63,4 @@ def _give_up(compiler: str, error: BaseException | None) -> None:
         f"{compiler} is installed but compiles no kernel ({type(error).__name__}: {said}); "
         'kernels of plain torch are used, which are slower. Silence this with kernel="foreach".'
     )
-    warnings.warn(message, PolyakWarning, stacklevel=3)
+    warn_user(message)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
 
-from polyak.errors import PolyakWarning
-from polyak.errors.calls import users_level
+from polyak.errors.calls import warn_user
 from polyak.io.progress import track
 from polyak.io.tensor_file import Scratch
 from polyak.tensors.finite import FiniteCheck
@@ -72,4 +70,4 @@ def _warn_of(broken: Sequence[str], used: Sequence[tuple[Snapshot, float]]) -> N
         f"the synthesised {name!r} holds NaN or infinities ({len(broken)} tensors do): {cause}. profile_error says "
         "nothing about these values; want an average at another step, or record in a longer dtype"
     )
-    warnings.warn(message, PolyakWarning, users_level())
+    warn_user(message)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from typing import TYPE_CHECKING, Any
 
-from polyak.errors import ConfigError, PolyakWarning, WriteError
-from polyak.errors.calls import users_level
+from polyak.errors import ConfigError, WriteError
+from polyak.errors.calls import warn_user
 from polyak.io.atomic import write_whole
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ class Journal:
         except WriteError as error:
             if not self._warned:
                 self._warned = True
-                warnings.warn(f"{error} The sweep goes on, and cannot be resumed.", PolyakWarning, users_level())
+                warn_user(f"{error} The sweep goes on, and cannot be resumed.")
 
 
 def _row(raw: Any) -> dict[str, str]:  # noqa: ANN401 - whatever the file holds

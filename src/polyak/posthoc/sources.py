@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -10,7 +9,8 @@ from torch import nn
 from polyak.engine import Engine
 from polyak.engine.bank import Bank
 from polyak.engine.options import Options
-from polyak.errors import ConfigError, MismatchError, PolyakWarning, UnboundError
+from polyak.errors import ConfigError, MismatchError, UnboundError
+from polyak.errors.calls import warn_user
 from polyak.posthoc.snapshot import Layout
 from polyak.strategy import SWA
 from polyak.tensors.wrappers import plain_name, unwrap
@@ -86,11 +86,9 @@ def layout_of(engine: Engine) -> Layout:
     tensors: Mapping[str, Tensor] = model if not isinstance(model, nn.Module) else _plain_state_dict(unwrap(model))
     keys = {key: names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
     if left := [key for key in tensors if key not in keys]:
-        warnings.warn(
+        warn_user(
             f"the model's state dict has {len(left)} entries that are no tensors of it and in no snapshot, {left[0]!r} "
-            "among them; load what is synthesised with strict=False",
-            PolyakWarning,
-            stacklevel=4,
+            "among them; load what is synthesised with strict=False"
         )
     kept = {*keys.values()}
     dtypes = {entry.name: str(entry.tensor.dtype).removeprefix("torch.") for entry in entries if entry.name in kept}
@@ -213,7 +211,7 @@ def warn_unclosed(directory: Path, seen: Mapping[str, int], written: Mapping[str
             f"a Recorder of {str(directory)!r} was never closed: no snapshot holds the updates after step {first}, up "
             f"to step {last}. Use it in a with statement, or call close()."
         )
-        warnings.warn(message, PolyakWarning, stacklevel=2)
+        warn_user(message)
 
 
 def _averaged(engine: Engine) -> list[str]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
-from polyak.errors import ArgumentError, ConfigError, PolyakWarning, WriteError
-from polyak.errors.calls import users_level
+from polyak.errors import ArgumentError, ConfigError, WriteError
+from polyak.errors.calls import warn_user
 from polyak.errors.formatting import shown
 from polyak.io.atomic import as_path
 from polyak.io.progress import track
@@ -225,9 +224,7 @@ def _saved(made: Synthesis, file: Path) -> Path | None:
     try:
         made.save(file)
     except WriteError as error:  # the evaluations may have taken hours
-        warnings.warn(
-            f"{error} The best average is in memory: sweep(...).synthesis.save(path)", PolyakWarning, users_level()
-        )
+        warn_user(f"{error} The best average is in memory: sweep(...).synthesis.save(path)")
         return None
     return file
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from polyak.config import AveragerConfig
 from polyak.config.chosen import plain_mapping
-from polyak.errors import ConfigError, PolyakWarning, RateError
-from polyak.errors.calls import users_level
+from polyak.errors import ConfigError, RateError
+from polyak.errors.calls import warn_user
 from polyak.errors.formatting import shown
 from polyak.plot import POOR
 from polyak.posthoc.combined import combined
@@ -165,19 +164,15 @@ def _starts(wanted: Profile, snapshots: Sequence[Snapshot]) -> list[str]:
 def warn_of_poor(found: Fit, target: str) -> None:
     """Warn if a combination is far from its target, or amplifies what it should not."""
     if found.error > POOR:
-        warnings.warn(
+        warn_user(
             f"{target} cannot be rebuilt accurately from these snapshots (profile error {found.error:.2g}; below "
-            f"{POOR:g} is good). Record more often (smaller every=) or with blocks=True.",
-            PolyakWarning,
-            users_level(),
+            f"{POOR:g} is good). Record more often (smaller every=) or with blocks=True."
         )
     if (found.amplification > _ILL and found.rounding > _EXACT) or found.rounding > _ROUNDED:
-        warnings.warn(
+        warn_user(
             f"the coefficients' absolute sum is {found.amplification:.3g}: what the snapshots were rounded by may grow "
             f"to {found.rounding:.1g} of the weights. Record more snapshots or block means, store float32, or take "
-            "nonnegative=True",
-            PolyakWarning,
-            users_level(),
+            "nonnegative=True"
         )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
 from polyak import errors
 from polyak.distributed.sync import rank
-from polyak.errors import PolyakError, PolyakWarning, StateError
-from polyak.errors.calls import users_level
+from polyak.errors import PolyakError, StateError
+from polyak.errors.calls import warn_user
 from polyak.posthoc.claim import Claim
 from polyak.posthoc.constants import Constants
 from polyak.posthoc.packed import Packed, digest_of
@@ -122,7 +121,7 @@ class Folder:
                 f"({len(kept)} now) in a longer dtype. Record with dtype='bfloat16', which has the range of float32, "
                 "or with dtype='auto'."
             )
-            warnings.warn(message, PolyakWarning, users_level())
+            warn_user(message)
 
     def digest(self, weights: Mapping[str, Tensor]) -> str:
         """Return the digest of weights, whatever dtype snapshots have."""
@@ -187,11 +186,9 @@ class Folder:
         if found and (restored or last is not None):
             self._run = found[-1].about.run or self._run
         if later:
-            warnings.warn(
+            warn_user(
                 f"{len(later)} snapshots after step {last}, where this run goes on, are removed: they belong to steps "
-                "that are made again",
-                PolyakWarning,
-                stacklevel=7,
+                "that are made again"
             )
             for snapshot in later:
                 snapshot.path.unlink(missing_ok=True)

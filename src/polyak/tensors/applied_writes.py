@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import MutableMapping
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from polyak.errors import AppliedError, PolyakWarning
+from polyak.errors.calls import warn_user
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -60,7 +60,7 @@ def complain(swap: Swap, plan: Plan, *, failed: bool) -> None:
             "and those writes are lost, or have changed the average; step optimisers and load checkpoints outside."
         )
         with suppress(PolyakWarning) if failed else nullcontext():  # where warnings are errors
-            warnings.warn(message, PolyakWarning, stacklevel=6)
+            warn_user(message)
 
 
 def _places(owner: nn.Module | Mapping[str, Tensor]) -> Iterator[MutableMapping[str, Any]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from polyak.errors import PolyakWarning
+from polyak.errors.calls import warn_user
 from polyak.tensors.entries import vacant
 from polyak.tensors.matching import Changes, pair
 from polyak.tensors.storage import allocate, check_storable, refuse_unfit
@@ -109,7 +108,7 @@ class Growth:
                 f"{', '.join(restarted[:_SHOWN])} changed shape: the average of such a buffer begins again with its "
                 "new value. buffers={name: 'copy'} keeps no average of it"
             )
-            warnings.warn(message, PolyakWarning, stacklevel=6)
+            warn_user(message)
 
     def _changes(self, model: Model, kept: Kept) -> Changes:
         """Return which buffers may come and go: copies, those that are not persistent, and registered ones."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
-import warnings
 from typing import NamedTuple
 
-from polyak.errors import AppliedError, PolyakWarning
+from polyak.errors import AppliedError
+from polyak.errors.calls import warn_user
 
 __all__ = ["Owner"]
 
@@ -73,6 +73,6 @@ class Owner(NamedTuple):
                 f"applied() waits for thread {name!r}, which is inside applied() of the same model. "
                 "If that thread waits for this one, neither goes on: enter applied() in one of them only."
             )
-            warnings.warn(message, PolyakWarning, stacklevel=2)
+            warn_user(message)
             gate.acquire()
         gate.release()

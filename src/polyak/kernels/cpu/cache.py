@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pickle
 import sys
-import warnings
 from contextlib import suppress
 from functools import cache
 from hashlib import sha256
@@ -23,7 +22,7 @@ from numba import njit
 from numba.core.caching import FunctionCache
 from numba.core.serialize import dumps
 
-from polyak.errors import PolyakWarning
+from polyak.errors.calls import warn_user
 from polyak.kernels.rounding import rounds_once
 
 __all__ = ["jit"]
@@ -129,4 +128,4 @@ def _warn(error: Exception) -> None:
         f"Numba's cache of polyak's kernels cannot be used ({type(error).__name__}: {said}); they are compiled anew. "
         "If this repeats, set NUMBA_CACHE_DIR to a folder that can be written."
     )
-    warnings.warn(message, PolyakWarning, stacklevel=2)
+    warn_user(message)
