@@ -219,7 +219,7 @@ def test_averages_that_are_not_the_sum_or_drift_are_found(monkeypatch):
             average.mul_(1 - rate).add_(weight, alpha=rate * (1 + 1e-5))
 
     for kernel in ("loop", "foreach", "fused"):
-        binder = lambda lanes, weights: chunked.Piecewise("scaled", scaled, lanes[0], weights)
+        binder = lambda lanes, weights: chunked.Chunked("scaled", scaled, lanes[0], weights)
         monkeypatch.setitem(kernels.KERNELS, kernel, binder)
     with pytest.raises(AssertionError) as caught:
         check_strategy(Sound)

@@ -132,7 +132,7 @@ def test_a_tensor_that_needs_scratch_memory_is_moved_before_those_that_need_none
         model["a"].fill_(1.0)
         model["b"].fill_(1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(chunked.Piecewise, "__call__", full)
+        patch.setattr(chunked.Chunked, "__call__", full)
         with pytest.raises(torch.OutOfMemoryError):
             averager.update()
     assert averager.n == 0

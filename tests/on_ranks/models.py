@@ -120,7 +120,7 @@ def weights(model):
 
     root = root_of(model)
     entries = adapter_for(root).entries(root)
-    return {entry.name: whole(entry.slots[0].tensor.detach()).double().clone() for entry in entries}
+    return {entry.name: whole(entry.locations[0].tensor.detach()).double().clone() for entry in entries}
 
 
 def bits(averager):

@@ -22,10 +22,10 @@ def test_every_tensor_is_listed_once_with_every_name(kind):
     assert len({id(entry.tensor) for entry in entries}) == len(entries)
     for entry in entries:
         assert entry.aliases[0] == entry.name
-        assert [slot.name for slot in entry.slots] == [*entry.aliases]
-        for slot in entry.slots:
-            assert getattr(slot.owner, slot.key) is slot.tensor
-            assert model.get_submodule(slot.name.rpartition(".")[0]) is slot.owner
+        assert [location.name for location in entry.locations] == [*entry.aliases]
+        for location in entry.locations:
+            assert getattr(location.owner, location.key) is location.tensor
+            assert model.get_submodule(location.name.rpartition(".")[0]) is location.owner
 
 
 @pytest.mark.parametrize("kind", ZOO.values(), ids=str)

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
     from pathlib import Path
 
-__all__ = ["KEY", "Place"]
+__all__ = ["KEY", "AtomicFolder"]
 
 KEY = "averager"
 
 
-class Place:
+class AtomicFolder:
     """A folder that is replaced in one step; one rank calls.
 
     Attributes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from polyak.distributed.atomic_folder import KEY, Place
+from polyak.distributed.atomic_folder import KEY, AtomicFolder
 from polyak.distributed.dcp_errors import metadata, translated
 from polyak.distributed.sync import asked, check_counters, check_one_average, members, rank
 from polyak.engine.averager import refuse_other
@@ -70,7 +70,7 @@ def save(averager: Averager | Bank, folder: str | os.PathLike[str], *, group: Pr
 
     check_counters(averager, f"save to {str(folder)!r}", group)
     check_one_average(averager, f"save to {str(folder)!r}", group)
-    place, ranks = Place(Path(folder).absolute()), members(group)
+    place, ranks = AtomicFolder(Path(folder).absolute()), members(group)
     with ExitStack() as held:
         scratch = _on_first(lambda: place.prepare(held), f"prepare {str(folder)!r}", group)
         with translated(f"write {str(folder)!r}", DistributedError, "It is what it was before.", ranks):
@@ -106,7 +106,7 @@ def load(averager: Averager | Bank, folder: str | os.PathLike[str], *, group: Pr
     refuse_other("distributed.load", averager, folder, "folder")
     from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-    place = Place(Path(folder).absolute())
+    place = AtomicFolder(Path(folder).absolute())
     _on_first(place.recover, f"look for {str(folder)!r}", group)
     found, problem = metadata(place.target)
     # Copies: DCP writes into what it is given, whatever becomes of the rest.

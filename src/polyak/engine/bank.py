@@ -58,7 +58,7 @@ class Bank(AttributeHints, Mapping[str, "Averager"]):
 
     def __init__(self, averagers: Mapping[str, Engine]) -> None:
         self._averagers = dict(averagers)
-        self._movers: dict[tuple[int, ...], tuple[list[Plan], TensorUpdate]] = {}
+        self._joint: dict[tuple[int, ...], tuple[list[Plan], TensorUpdate]] = {}
         self._sources = Sources()
 
     @override
@@ -115,7 +115,7 @@ class Bank(AttributeHints, Mapping[str, "Averager"]):
         with self._locked():
             begun = [engine.updater.prepare(model, step, lr) for engine in self._averagers.values()]
             due = [update for update in begun if isinstance(update, PendingUpdate)]
-            passes = [self._passing(updates) for updates in _together(due)]
+            passes = [self._passing(updates) for updates in _passes_of(due)]
             carry_out(passes, [seen for seen in begun if isinstance(seen, Seen)])
 
     def advance(self, *, step: int | None = None, lr: float | None = None) -> None:
@@ -186,7 +186,7 @@ class Bank(AttributeHints, Mapping[str, "Averager"]):
             received = [(engine, engine.receive(states[name])) for name, engine in self._averagers.items()]
 
             def adopt() -> None:
-                self._movers.clear()
+                self._joint.clear()
                 self.sources.forget()
                 for engine, one in received:
                     engine.adopt(one)
@@ -201,17 +201,17 @@ class Bank(AttributeHints, Mapping[str, "Averager"]):
             yield
 
     def _passing(self, updates: Sequence[PendingUpdate]) -> Pass:
-        if _alone(updates[0]):
+        if _needs_own_pass(updates[0]):
             return alone(updates[0])
-        return Joint(updates, self._mover([update.plan for update in updates]))
+        return Joint(updates, self._joint_update([update.plan for update in updates]))
 
-    def _mover(self, plans: list[Plan]) -> TensorUpdate:
+    def _joint_update(self, plans: list[Plan]) -> TensorUpdate:
         key = tuple(map(id, plans))
-        if key not in self._movers:
+        if key not in self._joint:
             current = {id(engine.plan) for engine in self._averagers.values()}
-            self._movers = {k: v for k, v in self._movers.items() if current.issuperset(k)}
-            self._movers[key] = plans, TensorUpdate([plan.lane for plan in plans])
-        return self._movers[key][1]
+            self._joint = {k: v for k, v in self._joint.items() if current.issuperset(k)}
+            self._joint[key] = plans, TensorUpdate([plan.lane for plan in plans])
+        return self._joint[key][1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_averagers": self._averagers}
@@ -220,18 +220,18 @@ class Bank(AttributeHints, Mapping[str, "Averager"]):
         Bank.__init__(self, saved["_averagers"])
 
 
-def _alone(update: PendingUpdate) -> bool:
+def _needs_own_pass(update: PendingUpdate) -> bool:
     return update.plan.offload is not None or tuple(update.moves) != (("average", "weights", update.rate),)
 
 
-def _together(due: Sequence[PendingUpdate]) -> list[list[PendingUpdate]]:
+def _passes_of(due: Sequence[PendingUpdate]) -> list[list[PendingUpdate]]:
     """Return what is moved by one pass each.
 
     Only averages of the same weights are checked together: what one of them does not average cannot stop it.
     """
     passes: dict[object, list[PendingUpdate]] = {}
     for update in due:
-        alone = id(update) if _alone(update) else 0
+        alone = id(update) if _needs_own_pass(update) else 0
         checked = update.plan.averaged if update.updater.core.checks else None
         passes.setdefault((update.updater.core.options.nonfinite, checked, alone), []).append(update)
     return [*passes.values()]

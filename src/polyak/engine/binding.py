@@ -203,7 +203,7 @@ class Binding:
         else:
             plan = self.ready(planned)
             swap = Swap(self, [s.average for s in plan.stored], plan.live)
-            around = _together(plan)
+            around = _naming_lost_ranks(plan)
         try:
             with around, buffers_kept(self._wrappers):
                 try:
@@ -260,7 +260,7 @@ class Binding:
         return policies(entries, **given, absent=absent, settled=settled or (), strict=settled is None)
 
 
-def _together(plan: Plan) -> AbstractContextManager[None]:
+def _naming_lost_ranks(plan: Plan) -> AbstractContextManager[None]:
     """Return what tells of a rank that is gone while the ranks of a sharded model compute with the average."""
     meshes = [stored.spread.mesh for stored in plan.stored if stored.spread]
     rest = "The model has its own weights again; start all ranks again from the last checkpoint."

@@ -57,9 +57,9 @@ def averaged_state_dict(
         applied: Puts the average into the model, for state dicts that compute new tensors from its weights.
     """
     averages = {
-        id(slot.tensor): (stored, average)
+        id(location.tensor): (stored, average)
         for entry, stored, average in zip(plan.entries, plan.stored, holding, strict=True)
-        for slot in entry.slots
+        for location in entry.locations
     }
     copies: dict[object, Tensor] = {}
 
@@ -77,7 +77,7 @@ def averaged_state_dict(
     model = plan.model
     if not isinstance(model, nn.Module):
         return {name: copied(live) for name, live in model.items()}
-    own = {id(slot.tensor) for entry in walk(model) for slot in entry.slots}
+    own = {id(location.tensor) for entry in walk(model) for location in entry.locations}
     model = unwrap(model)
     # Filled in place: it carries the versions of its modules, which load_state_dict reads.
     result: dict[str, Any] = model.state_dict(keep_vars=True) if _keeps_variables(model) else {}

@@ -15,7 +15,7 @@ from polyak.errors import StateError
 from polyak.errors.formatting import brief, listed
 from polyak.strategy.base import Strategy, settings_of, variant
 from polyak.tensors.generators import OwnGenerators
-from polyak.tensors.sharding.placement import Spread, layout
+from polyak.tensors.sharding.placement import Spread, described
 from polyak.tensors.wrappers import dtensor
 
 if TYPE_CHECKING:
@@ -188,10 +188,10 @@ def _spread_otherwise(tensor: Tensor, own: Stored) -> str:
     whole: Any = tensor
     spread = Spread.of(whole) if kind is not None and isinstance(whole, kind) else None
     if spread is None or own.spread is None:
-        return "" if spread is own.spread else f"{layout(spread)}, expected {layout(own.spread)}"
+        return "" if spread is own.spread else f"{described(spread)}, expected {described(own.spread)}"
     # Strides say only how a whole one would lie.
     if (spread.mesh, spread.placements) != (own.spread.mesh, own.spread.placements):
-        return f"{layout(spread)}, expected {layout(own.spread)}"
+        return f"{described(spread)}, expected {described(own.spread)}"
     # A file of one rank, read by another: the mesh in it remembers whose it is.
     part, wanted = spread.replicas, own.spread.replicas
     return "" if part == wanted else f"the part at {part} of the mesh, expected that at {wanted}"

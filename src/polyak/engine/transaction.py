@@ -75,21 +75,21 @@ class Pass:
 class Joint(Pass):
     """One pass over the weights for several averagers."""
 
-    def __init__(self, updates: Sequence[PendingUpdate], mover: TensorUpdate) -> None:
+    def __init__(self, updates: Sequence[PendingUpdate], joint: TensorUpdate) -> None:
         super().__init__(updates[0])
-        self.updates, self._mover = updates, mover
+        self.updates, self._joint = updates, joint
 
     @override
     def prepare(self) -> None:
-        self.finite = self._mover.prepare(check=self.updates[0].updater.core.checks)
+        self.finite = self._joint.prepare(check=self.updates[0].updater.core.checks)
 
     @override
     def begun(self) -> bool:
-        return self.finite and self._mover.begun()
+        return self.finite and self._joint.begun()
 
     @override
     def _move(self) -> None:
-        self._mover.move([update.rate for update in self.updates], [update.generators for update in self.updates])
+        self._joint.move([update.rate for update in self.updates], [update.generators for update in self.updates])
 
 
 class Background(Pass):

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "CHUNKED",
     "KERNELS",
-    "PIECEWISE",
     "Checking",
     "CompilerError",
     "Generators",
@@ -38,12 +38,12 @@ __all__ = [
 ]
 
 Binder = Callable[[Lanes, "Sequence[Tensor]"], Kernel]
-PIECEWISE = frozenset({"loop", "mixed", "stochastic"})
+CHUNKED = frozenset({"loop", "mixed", "stochastic"})
 """Kernels that write some tensors after others, of one averager only."""
 
 
-def _piecewise(name: str, move: chunked.Move, *, joined: bool = True) -> Binder:
-    return lambda lanes, weights: chunked.Piecewise(name, move, lanes[0], weights, joined=joined)
+def _chunked(name: str, move: chunked.Move, *, joined: bool = True) -> Binder:
+    return lambda lanes, weights: chunked.Chunked(name, move, lanes[0], weights, joined=joined)
 
 
 def _fused(lanes: Lanes, weights: Sequence[Tensor]) -> Kernel:
@@ -53,9 +53,9 @@ def _fused(lanes: Lanes, weights: Sequence[Tensor]) -> Kernel:
 KERNELS: dict[str, Binder] = {
     "copy": foreach.Copy,
     "compiled copy": cpu.CopyCPU,
-    "loop": _piecewise("loop", chunked.loop, joined=False),
-    "mixed": _piecewise("mixed", chunked.mixed),
-    "stochastic": _piecewise("stochastic", chunked.stochastic),
+    "loop": _chunked("loop", chunked.loop, joined=False),
+    "mixed": _chunked("mixed", chunked.mixed),
+    "stochastic": _chunked("stochastic", chunked.stochastic),
     "foreach": foreach.Foreach,
     "fused": _fused,
 }

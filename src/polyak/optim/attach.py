@@ -280,7 +280,7 @@ def _refuse_stranger(optimizer: Optimizer, model: Model | None) -> None:
     if model is None:
         message = "the averager has no model (it was unpickled); build one for the model, load its state, attach that"
         raise UnboundError(message)
-    own = {identity(slot.tensor) for entry in walk(model) for slot in entry.slots}
+    own = {identity(slot.tensor) for entry in walk(model) for slot in entry.locations}
     trained = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     if own.isdisjoint(map(identity, trained)):
         message = (

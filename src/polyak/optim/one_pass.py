@@ -61,7 +61,7 @@ class OnePass:
         if isinstance(update, Seen):
             rate, rest = 0.0, update.commit
         else:
-            if found := _hindrance(update):
+            if found := _ineligible(update):
                 return found
             pairing = self._paired(update.plan, kernel.params)
             rate, averages, rest = update.rate, pairing.averages, _rest(update, pairing.rest)
@@ -85,7 +85,7 @@ class OnePass:
         return self._pairing
 
 
-def _hindrance(update: PendingUpdate) -> str:
+def _ineligible(update: PendingUpdate) -> str:
     if update.plan.offload is not None:
         return "the average lives on another device than the model"
     if tuple(update.moves) != (("average", "weights", update.rate),):
@@ -105,7 +105,7 @@ def _pair(plan: Plan, numbers: list[int]) -> _Pairing:
     return _Pairing(plan, numbers, [own.get(number) for number in numbers], TensorUpdate([left]) if rest else None)
 
 
-def _rest(update: PendingUpdate, mover: TensorUpdate | None) -> Callable[[], None]:
+def _rest(update: PendingUpdate, others: TensorUpdate | None) -> Callable[[], None]:
     """Return what moves the rest of an update and counts it; twice is once."""
     moved: list[bool] = []
 
@@ -114,9 +114,9 @@ def _rest(update: PendingUpdate, mover: TensorUpdate | None) -> Callable[[], Non
         update.commit()
 
     def move() -> None:
-        if mover is not None and not moved:
+        if others is not None and not moved:
             with Untracked():
-                mover.update([update.rate], [update.generators], commit, check=False)
+                others.update([update.rate], [update.generators], commit, check=False)
         update.commit()
 
     return move

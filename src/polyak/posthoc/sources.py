@@ -82,7 +82,7 @@ def layout_of(engine: Engine) -> Layout:
     """Return what an average is loaded into: the keys, names and dtypes of its model's state dict."""
     model = model_of(engine)
     entries = engine.entries()
-    names = {id(slot.tensor): entry.name for entry in entries for slot in entry.slots}
+    names = {id(location.tensor): entry.name for entry in entries for location in entry.locations}
     tensors: Mapping[str, Tensor] = model if not isinstance(model, nn.Module) else _plain_state_dict(unwrap(model))
     keys = {key: names[id(tensor)] for key, tensor in tensors.items() if id(tensor) in names}
     if left := [key for key in tensors if key not in keys]:
@@ -107,7 +107,9 @@ def digested_of(engine: Engine, layout: Layout) -> list[str]:
 def frozen_of(engine: Engine, layout: Layout) -> list[str]:
     """Return the canonical names of the parameters that are not trained beside those that are."""
     parameters = [entry for entry in engine.entries() if entry.kind == "parameter" and entry.name in layout.dtypes]
-    frozen = [entry.name for entry in parameters if not any(slot.tensor.requires_grad for slot in entry.slots)]
+    frozen = [
+        entry.name for entry in parameters if not any(location.tensor.requires_grad for location in entry.locations)
+    ]
     return frozen if len(frozen) < len(parameters) else []  # a mapping of tensors tells nothing
 
 
@@ -141,7 +143,7 @@ def weights_of(engine: Engine, layout: Layout) -> dict[str, Tensor]:
     Raises:
         MismatchError: If the model dropped a tensor.
     """
-    live = {entry.name: entry.slots[0].tensor for entry in engine.entries()}
+    live = {entry.name: entry.locations[0].tensor for entry in engine.entries()}
     if gone := [name for name in layout.dtypes if name not in live]:
         message = f"{gone[0]} is no longer in the model, and all snapshots are of one; record into another folder"
         raise MismatchError(message)
@@ -152,7 +154,7 @@ def weights_of(engine: Engine, layout: Layout) -> dict[str, Tensor]:
 def start_of(engine: Engine, layout: Layout) -> dict[str, Tensor]:
     """Return the weights that an average without updates starts from; what it leaves alone is the model's own."""
     own = {s.name: s.whole(s.average) for s in engine.stored}
-    live = {entry.name: entry.slots[0].tensor for entry in engine.entries()}
+    live = {entry.name: entry.locations[0].tensor for entry in engine.entries()}
     return {name: own.get(name, live[name]) for name in layout.dtypes}
 
 

@@ -14,8 +14,8 @@ Examples:
 from __future__ import annotations
 
 from polyak.tensors.adapter import Adapter
-from polyak.tensors.entries import Entry, Slot, walk
+from polyak.tensors.entries import Entry, Location, walk
 from polyak.tensors.policies import policies
 from polyak.tensors.wrappers import unwrap
 
-__all__ = ["Adapter", "Entry", "Slot", "policies", "unwrap", "walk"]
+__all__ = ["Adapter", "Entry", "Location", "policies", "unwrap", "walk"]

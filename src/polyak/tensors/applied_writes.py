@@ -25,14 +25,14 @@ _SHOWN = 200  # characters
 def put_back(swap: Swap, plan: Plan) -> None:
     """Put the tensors of an undone swap back where a model holds others since, and note it in the swap."""
     for number, entry in enumerate(plan.entries):
-        for slot in entry.slots if entry.spread is None else ():
-            for place in _places(slot.owner):
-                other = place[slot.key] if slot.key in place else None  # noqa: SIM401 - TorchScript's have no get()
-                if isinstance(other, Tensor) and other is not slot.tensor:
-                    form = (other.shape, other.dtype) == (slot.tensor.shape, slot.tensor.dtype)
+        for location in entry.locations if entry.spread is None else ():
+            for place in _places(location.owner):
+                other = place[location.key] if location.key in place else None  # noqa: SIM401 - TorchScript's have no get()
+                if isinstance(other, Tensor) and other is not location.tensor:
+                    form = (other.shape, other.dtype) == (location.tensor.shape, location.tensor.dtype)
                     if entry.kind == "parameter":
                         (swap.written if form else swap.repacked).add(number)
-                    place[slot.key] = slot.tensor
+                    place[location.key] = location.tensor
 
 
 def complain(swap: Swap, plan: Plan, *, failed: bool) -> None:

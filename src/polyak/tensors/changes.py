@@ -14,13 +14,13 @@ from polyak.tensors.located import Located, Storages, plain, refuse_freed
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Watch"]
+__all__ = ["ChangeDetector"]
 
 _PARAMETERS, _BUFFERS, _CHILDREN = map(attrgetter, ("_parameters", "_buffers", "_modules"))
 _LAYOUT = (attrgetter("dtype"), attrgetter("device"), attrgetter("shape"))
 
 
-class Watch:
+class ChangeDetector:
     """Remembers what a model holds, in which memory, and where the averages are; a look is a few passes in C.
 
     Args:

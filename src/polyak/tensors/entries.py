@@ -23,8 +23,8 @@ __all__ = [
     "STRIDED",
     "Entry",
     "Kind",
+    "Location",
     "Model",
-    "Slot",
     "address",
     "addressed",
     "identity",
@@ -43,7 +43,7 @@ _VECTORS = frozenset({"_u", "_v"})
 _MASK = frozenset({"mask"})
 
 
-class Slot(NamedTuple):
+class Location(NamedTuple):
     """A place that holds a tensor: ``owner`` is a module, or the mapping that is the model."""
 
     owner: nn.Module | Mapping[str, Tensor]
@@ -59,7 +59,7 @@ class Entry(NamedTuple):
         name: The canonical name: the first one in the walk, without any wrapper's prefix.
         kind: ``"parameter"`` or ``"buffer"``.
         tensor: The live tensor itself.
-        slots: All places that hold it, in the order of the walk; more than one where it is tied.
+        locations: All places that hold it, in the order of the walk; more than one where it is tied.
         aliases: All canonical names of the tensor, ``name`` first.
         persistent: Whether it is part of ``model.state_dict()``.
         verbatim: Whether only its exact values mean anything: spectral norm's vectors have unit norm, pruning masks
@@ -70,7 +70,7 @@ class Entry(NamedTuple):
     name: str
     kind: Kind
     tensor: Tensor
-    slots: tuple[Slot, ...]
+    locations: tuple[Location, ...]
     aliases: tuple[str, ...]
     persistent: bool = True
     verbatim: bool = False
@@ -121,8 +121,8 @@ def _joined(found: Sequence[Entry]) -> Entry:
     first = found[0]
     if len(found) == 1:
         return first
-    slots, names = tuple([entry.slots[0] for entry in found]), tuple([entry.name for entry in found])
-    return first._replace(slots=slots, aliases=names, persistent=any(entry.persistent for entry in found))
+    locations, names = tuple([entry.locations[0] for entry in found]), tuple([entry.name for entry in found])
+    return first._replace(locations=locations, aliases=names, persistent=any(entry.persistent for entry in found))
 
 
 def _tensors_of(model: Model) -> Iterator[Entry]:
@@ -143,7 +143,7 @@ def _tensors_of(model: Model) -> Iterator[Entry]:
             message = f"a mapping given as a model maps names to tensors; got {type(tensor).__name__} at {name!r}"
             raise ModelError(message)
         kind: Kind = "parameter" if tensor.is_floating_point() or tensor.is_complex() else "buffer"
-        yield Entry(name, kind, tensor, (Slot(model, name, name, tensor),), (name,))
+        yield Entry(name, kind, tensor, (Location(model, name, name, tensor),), (name,))
 
 
 def modules_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -169,15 +169,15 @@ def _own_tensors(prefix: str, module: nn.Module) -> Iterator[Entry]:
     for key, parameter in module._parameters.items():  # noqa: SLF001
         if parameter is not None:
             name = prefix + key
-            yield Entry(name, "parameter", parameter, (Slot(module, key, name, parameter),), (name,))
+            yield Entry(name, "parameter", parameter, (Location(module, key, name, parameter),), (name,))
     buffers = module._buffers  # noqa: SLF001 - as above
     if not buffers:
         return
     verbatim, transient = _verbatim_keys(module), module._non_persistent_buffers_set  # noqa: SLF001 - torch has no public way to ask
     for key, buffer in buffers.items():
         if buffer is not None:
-            name, slot = prefix + key, Slot(module, key, prefix + key, buffer)
-            yield Entry(name, "buffer", buffer, (slot,), (name,), key not in transient, key in verbatim)
+            name, location = prefix + key, Location(module, key, prefix + key, buffer)
+            yield Entry(name, "buffer", buffer, (location,), (name,), key not in transient, key in verbatim)
 
 
 def _verbatim_keys(module: nn.Module) -> frozenset[str]:

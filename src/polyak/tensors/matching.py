@@ -8,7 +8,7 @@ from torch import Tensor
 
 from polyak.errors import MismatchError
 from polyak.tensors.entries import address
-from polyak.tensors.sharding.placement import layout
+from polyak.tensors.sharding.placement import described
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -123,7 +123,7 @@ def _fits(stored: Stored, entry: Entry) -> bool:
 def _differs(stored: Stored, entry: Entry) -> str:
     tensor = entry.tensor
     if stored.spread != entry.spread:
-        return f"spread otherwise: {entry.name} is {layout(entry.spread)} and was {layout(stored.spread)}"
+        return f"spread otherwise: {entry.name} is {described(entry.spread)} and was {described(stored.spread)}"
     if stored.average.shape != tensor.shape:
         return f"reshaped: {entry.name} is {tuple(tensor.shape)} and was {tuple(stored.shape)}"
     floating = tensor.is_floating_point() or tensor.is_complex()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from polyak.engine.averaged_module.copies import copied
 from polyak.errors import ModelError
-from polyak.tensors.entries import PLAIN, Entry, Slot, modules_of, walk
+from polyak.tensors.entries import PLAIN, Entry, Location, modules_of, walk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -41,8 +41,8 @@ class Held(NamedTuple):
     average: str
     shares: bool
     buffer: bool
-    place: Slot
-    source: Slot
+    place: Location
+    source: Location
 
     def live(self) -> Tensor | None:
         """Return the model's tensor; None if it has another shape now."""
@@ -103,26 +103,26 @@ def built(plan: Plan, model: nn.Module) -> tuple[nn.Module, list[Held]]:
     shared = {
         id(entry.tensor)
         for entry in entries
-        if _alike(entry, stored) and not any(id(slot.owner) in risky for slot in entry.slots)
+        if _alike(entry, stored) and not any(id(location.owner) in risky for location in entry.locations)
     }
     own: dict[int, Any] = {}
     for entry in entries:
         memory = stored[id(entry.tensor)].average if id(entry.tensor) in stored else entry.tensor
         made = _made(entry.tensor, memory if id(entry.tensor) in shared else None)
-        own.update({id(slot.tensor): made for slot in entry.slots})
+        own.update({id(location.tensor): made for location in entry.locations})
     module = copied(model, own)
-    found = {slot.name: slot for entry in walk(module) for slot in entry.slots}
+    found = {location.name: location for entry in walk(module) for location in entry.locations}
     held = []
     for entry in entries:
-        names = [slot.name for slot in entry.slots]
-        theirs = {id(slot.tensor) for slot in entry.slots}
+        names = [location.name for location in entry.locations]
+        theirs = {id(location.tensor) for location in entry.locations}
         if missing := [name for name in names if name not in found or id(found[name].tensor) in theirs]:
             message = (
                 f"the copy of {type(model).__name__} has no {missing[0]} of its own; compute with applied() instead"
             )
             raise ModelError(message)
         average = stored[id(entry.tensor)].name if id(entry.tensor) in stored else ""
-        places = {id(found[slot.name].tensor): (found[slot.name], slot) for slot in entry.slots}
+        places = {id(found[location.name].tensor): (found[location.name], location) for location in entry.locations}
         for place, source in places.values():
             place.tensor.requires_grad_(False)  # noqa: FBT003 - torch types it so
             held.append(Held(place.tensor, average, id(entry.tensor) in shared, entry.kind == "buffer", place, source))
@@ -143,8 +143,8 @@ def rewriting(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def _registry(slot: Slot, *, buffer: bool) -> dict[str, Tensor | None]:
-    owner = cast("nn.Module", slot.owner)
+def _registry(location: Location, *, buffer: bool) -> dict[str, Tensor | None]:
+    owner = cast("nn.Module", location.owner)
     return cast("dict[str, Tensor | None]", owner._buffers if buffer else owner._parameters)  # noqa: SLF001 - getattr() computes parametrised ones
 
 

@@ -225,7 +225,7 @@ def _destinations(
     """Return which statistic of the averager's module goes into which of its tensors; a plain module keeps its own."""
     if isinstance(target, nn.Module):
         return []
-    names = {id(slot.tensor): entry.name for entry in walk(module) for slot in entry.slots}
+    names = {id(location.tensor): entry.name for entry in walk(module) for location in entry.locations}
     buffers = [b for layer in layers for b in layer.buffers(recurse=False)]
     averages = target.averages
     if missing := [names[id(b)] for b in buffers if names[id(b)] not in averages]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from polyak.kernels.base import SHORT
 from polyak.kernels.layout import dense
-from polyak.kernels.select import PIECEWISE, CompilerError, Kernel, KernelName, bind, kernel_for
+from polyak.kernels.select import CHUNKED, CompilerError, Kernel, KernelName, bind, kernel_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -144,7 +144,7 @@ class _Kinds:
         key = lane, policy, average.device, average.dtype, live.device, live.dtype, type(live), layout, alone
         if key not in self._numbers:
             name = kernel_for(average, live, self._lanes[lane].kernel, copied=policy == "copy")
-            if name in PIECEWISE or policy == "copy":  # which have a group for each lane
+            if name in CHUNKED or policy == "copy":  # which have a group for each lane
                 alone = alone or lane
             self._numbers[key] = len(self.known)
             kind = _Kind(name, policy, (average.device, average.dtype), (live.device, live.dtype), alone)
@@ -163,4 +163,4 @@ def _by_weight(lanes: Sequence[Lane]) -> Iterable[tuple[Tensor, dict[int, Stored
 
 
 def _scratch(group: Group) -> int:
-    return max(weight.numel() for weight in group.weights) if group.kernel.name in PIECEWISE else 0
+    return max(weight.numel() for weight in group.weights) if group.kernel.name in CHUNKED else 0

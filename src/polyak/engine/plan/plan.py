@@ -9,7 +9,7 @@ from polyak.engine.plan.groups import Lane
 from polyak.engine.plan.moves import Moves
 from polyak.engine.plan.offload import Offload, crosses
 from polyak.errors import MismatchError, ModelError
-from polyak.tensors.changes import Watch
+from polyak.tensors.changes import ChangeDetector
 from polyak.tensors.entries import Entry, Model, address
 from polyak.tensors.located import plain
 from polyak.tensors.modes import Untracked
@@ -49,7 +49,7 @@ class Plan:
         self.live = [entry.tensor for entry in entries]
         self.adapter = adapter
         self._kernel, self._agree = kernel, adapter.agree(entries)
-        self.watch = Watch(model, self.live, [tensor for s in self.stored for tensor in s.tensors])
+        self.watch = ChangeDetector(model, self.live, [tensor for s in self.stored for tensor in s.tensors])
         pairs = zip(self.stored, self.live, strict=True)
         self.offload = Offload(self.lane) if any(crosses(s.average, t) for s, t in pairs) else None
         if self.offload is None:

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from polyak.kernels.base import SHORT, Checking, Kernel
 from polyak.kernels.compiler import compiling
-from polyak.kernels.cpu.work_list import Places
+from polyak.kernels.cpu.work_list import WorkList
 from polyak.kernels.eager import foreach
 from polyak.kernels.layout import dense
 from polyak.kernels.threads import Slices
@@ -90,9 +90,9 @@ class FusedCPU(Checking):
         self._average, self._weight, self._short = _FLOATS[dtype], _FLOATS[weights[0].dtype], dtype in SHORT
         self._rates = np.zeros(len(lanes), np.float64 if dtype == torch.float64 else np.float32)
         self._seeds = np.zeros(len(lanes), np.uint32)
-        self._places = Places(lanes, weights)
-        self._moving = Slices(self._move, len(self._places.bounds))
-        self._checking = Slices(self._check, len(self._places.bounds))
+        self._work = WorkList(lanes, weights)
+        self._moving = Slices(self._move, len(self._work.bounds))
+        self._checking = Slices(self._check, len(self._work.bounds))
         self._finite = True
         self.prepare(moved=True)
         # Compiled when the averager is made, and not in the first update.
@@ -103,7 +103,7 @@ class FusedCPU(Checking):
     @override
     def prepare(self, *, moved: bool) -> None:
         if moved:
-            self._places.look()
+            self._work.look()
         self._moving.reset()
         self._checking.reset()
         self._replaced = self._drawn = False
@@ -129,7 +129,7 @@ class FusedCPU(Checking):
         for lane in replaced:
             self._replaced = True
             foreach.copy_all(lane, self._weights)
-        increment_version(self._places.counted)
+        increment_version(self._work.counted)
 
     @override
     def position(self) -> int:
@@ -137,18 +137,18 @@ class FusedCPU(Checking):
 
     def _move(self, number: int) -> None:
         # Backwards: what the check read last is still in the cache.
-        self._move_pieces(*self._places.bounds[-1 - number], self._moving.done[number : number + 1])
+        self._move_pieces(*self._work.bounds[-1 - number], self._moving.done[number : number + 1])
 
     def _move_pieces(self, first: int, last: int, done: NDArray[np.bool_]) -> None:
-        work = self._places.targets, self._places.sources, self._places.sizes, first, last
+        work = self._work.targets, self._work.sources, self._work.sizes, first, last
         self._compiled.move(*work, self._rates, self._seeds, self._average.tag, self._weight.tag, done)
 
     def _check(self, number: int) -> None:
-        if self._finite and not self._check_pieces(*self._places.bounds[number]):
+        if self._finite and not self._check_pieces(*self._work.bounds[number]):
             self._finite = False
 
     def _check_pieces(self, first: int, last: int) -> bool:
-        work = self._places.sources, self._places.sizes, first, last
+        work = self._work.sources, self._work.sizes, first, last
         return bool(self._compiled.finite(*work, self._weight.mask))
 
 
@@ -161,8 +161,8 @@ class CopyCPU(Kernel):
         from polyak.kernels.cpu import loops
 
         self._compiled, self._byte = loops, np.empty(0, np.uint8)
-        self._places = Places(lanes, weights, in_bytes=True)
-        self._copying = Slices(self._copy, len(self._places.bounds))
+        self._work = WorkList(lanes, weights, in_bytes=True)
+        self._copying = Slices(self._copy, len(self._work.bounds))
         self.prepare(moved=True)
         with compiling("numba"):
             self._copy_pieces(0, 0, np.zeros(1, np.bool_))
@@ -170,24 +170,24 @@ class CopyCPU(Kernel):
     @override
     def prepare(self, *, moved: bool) -> None:
         if moved:
-            self._places.look()
+            self._work.look()
         self._copying.reset()
 
     @override
     def __call__(self, rates: Sequence[float], generators: Sequence[Generators], done: int) -> None:
         self._copying.run()
-        increment_version(self._places.counted)
+        increment_version(self._work.counted)
 
     @override
     def position(self) -> int:
         return self._copying.finished()
 
     def _copy(self, number: int) -> None:
-        self._copy_pieces(*self._places.bounds[number], self._copying.done[number : number + 1])
+        self._copy_pieces(*self._work.bounds[number], self._copying.done[number : number + 1])
 
     def _copy_pieces(self, first: int, last: int, done: NDArray[np.bool_]) -> None:
-        places = self._places
-        self._compiled.copy(places.targets[0], places.sources, places.sizes, first, last, self._byte, done)
+        work = self._work
+        self._compiled.copy(work.targets[0], work.sources, work.sizes, first, last, self._byte, done)
 
 
 def _seed(generators: Generators) -> int:

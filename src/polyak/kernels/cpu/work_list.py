@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from polyak.kernels.base import Lanes
 
-__all__ = ["Cut", "Places"]
+__all__ = ["Cut", "WorkList"]
 
 _PIECE = 1 << 14  # elements: the weights of a piece stay in the cache while each lane is moved
 _CALL = 64  # elements that could be moved in the time that a piece costs beside its elements
@@ -55,7 +55,7 @@ class Cut:
         return np.ascontiguousarray(starts[:, self.tensors] + self._offset * np.uint64(unit))
 
 
-class Places:
+class WorkList:
     """Addresses of pieces of tensors; see ``Cut``.
 
     Args:

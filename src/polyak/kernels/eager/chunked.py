@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
     from polyak.kernels.base import Generators
 
-__all__ = ["Piecewise", "loop", "mixed", "stochastic"]
+__all__ = ["Chunked", "loop", "mixed", "stochastic"]
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 Move = Callable[[Pairs, float, "Generators"], None]
 """Moves averages towards their weights, ``average += rate * (weight - average)`` in place, by one write each."""
 
 
-class Piecewise(Eager):
+class Chunked(Eager):
     """One lane of tensors, in chunks: small tensors several at a time, large ones in pieces.
 
     Which ones belong together depends on nothing but their shapes: random numbers are drawn alike in any process.

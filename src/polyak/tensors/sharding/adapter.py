@@ -55,7 +55,7 @@ class Sharded(Adapter):
 
     @override
     def holds(self, entries: Sequence[Entry], live: Sequence[Tensor]) -> bool:
-        wholes = [(entry.slots[0].tensor, part) for entry, part in zip(entries, live, strict=True) if entry.spread]
+        wholes = [(entry.locations[0].tensor, part) for entry, part in zip(entries, live, strict=True) if entry.spread]
         return all(map(is_, map(_local, [whole for whole, _ in wholes]), [part for _, part in wholes]))
 
     @override

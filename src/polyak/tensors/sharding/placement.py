@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Spread", "layout"]
+__all__ = ["Spread", "described"]
 
 
 class Spread(NamedTuple):
@@ -56,6 +56,6 @@ class Spread(NamedTuple):
         return f"({', '.join(map(repr, self.placements))}) on a mesh of {tuple(self.mesh.shape)} ranks"
 
 
-def layout(spread: Spread | None) -> str:
+def described(spread: Spread | None) -> str:
     """Return in words how a tensor is spread."""
     return "a whole tensor" if spread is None else f"a DTensor {spread}"
