@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import polyak
-from polyak.distributed.atomic_folder import Place
+from polyak.distributed.atomic_folder import AtomicFolder
 from polyak.io.atomic import exclusive, remove_stale, scratch_folder, write_whole
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="locks, FIFOs and devices are POSIX's")
@@ -189,7 +189,7 @@ def test_two_writers_of_one_folder_leave_the_last_one_whole_and_nothing_else(tmp
     target = tmp_path / "average"
     for _ in range(2):
         with ExitStack() as held:
-            places = Place(target), Place(target)
+            places = AtomicFolder(target), AtomicFolder(target)
             scratches = [place.prepare(held) for place in places]
             for number, scratch in enumerate(scratches):
                 scratch.mkdir()
