@@ -7,6 +7,7 @@ import io
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -199,3 +200,32 @@ def test_a_state_is_no_heavier_than_its_tensors():
     torch.save(averager.state_dict(), file)
     tensors = sum(tensor.nbytes for tensor in averager.averages.values())
     assert file.tell() < tensors + 10_000
+
+
+def _checkpoint(averager, model):
+    return {
+        "model": {key: value.clone() for key, value in model.state_dict().items()},
+        "average": averager.state_dict(),
+    }
+
+
+@pytest.mark.parametrize("name", ["ema", "swa", "lawa"])
+def test_a_run_that_resumes_from_the_average_is_warned(name):
+    model = mlp()
+    averager = polyak.average(model, name)
+    for _ in drifting(model, 12):
+        averager.update()
+    with averager.applied():
+        inside = _checkpoint(averager, model)
+    for saved, warned in ((inside, True), (_checkpoint(averager, model), False)):
+        resumed = mlp()
+        resumed.load_state_dict(saved["model"])
+        other = polyak.average(resumed, name)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            other.load_state_dict(saved["average"])
+        assert [str(one.message) for one in caught if "inside applied()" in str(one.message)] == [
+            str(one.message) for one in caught
+        ]
+        assert len(caught) == warned
+        assert all(one.filename == __file__ for one in caught)

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from polyak.engine.plan.plan import Plan
     from polyak.engine.sources import Sources
 
-__all__ = ["LOOK", "doubt_average", "doubt_weights", "replaces_start"]
+__all__ = ["LOOK", "doubt_average", "doubt_resumed", "doubt_weights", "replaces_start"]
 
 LOOK = 128
 """The update before which ``doubt_weights`` looks."""
 
 _SHOWN = 200  # characters
+
+_TRAINED = 10  # updates: a shorter run may have had no gradients yet
 
 _UPDATES, _SHARE = 100, 0.5
 """From so many updates on, an average with a larger share of the start is warned of."""
@@ -64,6 +66,26 @@ def doubt_weights(core: Core, plan: Plan) -> None:
             "Build the averager from the model that the optimiser trains."
         )
         core.warn("constant", message)
+
+
+def doubt_resumed(core: Core) -> None:
+    """Warn once if the model's weights equal the average that was loaded, bit for bit.
+
+    A checkpoint that was taken inside ``applied()`` holds the average as the model's weights; training that resumes
+    from it goes on from the average.
+    """
+    state, model = core.state, core.binding.model
+    if model is None or state.progress.n < _TRAINED or state.progress.rate == 1 or core.binding.holds_average(model):
+        return
+    plan = core.binding.planned(model, state)
+    pairs = [(s.average, t) for s, t in zip(plan.stored, plan.live, strict=True) if s.policy == "average"]
+    trained = [(average, live) for average, live in pairs if live.requires_grad and not live.is_meta]
+    if trained and all(torch.equal(average, live.detach().to(average)) for average, live in trained):
+        message = (
+            f"the model's weights equal the average of {state.progress.n} updates that was loaded, bit for bit; was "
+            "the checkpoint taken inside applied()? Training would go on from the average. Take checkpoints outside."
+        )
+        core.warn("resumed", message)
 
 
 def doubt_average(core: Core, sources: Sources, plan: Plan) -> None:

@@ -16,7 +16,7 @@ from polyak.engine.binding import Binding
 from polyak.engine.cadence import Progress
 from polyak.engine.core import Core
 from polyak.engine.describe import describe
-from polyak.engine.doubts import doubt_average
+from polyak.engine.doubts import doubt_average, doubt_resumed
 from polyak.engine.export import averaged_state_dict, gathered, overwrite_model
 from polyak.engine.history import History, Identity
 from polyak.engine.schema import SavedState
@@ -317,6 +317,7 @@ class Engine(AttributeHints, Averager):
         with self.lock:
             received = self.receive(state)
             whole(lambda: self.adopt(received))
+            doubt_resumed(self.core)
 
     def receive(self, state: Mapping[str, Any]) -> Received:
         """Return what a state means here; nothing has changed."""
