@@ -104,6 +104,8 @@ def test_without_a_step_there_is_no_share_of_it():
         (Job("7B"), {}, "params: got '7B'; expected a positive number"),
         (Job(None), {}, "params: got None"),
         (Job(True), {}, "params: got True"),
+        (Job(1e300), {}, "params: got 1e+300; expected a positive number, from 1e-30 to 1e+30"),
+        (Job(7e9, step=1e-320), {}, "step: got 1e-320; expected a positive number"),
         (Job(1e9, ranks=2.5), {}, "ranks: got 2.5; expected an integer from 1"),
         (Job(1e9, ranks="8"), {}, "ranks: got '8'; expected an integer from 1"),
         (Job(1e9, weights=["float32"]), {}, "weights: got ['float32']"),
@@ -124,7 +126,15 @@ def test_wrong_numbers_are_refused(job, options, says):
         budget(job, **options)
 
 
-@pytest.mark.parametrize("share", [0, -0.1, math.nan, "1%", None])
+def test_the_smallest_and_largest_numbers_give_finite_ones():
+    numbers = {"memory": 1e-30, "link": 1e-30, "host": 1e-30, "flops": 1e30}
+    for device in ("cpu", "cuda"):
+        cost = budget(Job(1e30, tokens=1e-30), Hardware(**numbers), device=device, averages=2**63 - 1)
+        assert all(math.isfinite(value) for value in vars(cost).values())
+        assert cost.every(1e-30) > 1
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1e-320, math.nan, "1%", None])
 def test_a_share_of_the_time_that_is_none_is_refused(share):
     with pytest.raises(polyak.ConfigError, match=r"share: got .*; expected a positive number"):
         budget(Job(1e9, step=1.0)).every(share)

@@ -15,7 +15,7 @@ from polyak.bench.models import MODELS
 from polyak.errors import ConfigError
 from polyak.errors.formatting import shown
 from polyak.kernels.select import KernelName
-from polyak.strategy.numbers import as_number, given_integer
+from polyak.strategy.numbers import as_integer, as_number, given_integer
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -24,6 +24,7 @@ __all__ = ["Settings", "checked", "kernel_names"]
 
 _RANKS = (1, 2, 4)
 _THREADS = 4096  # more end the process
+_CROWD = 8  # ranks that may share a core: each is a process that imports torch
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,20 @@ class Settings:
         for name in self.strategies:
             if name != "all":
                 checked("strategy", name, polyak.strategies(), "or all")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
         if (seconds := as_number(self.seconds)) is None or seconds < 0:
             message = f"seconds: got {shown(self.seconds)}; expected a finite number from 0 on"
             raise ConfigError(message)
         if self.threads is not None:
             given_integer("threads", self.threads, 1, _THREADS)
         # Several ranks may share cores, but not an accelerator.
-        wanted = "1 or more" if self.place.type == "cpu" else f"1 to {self.room} here, one for each device"
-        most = max([1, *self.ranks]) if self.place.type == "cpu" else self.room
-        if wrong := [count for count in self.ranks if not 1 <= count <= most]:
-            message = f"ranks: got {wrong[0]}; expected {wanted}"
-            raise ConfigError(message)
+        crowd, where = (_CROWD, f"{_CROWD} for each core") if self.place.type == "cpu" else (1, "one for each device")
+        for count in self.ranks:
+            if (ranks := as_integer(count)) is None or not 1 <= ranks <= crowd * self.room:
+                message = f"ranks: got {shown(count)}; expected 1 to {crowd * self.room} here, {where}"
+                raise ConfigError(message)
 
     @property
     def place(self) -> torch.device:

@@ -27,6 +27,7 @@ Steps = Annotated[int, Field(ge=0, lt=2**63)]
 """A number of steps, or the step at which something begins."""
 
 _VALUES = {"default", "expected", "metadata", "serialization"}  # parts of a core schema that are no schemas
+_TINY, _HUGE = 1e-30, 1e30
 _INTEGER: Final = "int_type"
 _NUMBER: Final = "float_type"
 _FINITE: Final = "finite_number"
@@ -68,14 +69,14 @@ def given_integer(name: str, value: object, least: int, most: int = LARGEST) -> 
 
 
 def given_positive(name: str, value: object) -> float:
-    """Return a positive number that a user gave as a float.
+    """Return a positive number that a user gave as a float; products and quotients of a few of them are finite.
 
     Raises:
-        ConfigError: If ``value`` is no finite number above 0.
+        ConfigError: If ``value`` is no finite number above 0, or far from any quantity.
     """
     number = as_number(value)
-    if number is None or number <= 0:
-        message = f"{name}: got {shown(value)}; expected a positive number"
+    if number is None or not _TINY <= number <= _HUGE:
+        message = f"{name}: got {shown(value)}; expected a positive number, from {_TINY:g} to {_HUGE:g}"
         raise ConfigError(message)
     return number
 
