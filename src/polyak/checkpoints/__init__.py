@@ -1,4 +1,4 @@
-"""Averagers in files."""
+"""Averagers saved to files and loaded from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a strategy is, and the built-in ones: one file per family, offered through the same hook as everyone else's."""
+"""Strategies: what one is, and the built-in ones, one file per family."""
 
 from __future__ import annotations
 
