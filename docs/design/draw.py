@@ -1,4 +1,4 @@
-"""Draw the packages of polyak and their imports: ``python docs/design/draw.py`` writes ``docs/assets/architecture.svg``.
+"""Draw polyak's packages and their imports: ``python docs/design/draw.py`` writes ``docs/assets/architecture.svg``.
 
 Everything in the picture comes from the code: the rows are the layers that import-linter enforces (pyproject.toml), the
 words the first line of each package, the arrows the imports that no longer path implies.
