@@ -138,6 +138,19 @@ def test_a_target_is_named_in_every_way(way, tmp_path):
     )
 
 
+def test_a_target_is_a_class_with_its_settings(tmp_path):
+    model = mlp()
+    averager = polyak.average(model, "ema", decay=0.5)
+    with posthoc.Recorder(averager, tmp_path, every=4):
+        for _ in range(8):
+            with torch.no_grad():
+                model[0].weight.add_(1)
+            averager.update()
+    made = posthoc.synthesize(tmp_path, polyak.EMA, decay=0.5, start=0)
+    assert torch.equal(made.state_dict["0.weight"], averager.averages["0.weight"])
+    assert [row.label for row in posthoc.sweep(tmp_path, lambda state: 0.0, [polyak.SWA]).rows] == ["swa"]
+
+
 def test_what_a_config_says_is_not_said_again():
     config = polyak.AveragerConfig(strategy=PLAIN, every=2)
     with pytest.raises(polyak.ConfigError, match="'every' given beside a config that says it"):

@@ -82,3 +82,9 @@ def test_a_number_of_numpy_or_torch_is_saved_as_a_plain_one(number):
     config = polyak.AveragerConfig(strategy=polyak.EMA(decay=number))
     assert json.loads(config.model_dump_json())["strategy"]["decay"] == 0.5
     assert type(config.strategy.decay) is float
+
+
+@pytest.mark.parametrize("steps", [[3, 5], (3, 5), np.array([3, 5], np.uint8), torch.tensor([3, 5]), [np.int32(3), 5]])
+def test_steps_of_numpy_or_torch_make_a_profile(steps):
+    assert polyak.Profile.from_rates([0.5, 0.5], steps).steps.tolist() == [3, 5]
+    assert len(polyak.Profile.from_rates([], [])) == 0

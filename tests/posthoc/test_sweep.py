@@ -186,6 +186,12 @@ def test_a_best_average_without_half_life_is_drawn_all_the_same(noisy, tmp_path)
 
 WRONG = [
     ({"targets": "ema"}, "a list or a mapping"),
+    ({"targets": 3}, "a list or a mapping of targets; got 3"),
+    ({"targets": polyak.SWA}, "a list or a mapping"),
+    ({"targets": polyak.AveragerConfig()}, "a list or a mapping"),
+    ({"targets": [None]}, "a target is a strategy's name"),
+    ({"targets": {"a": torch.nn.Linear}}, "the target 'a': a target is a strategy's name"),
+    ({"mode": ["min"]}, r"mode: got \['min'\]"),
     ({"targets": []}, "nothing to try"),
     ({"targets": {}}, "nothing to try"),
     ({"targets": ["emma"]}, "emma"),
@@ -205,6 +211,9 @@ def test_what_makes_no_sense_is_refused_before_anything_is_evaluated(noisy, sett
 def test_what_evaluates_to_no_number_is_refused(noisy):
     with pytest.raises(ConfigError, match="evaluate\\(\\) returned None"):
         sweep(noisy[0], lambda state: None, grid())
+    for value in (torch.ones(2), torch.tensor(1.0, device="meta"), np.ones(1)):
+        with pytest.raises(ConfigError, match=r"evaluate\(\) returned <.*>; expected a number"):
+            sweep(noisy[0], lambda state, value=value: value, grid())
     with pytest.raises(StateError, match="there is no snapshot up to step 3"):
         sweep(noisy[0], loss, grid(), at_step=3)
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from polyak.config import AveragerConfig
-from polyak.config.chosen import plain_mapping
+from polyak.config.chosen import AnyStrategy, plain_mapping
+from polyak.errors.formatting import shown
 from polyak.strategy.base import Strategy
 from polyak.strategy.profile import Profile
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = ["label"]
 
 
-def label(target: str | Strategy | Mapping[str, Any] | AveragerConfig | Profile, number: int = 1) -> str:
-    """Return the name of a target with its settings; a profile has a number."""
+def label(target: AnyStrategy | AveragerConfig | Profile, number: int = 1) -> str:
+    """Return the name of a target with its settings, and in short what is none; a profile has a number."""
     if isinstance(target, Profile):
         return f"profile {number}"
     if isinstance(target, str):
         return target
-    own = _settings(target.named() if isinstance(target, AveragerConfig) else plain_mapping(target))
+    if isinstance(target, type) and issubclass(target, Strategy):
+        return str(target.model_fields["name"].default)
+    plain = target.named() if isinstance(target, AveragerConfig) else plain_mapping(target)
+    if not isinstance(plain, (Strategy, Mapping)):
+        return shown(target)
+    own = _settings(plain)
     name = own.pop("name", "ema")
     return f"{name}({', '.join(f'{key}={_short(value)}' for key, value in own.items())})"
 

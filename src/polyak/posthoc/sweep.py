@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
+from polyak.config import AveragerConfig
 from polyak.errors import ArgumentError, ConfigError, WriteError
 from polyak.errors.calls import warn_user
 from polyak.errors.formatting import shown
@@ -159,8 +160,8 @@ def sweep(
             "polyak.posthoc.sweep(directory, evaluate), in this order"
         )
         raise ArgumentError(message)
-    if mode not in {"min", "max"}:
-        message = f"mode: got {mode!r}; expected 'min' (a loss) or 'max' (an accuracy)"
+    if mode not in ("min", "max"):
+        message = f"mode: got {shown(mode)}; expected 'min' (a loss) or 'max' (an accuracy)"
         raise ConfigError(message)
     store = directory if isinstance(directory, Store) else Store(directory)
     snapshots, step = store.until(at_step)
@@ -244,8 +245,8 @@ def _metric(evaluate: Callable[[dict[str, Tensor]], float], made: Synthesis, row
         raise
     try:
         return float(value.detach() if isinstance(value, Tensor) else value)
-    except (TypeError, ValueError) as error:
-        message = f"evaluate() returned {value!r}; expected a number"
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor without a value
+        message = f"evaluate() returned {shown(value)}; expected a number"
         raise ConfigError(message) from error
 
 
@@ -260,8 +261,9 @@ def _labelled(targets: Mapping[str, Target] | Iterable[Target] | None, step: int
     if targets is None:
         rates = [1 - 0.5 ** (1 / (part * step)) for part in _GRID if part * step >= 1]
         targets = [{"name": "ema_debiased", "decay": round(1 - float(f"{rate:.2g}"), 12)} for rate in rates]
-    if isinstance(targets, (str, Strategy, Profile)):
-        message = f"targets are a list or a mapping of targets; got {targets!r}. For one target: synthesize()"
+    alone = isinstance(targets, (str, Strategy, AveragerConfig, Profile))
+    if alone or not isinstance(targets, Iterable) or isinstance(targets, type):
+        message = f"targets are a list or a mapping of targets; got {shown(targets)}. For one target: synthesize()"
         raise ConfigError(message)
     if isinstance(targets, Mapping):
         return [(str(name), target) for name, target in targets.items()]

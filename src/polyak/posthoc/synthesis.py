@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from polyak.config import AveragerConfig
-from polyak.config.chosen import plain_mapping
+from polyak.config.chosen import AnyStrategy, plain_mapping
 from polyak.errors import ConfigError, RateError
 from polyak.errors.calls import warn_user
 from polyak.errors.formatting import shown
@@ -36,8 +36,8 @@ __all__ = [
     "warn_of_poor",
 ]
 
-Target = str | Strategy | Mapping[str, Any] | AveragerConfig | Profile
-"""What is wanted: a strategy by name, as an object or as a config, or a profile."""
+Target = AnyStrategy | AveragerConfig | Profile
+"""What is wanted: a strategy by name, as a class, an object or a config, or a profile."""
 
 _CADENCE = frozenset({"start", "every", "origin"})
 _ILL = 30.0  # of the coefficients' absolute sum: a few snapshots then cancel each other
@@ -62,8 +62,8 @@ def synthesize(
 
     Args:
         directory: What ``Recorder`` wrote.
-        target: A strategy by name with its ``settings`` (engine options ``start=``, ``every=`` and ``origin=`` among
-            them), a strategy object, a mapping as in configs, or a ``Profile``.
+        target: A strategy by name or class with its ``settings`` (engine options ``start=``, ``every=`` and
+            ``origin=`` among them), a strategy object, a mapping as in configs, or a ``Profile``.
         at_step: The optimiser step at which the average is wanted; None: that of the last snapshot.
         nonnegative: Whether no coefficient may be negative: a larger error, and no amplification (needs scipy).
         **settings: The strategy's own settings.
@@ -191,7 +191,7 @@ def combine(snapshots: Sequence[Snapshot], found: Fit, wanted: Profile, step: in
     )
 
 
-def _config(target: str | Strategy | Mapping[str, Any] | AveragerConfig, settings: Mapping[str, Any]) -> AveragerConfig:
+def _config(target: AnyStrategy | AveragerConfig, settings: Mapping[str, Any]) -> AveragerConfig:
     if "step" in settings:
         message = f"step: got {shown(settings['step'])}; the optimiser step of the average is given as at_step="
         raise ConfigError(message)
@@ -199,6 +199,9 @@ def _config(target: str | Strategy | Mapping[str, Any] | AveragerConfig, setting
         message = f"name={shown(settings['name'])} was given beside the target {shown(target)}; give one of them"
         raise ConfigError(message)
     target = target.named() if isinstance(target, AveragerConfig) else plain_mapping(target)
+    if isinstance(target, type) and issubclass(target, Strategy):
+        target = target(**{key: value for key, value in settings.items() if key not in _CADENCE})
+        settings = {key: value for key, value in settings.items() if key in _CADENCE}
     if isinstance(target, Strategy):
         if strange := settings.keys() - _CADENCE:
             message = f"the settings {sorted(strange)} were given beside the object {target!r}; set them on it instead"
@@ -209,7 +212,7 @@ def _config(target: str | Strategy | Mapping[str, Any] | AveragerConfig, setting
         cadence = {key: own.pop(key) for key in _CADENCE & own.keys()}
         data = {**({"strategy": own} if "name" in own else own), **cadence}
     else:
-        message = f"a target is a strategy's name, object or config, or a profile; got {target!r}"
+        message = f"a target is a strategy's name, object or config, or a profile; got {shown(target)}"
         raise ConfigError(message)
     return AveragerConfig.of(data, "the target")
 

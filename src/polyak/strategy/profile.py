@@ -12,7 +12,7 @@ import numpy as np
 from polyak.errors import ArgumentError, ConfigError, RateError
 from polyak.errors.formatting import shown
 from polyak.strategy.base import Strategy
-from polyak.strategy.numbers import LARGEST, given_integer
+from polyak.strategy.numbers import LARGEST, as_number, given_integer
 from polyak.strategy.runs import Runs
 from polyak.strategy.shares import recursion_shares
 from polyak.strategy.updates import Updates, rates_of
@@ -70,7 +70,7 @@ class Profile:
 
         Raises:
             RateError: If a rate is no finite number.
-            ConfigError: If there are more or fewer steps than rates.
+            ConfigError: If there are more or fewer steps than rates, or they are no integers that grow.
         """
         try:
             numbers = np.fromiter(rates, np.float64)
@@ -80,7 +80,7 @@ class Profile:
             message = f"the rates are finite numbers, one for each update; got {shown(rates)}"
             raise RateError(message)
         shares = recursion_shares(numbers)
-        s = np.arange(1, len(shares.updates) + 1) if steps is None else np.fromiter(steps, np.int64)
+        s = np.arange(1, len(shares.updates) + 1) if steps is None else _growing(steps)
         return cls(shares.updates, s, shares.start)
 
     @classmethod
@@ -128,6 +128,9 @@ class Profile:
         n = given_integer("n", n, 0, _LONGEST)
         every, start = given_integer("every", every, 1), given_integer("start", start, 0)
         first = None if first is None else given_integer("first", first, 0)
+        if lr is not None and (lr := as_number(given := lr)) is None:
+            message = f"lr: got {shown(given)}; expected a learning rate, a finite number"
+            raise ConfigError(message)
         if origin not in {None, "initial", "first"}:
             message = f"origin: got {shown(origin)}; expected 'initial', 'first' or None (the strategy's own)"
             raise ConfigError(message)
@@ -251,3 +254,16 @@ class Profile:
         from polyak.plot import shares
 
         return shares({label: self}, ax)
+
+
+def _growing(steps: Iterable[int]) -> NDArray[np.int64]:
+    try:
+        found = np.asarray(steps) if hasattr(steps, "__array__") else np.array([*steps])
+    except (TypeError, ValueError):
+        found = np.array([np.nan])
+    are_integers = not found.size or (found.dtype.kind in "iu" and found.max() <= LARGEST)
+    numbers = found.astype(np.int64) if are_integers else np.array([-1])
+    if numbers.ndim != 1 or (np.diff(numbers, prepend=-1) <= 0).any():
+        message = f"steps: got {shown(steps)}; expected integers from 0 on, each larger than the one before"
+        raise ConfigError(message)
+    return numbers
