@@ -58,13 +58,13 @@ def shares(
 
     Args:
         profiles: The profiles to compare, by the label of their line.
-        ax: Where to draw; a new figure where it is None.
+        ax: Where to draw. Defaults to a new figure.
         scale: Of the age: "log", on which windows of 10 and of 100 000 steps are both readable, or "linear", with the
             last step at the right, to stand beside the curves of a run.
-        looks: What matplotlib's ``plot`` takes, by label; ``palette`` where it is None.
+        looks: Keywords of matplotlib's ``plot``, by label. Defaults to ``palette``.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
+        MissingExtraError: If matplotlib is not installed.
 
     Often confused with: a plot of the rates. The rate of an update is what it counted when it was made.
 
@@ -103,11 +103,11 @@ def curves(
 
     Args:
         lines: Optimiser steps and positive values, by the label of their line.
-        ax: Where to draw; a new figure where it is None.
-        looks: What matplotlib's ``plot`` takes, by label; ``palette`` where it is None.
+        ax: Where to draw. Defaults to a new figure.
+        looks: Keywords of matplotlib's ``plot``, by label. Defaults to ``palette``.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
+        MissingExtraError: If matplotlib is not installed.
 
     Examples:
         >>> ax = curves({"raw": ([1, 2, 3], [0.9, 0.5, 0.4]), "ema": ([1, 2, 3], [0.9, 0.4, 0.2])})
@@ -140,11 +140,11 @@ def metrics(
             more than a tenth, and the average so another than was wanted.
         best: The half-life, the metric and the label of the best one.
         levels: Metrics of other weights, as horizontal lines, by their labels: that of the raw weights, say.
-        ax: Where to draw; a new figure where it is None.
+        ax: Where to draw. Defaults to a new figure.
         label: What the metric is.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
+        MissingExtraError: If matplotlib is not installed.
 
     Examples:
         >>> ax = metrics([(0.01, 2.0, 0.0), (0.1, 1.5, 0.01)], best=(0.1, 1.5, "ema"), label="loss")

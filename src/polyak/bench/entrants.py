@@ -68,7 +68,7 @@ def libraries(settings: Settings) -> list[Entrant]:
     """Return the libraries that were asked for, or all that are installed.
 
     Raises:
-        MissingExtraError: One that was asked for is not installed.
+        MissingExtraError: If a library that was asked for is not installed.
     """
     return [_library(name) for name in installed(settings.against)]
 

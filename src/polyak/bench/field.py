@@ -65,7 +65,7 @@ class Field:
             self._compare(entrant, references[entrant.strategy].averages)
 
     def unmoved(self, name: str) -> Callable[[], bool]:
-        """Return what tells whether the averaged parameters of an entrant are as they are now."""
+        """Return a function that tells whether an entrant's averaged parameters are unchanged."""
         names = [key for key, _ in self.model.named_parameters()]
         now = self._read(name)
         before = {key: now[key].detach().clone() for key in names}

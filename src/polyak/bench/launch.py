@@ -74,10 +74,10 @@ class Paths:
 
 
 def launched(task: Task) -> list[Found]:
-    """Return what each rank found.
+    """Return the result of each rank.
 
     Raises:
-        DistributedError: One failed; the others are ended.
+        DistributedError: If a process failed. The others are ended.
     """
     with TemporaryDirectory() as folder:
         paths = Paths(Path(folder))

@@ -119,7 +119,7 @@ def installed(wanted: Sequence[str] | None) -> list[str]:
     """Return the wanted libraries, or where None are named all that are installed.
 
     Raises:
-        MissingExtraError: A wanted one is not installed.
+        MissingExtraError: If a library that was asked for is not installed.
     """
     there = [name for name, library in LIBRARIES.items() if find_spec(library.package) is not None]
     for name in wanted or ():

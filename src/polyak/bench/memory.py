@@ -31,7 +31,7 @@ def method(device: torch.device) -> str:
 
 
 def use(call: Callable[[], object], device: torch.device) -> Use | None:
-    """Return what a call uses; None where that cannot be measured. What it returns is let go."""
+    """Return the memory a call uses, or None if it cannot be measured. Its result is dropped."""
     if device.type != "cpu":
         return _on_accelerator(call, device) if _counted(device) else None
     tensors, objects = _of_torch(call), _of_python(call)
@@ -40,7 +40,7 @@ def use(call: Callable[[], object], device: torch.device) -> Use | None:
 
 
 def peak(call: Callable[[], object], device: torch.device) -> int | None:
-    """Return what a call needs at its worst moment; None where that cannot be measured."""
+    """Return the peak memory of a call, or None if it cannot be measured."""
     used = use(call, device)
     return None if used is None else used.peak
 

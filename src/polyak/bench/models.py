@@ -83,8 +83,8 @@ def build(name: str, device: torch.device) -> Subject:
     The callable returns a module, or a module and the inputs of a training step.
 
     Raises:
-        ConfigError: Nothing that can be imported under that name makes a module.
-        MissingExtraError: The model comes from a package that is not installed.
+        ConfigError: If nothing that can be imported under that name makes a module.
+        MissingExtraError: If the model comes from a package that is not installed.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -98,7 +98,7 @@ def build(name: str, device: torch.device) -> Subject:
 
 
 def imported(name: str) -> Any:  # noqa: ANN401 - whatever has that name
-    """Return what ``"module:name"`` names; the current directory is looked in, too."""
+    """Import ``"module:name"``, also from the current directory."""
     module, _, called = name.partition(":")
     if str(Path.cwd()) not in sys.path:  # where an installed command does not look by itself
         sys.path.insert(0, str(Path.cwd()))

@@ -40,7 +40,7 @@ def draw(report: Report, file: Path) -> list[Path]:
     """Write one picture for each case, with the name of the case in that of the file where there are several.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
+        MissingExtraError: If matplotlib is not installed.
     """
     by_case = {case: list(rows) for case, rows in groupby(report.rows, attrgetter("case"))}
     drawn = []
@@ -93,7 +93,7 @@ def _bars(rows: Sequence[Row], machine: str) -> Figure:
 
 
 def _explained(rows: Sequence[Row], *, limited: bool) -> list[Patch | Line2D]:
-    """Return what the legend shows."""
+    """Return the entries of the legend."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

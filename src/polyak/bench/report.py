@@ -123,7 +123,7 @@ class Report(BaseModel):
         """Return the report in a file that ``write`` wrote.
 
         Raises:
-            ConfigError: There is none.
+            ConfigError: If there is no result.
         """
         try:
             return cls.model_validate_json(file.read_bytes())

@@ -22,15 +22,15 @@ __all__ = ["measure"]
 
 
 def measure(cases: Sequence[str] = ("update",), settings: Settings | None = None) -> Report:
-    """Return what cases find. After Ctrl-C the report has the models that were done, and a note.
+    """Run cases and return a report. After Ctrl-C it has the models that were done, and a note.
 
     Args:
         cases: Names of ``CASES``.
         settings: On what, and for how long.
 
     Raises:
-        ConfigError: A name that is not known, or a model that cannot be made.
-        MissingExtraError: A model or a library needs a package that is not installed.
+        ConfigError: If a name is unknown, or a model cannot be made.
+        MissingExtraError: If a model or a library needs a package that is not installed.
     """
     settings = settings or Settings()
     for name in cases:

@@ -129,7 +129,7 @@ def checked(what: str, name: str, known: Iterable[str], also: str = "") -> str:
     """Return ``name`` where it is known, else raise with the nearest one.
 
     Raises:
-        ConfigError: It is not known.
+        ConfigError: If the name is unknown.
     """
     names: Collection[str] = list(known)
     if name in names:

@@ -38,7 +38,7 @@ def tables(report: Report) -> list[Table]:
 
 
 def caption(report: Report) -> list[str]:
-    """Return what stands below the tables: the machine, the versions, how it was measured."""
+    """Return the footnotes of the tables: the machine, the versions, how it was measured."""
     took_part = ", ".join(f"{name} {release}" for name, release in report.versions.items())
     memory = f"Memory: {report.memory}." if report.memory else "Memory was not measured: this device does not tell it."
     return [f"Machine: {report.machine}.", f"Versions: {took_part}.", memory, *report.notes]

@@ -26,7 +26,7 @@ def split(words: Iterable[str]) -> list[list[str]]:
     """Return the words between the plus signs.
 
     Raises:
-        ConfigError: There are none between two of them, before the first or after the last.
+        ConfigError: If a strategy between two separators, before the first or after the last one is missing.
     """
     groups: list[list[str]] = [[]]
     for word in words:
@@ -44,7 +44,7 @@ def named(words: Sequence[str]) -> dict[str, Any]:
     """Return the config in ``NAME KEY=VALUE ...``.
 
     Raises:
-        ConfigError: The first word is no name, or another one is no ``KEY=VALUE``.
+        ConfigError: If the first word is no name, or another one is no ``KEY=VALUE``.
     """
     name, *others = words
     if "=" in name:
@@ -57,7 +57,7 @@ def settings(words: Iterable[str]) -> dict[str, Any]:
     """Return the settings in ``KEY=VALUE`` words; a value is JSON, a number, or else text.
 
     Raises:
-        ConfigError: A word is no such pair, or a key is given twice.
+        ConfigError: If a word is no such pair, or a key is given twice.
     """
     found: dict[str, Any] = {}
     for word in words:
@@ -97,10 +97,10 @@ def with_start(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 
 def average_at(words: Sequence[str], steps: int, every: int) -> Profile:
-    """Return what each update counts in a written average at the end of a run.
+    """Return the profile of a written average at the end of a run.
 
     Raises:
-        ConfigError: A wrong name or setting, or an average without updates.
+        ConfigError: If a name or a setting is wrong, or an average has no updates.
     """
     config = with_start(named(words), steps)
     cadence = {"every": every, **{key: config.pop(key) for key in _CADENCE if key in config}}
@@ -116,7 +116,7 @@ def check_steps(steps: int) -> None:
     """Refuse what is no length of a run.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: If the text is no number of steps.
     """
     if not 1 <= steps <= _LONGEST:
         message = (

@@ -24,7 +24,7 @@ def check_folder(*files: Path | None) -> None:
     """Refuse files in folders that do not exist, and folders in their place.
 
     Raises:
-        ConfigError: There is one.
+        ConfigError: If the file exists.
     """
     for file in filter(None, files):
         if not file.absolute().parent.is_dir():
@@ -39,8 +39,8 @@ def check_tensors(file: Path | None) -> None:
     """Refuse a file that weights cannot be written to.
 
     Raises:
-        ConfigError: Its folder does not exist, or its type is another.
-        MissingExtraError: safetensors is not installed.
+        ConfigError: If the folder of the file does not exist, or the file type is unknown.
+        MissingExtraError: If safetensors is not installed.
     """
     from polyak.posthoc.snapshot import safetensors
 
@@ -55,8 +55,8 @@ def check_picture(file: Path | None) -> None:
     """Refuse a file that no picture can be drawn to.
 
     Raises:
-        ConfigError: Its folder does not exist, or its type is another.
-        MissingExtraError: matplotlib is not installed.
+        ConfigError: If the folder of the file does not exist, or the file type is unknown.
+        MissingExtraError: If matplotlib is not installed.
     """
     if file is None:
         return

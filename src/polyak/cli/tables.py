@@ -91,7 +91,7 @@ def size(nbytes: float) -> str:
 
 
 def _settings(cls: type[Strategy]) -> list[str]:
-    """Return what ``polyak.average(model, name)`` would use: the settings, then the options the strategy chooses."""
+    """Return the defaults of ``polyak.average(model, name)``: the settings, then the options the strategy chooses."""
     needed = [name for name, field in cls.model_fields.items() if field.is_required()]
     made: Strategy = cls.model_construct() if needed else cls.model_validate({})  # type: ignore[call-arg]  # the name has a default
     settings = {name: getattr(made, name) for name in cls.model_fields if name not in {"name", *needed}}

@@ -100,7 +100,7 @@ class AveragerConfig(Options):
 
         Raises:
             ArgumentError: If ``data`` is neither.
-            ConfigError: A wrong key or value: its location, what was got, what is allowed and the nearest known name.
+            ConfigError: If a key or a value is wrong. The message names its location and the nearest valid name.
         """
         settings = whole(data)
         if isinstance(settings, cls):
@@ -144,7 +144,7 @@ class AveragerConfig(Options):
         """Return the config in a ``.toml``, ``.yaml`` or ``.json`` file.
 
         Raises:
-            ConfigError: The file is missing, malformed, of another type, or has a wrong key or value.
+            ConfigError: If the file is missing, malformed, of another type, or has a wrong key or value.
         """
         return cls.of(read(path), f"the config file {os.fspath(path)!r}")
 
@@ -178,8 +178,8 @@ class AveragerConfig(Options):
         """Return an averager of a model.
 
         Raises:
-            ModelError: The model has nothing that can be averaged.
-            ConfigError: A glob matches no tensor.
+            ModelError: If the model has nothing that can be averaged.
+            ConfigError: If a glob matches no tensor.
         """
         options = Options.model_validate(self.model_dump(include={*Options.model_fields}))
         names = registry()
@@ -189,7 +189,7 @@ class AveragerConfig(Options):
         return engine
 
     def profile(self, step: int, *, counted_from: int = 1) -> Profile:
-        """Return what each update counts in the average after the optimiser step ``step``, without any model.
+        """Return the share of each update in the average after the optimiser step ``step``, without a model.
 
         Args:
             step: The optimiser step.

@@ -53,7 +53,7 @@ def whole(value: object) -> Any:  # noqa: ANN401 - what is neither comes back as
 
 
 def written(strategy: AnyStrategy, settings: Mapping[str, Any]) -> Mapping[str, Any] | Strategy:
-    """Return what a config takes as its strategy.
+    """Return a strategy in the form that a config takes.
 
     Args:
         strategy: A name, a class, a mapping or an object.

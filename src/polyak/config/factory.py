@@ -58,10 +58,10 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
             ("first"). None: the strategy's default; "first" where ``start`` delays the average.
         buffers: "auto" (floating statistics averaged, the rest copied), one policy for all ("average", "copy",
             "skip"), or a mapping of glob to policy.
-        include: Globs of the tensors to average. None: all.
-        exclude: Globs of tensors to leave alone.
-        match: Whether tensors are paired by "name" or by "order". None: the strategy's default, else by name.
-        device: Where the average lives. None: with the model.
+        include: Globs of the tensors to average. Defaults to all.
+        exclude: Globs of tensors to skip.
+        match: Pair tensors by "name" or by "order". Defaults to the strategy's choice, else by name.
+        device: Where the average lives. Defaults to the model's device.
         dtype: How precisely it is stored. "auto": as the model, but float32 for shorter floats.
         nonfinite: Whether an update with NaN or infinities in the weights is left out and counted ("skip"),
             raises ("raise"), or is averaged like any other ("propagate", which saves one pass over the weights).
@@ -72,9 +72,9 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
         **settings: The strategy's own settings.
 
     Raises:
-        UnknownStrategyError: No strategy, or more than one, has that name.
-        ConfigError: A wrong setting, option or glob.
-        ModelError: The model has no tensors, or uninitialised, meta or sparse ones.
+        UnknownStrategyError: If no strategy, or more than one, has that name.
+        ConfigError: If a setting, an option or a glob is wrong.
+        ModelError: If ``model`` has no tensors, or uninitialised, meta or sparse ones.
 
     Often confused with: ``torch.optim.swa_utils.AveragedModel``, whose average starts with the first update
     (here: ``origin="first"``) and copies buffers (here: ``buffers="copy"``).
@@ -123,8 +123,8 @@ def bank(model: Model, averages: Mapping[str, AnyStrategy | AveragerConfig], **c
         **common: Engine options of all, such as ``every=`` or ``dtype=``; one that an average names itself wins.
 
     Raises:
-        ConfigError: There is none, a name is no text, or a setting is wrong.
-        ModelError: The model has nothing that can be averaged.
+        ConfigError: If there is no average, a name is no text, or a setting is wrong.
+        ModelError: If the model has nothing that can be averaged.
 
     Often confused with: ``copy.deepcopy(averager)`` beside it, which is read and moved by a pass of its own.
 

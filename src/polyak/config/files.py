@@ -102,7 +102,7 @@ def render(path: str | os.PathLike[str], data: Mapping[str, Any]) -> str:
     """Return the text of a config file for data of plain types.
 
     Raises:
-        ConfigError: The file type is another, or TOML, which has no null, and the strategy needs one.
+        ConfigError: If the file type is another, or TOML, which has no null, and the strategy needs one.
     """
     suffix = _suffix(_path(path))
     options = {key: value for key, value in data.items() if value is not None}

@@ -101,7 +101,7 @@ _Loader.yaml_constructors[None] = yaml.SafeLoader.yaml_constructors[None]  # whi
 
 
 def load_yaml(text: str) -> Any:  # noqa: ANN401 - whatever the file holds
-    """Return what a YAML text holds.
+    """Return the values of a YAML text.
 
     Raises:
         yaml.YAMLError: If it is malformed, has a key twice, or its aliases stand for too much.

@@ -68,7 +68,7 @@ class AtomicFolder:
         shutil.rmtree(self._old, ignore_errors=True)
 
     def _others(self) -> list[str]:
-        """Return what is there beside averages."""
+        """Return the other contents of the folder."""
         if not self.target.exists():
             return []
         if not self.target.is_dir():

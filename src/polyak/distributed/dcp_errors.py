@@ -30,7 +30,7 @@ def translated(purpose: str, kind: type[Exception], rest: str, ranks: Sequence[i
         ranks: Who takes part; None: all.
 
     Raises:
-        DistributedError: A rank does not answer.
+        DistributedError: If a rank does not answer.
     """
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -46,7 +46,7 @@ def translated(purpose: str, kind: type[Exception], rest: str, ranks: Sequence[i
 
 
 def metadata(folder: Path) -> tuple[Metadata | None, str]:
-    """Return what a folder says that it holds, or why it cannot be told."""
+    """Return the metadata of a folder, or the reason why it cannot be read."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     if not folder.is_dir():

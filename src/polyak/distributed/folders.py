@@ -91,8 +91,8 @@ def load(averager: Averager | Bank, folder: str | os.PathLike[str], *, group: Pr
         group: The ranks that share it, where not all do; None: all.
 
     Raises:
-        StateError: There is no such folder, or it is damaged, lacks tensors, or is of another model or strategy.
-        DistributedError: A rank is gone.
+        StateError: If there is no such folder, or it is damaged, lacks tensors, or is of another model or strategy.
+        DistributedError: If a rank is gone.
 
     Nothing is changed when one is raised.
 
@@ -126,7 +126,7 @@ def load(averager: Averager | Bank, folder: str | os.PathLike[str], *, group: Pr
 
 
 def _wanted(found: Metadata, own: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return what is to be filled from a folder, and in words which tensors there and here are not the same."""
+    """Return the state to fill from a folder, and the differences between its tensors and ours in words."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     wanted: dict[str, Any] = {}

@@ -46,7 +46,7 @@ def verify_in_sync(averager: Averager | Bank, *, group: ProcessGroup | None = No
         group: The ranks that are compared; None: all.
 
     Raises:
-        DistributedError: On every rank, where ranks disagree: it names the ranks and the tensors, or what they were
+        DistributedError: If ranks disagree. Every rank raises it and names the ranks and the tensors, or what they were
             made by; or where a rank did not answer.
 
     Often confused with: equal *models*. DDP keeps parameters alike, but not the statistics of batch norm, which each
@@ -66,7 +66,7 @@ def check_counters(averager: Averager | Bank, purpose: str, group: ProcessGroup 
     """Refuse averages that ranks made by other strategies, steps or numbers of updates; all ranks call it.
 
     Raises:
-        DistributedError: On every rank, where ranks disagree, or one does not answer.
+        DistributedError: If ranks disagree, or one does not answer. Every rank raises it.
     """
     banked = averager.items() if isinstance(averager, Mapping) else [("", averager)]
     about = {f"{name} {key}".strip(): told for name, one in banked for key, told in _about(one).items()}
@@ -79,7 +79,7 @@ def check_one_average(averager: Averager | Bank, purpose: str, group: ProcessGro
     Buffers may differ: DDP leaves each rank the statistics of its own batches.
 
     Raises:
-        DistributedError: On every rank, if ranks have other tensors or other values, or if one does not answer.
+        DistributedError: If ranks have other tensors or other values, or one does not answer. Every rank raises it.
     """
     banked = averager.items() if isinstance(averager, Mapping) else [("", averager)]
     names = {f"{name} tensors".strip(): tuple(one.averages) for name, one in banked}
@@ -118,8 +118,8 @@ def broadcast(averager: Averager | Bank, *, source: int = 0, group: ProcessGroup
         group: The ranks; None: all.
 
     Raises:
-        ModelError: It is sharded: each rank has another part of it.
-        DistributedError: A rank is gone.
+        ModelError: If ``model`` is sharded: each rank has another part of it.
+        DistributedError: If a rank is gone.
     """
     kind = dtensor()
     every = averager.values() if isinstance(averager, Mapping) else [averager]
@@ -140,7 +140,7 @@ def asked(answer: Any, group: ProcessGroup | None, purpose: str) -> list[Any]:  
     """Return every rank's answer, by its number in the group.
 
     Raises:
-        DistributedError: A rank did not answer.
+        DistributedError: If a rank did not answer.
     """
     if alone():
         return [answer]
@@ -154,7 +154,7 @@ def alone() -> bool:
     """Return whether there is no other rank.
 
     Raises:
-        DistributedError: There are others, and no process group to talk in.
+        DistributedError: If there are others, and no process group to talk in.
     """
     if dist.is_available() and dist.is_initialized():
         return False

@@ -65,7 +65,7 @@ class Averager(Protocol):
 
     @property
     def skipped(self) -> int:
-        """How many updates were left out because the weights held NaN or infinities."""
+        """How many updates were skipped because the weights held NaN or infinities."""
 
     @property
     def is_applied(self) -> bool:
@@ -98,61 +98,60 @@ class Averager(Protocol):
         - Copies, pickles, scripts and exports of it are plain modules and need no polyak.
 
         Raises:
-            UnboundError: There is no model, or a mapping of tensors, which has no forward.
-            ModelError: The model cannot be rebuilt as a module; use ``applied()``.
+            UnboundError: If there is no model, or it is a mapping of tensors, which has no forward.
+            ModelError: If the model cannot be rebuilt as a module; use ``applied()``.
         """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever the model returns
         """Return the forward pass through the average, without touching the model: ``module(*args, **kwargs)``."""
 
     def update(self, model: Model | None = None, *, step: int | None = None, lr: float | None = None) -> None:
-        """Take the weights as they are now into the average; call it once per real optimiser step.
+        """Move the average towards the current weights. Call it once per optimiser step.
 
         Args:
-            model: The model; the one the averager was made for where it is None. Wrappers make no difference.
+            model: The model. Defaults to the averager's own. Wrappers make no difference.
             step: The optimiser step, an integer (numpy's and torch's too). Defaults to a count of the calls.
             lr: The learning rate, a finite number, for strategies that use it.
 
         Raises:
             ConfigError: If ``step`` is no integer from 0 to 2**63 - 1, or ``lr`` no finite number.
-            AppliedError: The model holds the average now (inside ``applied()``).
-            MismatchError: The model lost, gained, renamed, reordered or reshaped parameters, or averaged buffers.
-            RateError: The strategy returned no finite number in [0, 1].
-            NonFiniteError: NaN or infinities in the weights, under ``nonfinite="raise"``.
-            UnboundError: No model was given and there is none.
+            AppliedError: If the model holds the average now (inside ``applied()``).
+            MismatchError: If the model lost, gained, renamed, reordered or reshaped parameters, or averaged buffers.
+            RateError: If the strategy returned no finite number in [0, 1].
+            NonFiniteError: If the weights hold NaN or infinities, under ``nonfinite="raise"``.
+            UnboundError: If no model was given and there is none.
 
         Nothing has changed when one of these is raised.
         """
 
     def synchronize(self) -> None:
-        """Wait until the last update is done, where the average lives on another device than the model.
+        """Wait for the last update if the average lives on another device than the model.
 
-        Such an update goes on beside the training. Whatever reads the average waits by itself; an error is raised then.
+        The update runs in the background. Reading the average waits for it, and raises its errors.
 
         Raises:
-            NonFiniteError: The weights of that update held NaN or infinities, under ``nonfinite="raise"``.
+            NonFiniteError: If the weights of that update held NaN or infinities, under ``nonfinite="raise"``.
         """
 
     def advance(self, *, step: int | None = None, lr: float | None = None) -> None:
         """Count an update that a CUDA graph or a compiled step is about to make, and put its rate on the device.
 
-        For averagers built with ``capturable=True``: inside what is captured or compiled ``update()`` is tensor work
-        only and reads the rate from a tensor; call this before each replay. The next ``update()`` uses it up, compiled
-        or not.
+        For averagers built with ``capturable=True``. Inside a captured or compiled step, ``update()`` is tensor work only
+        and reads the rate from a tensor. Call this before each replay; the next ``update()`` uses it up.
 
         Args:
-            step: The optimiser step; calls are counted where it is None.
+            step: The optimiser step. Defaults to a count of the calls.
             lr: The learning rate, for strategies that use it.
 
         Raises:
-            ConfigError: The averager was built without ``capturable=True``.
-            MismatchError: The model's tensors were replaced, and a graph would go on with the old ones.
+            ConfigError: If the averager was built without ``capturable=True``.
+            MismatchError: If the model's tensors were replaced, and a graph would go on with the old ones.
         """
 
     def configure(self, **settings: Any) -> None:
         """Change settings in the middle of a run: those of the strategy, and ``start``, ``every`` and ``nonfinite``.
 
-        They count from the next update on. The change is recorded: the profile and every resume stay exact, also into
+        They take effect at the next update. The change is recorded: the profile and every resume stay exact, also into
         an averager that is built as this one was.
 
         Args:
@@ -171,10 +170,10 @@ class Averager(Protocol):
         """
 
     def applied(self) -> AbstractContextManager[None]:
-        """Return a context in which the model computes with the average; after it, with its own weights, bit for bit.
+        """Return a context in which the model computes with the average. The original weights are restored on exit.
 
-        Nests, and restores after exceptions. Parameters, gradients and optimiser state stay the same objects.
-        Needs one tensor's worth of extra memory, and a copy of those tensors whose average is stored in another dtype.
+        Contexts nest, and restore the same bits after exceptions. Parameters, gradients and optimiser state stay the same
+        objects. Needs one tensor's worth of extra memory, and a copy of those tensors whose average is stored in another dtype.
 
         The values are exchanged: statistics that batch norm writes in training mode go into the average, so evaluate
         with ``model.eval()``. Writing to parameters inside triggers a ``PolyakWarning``. Torch refuses the
@@ -188,47 +187,47 @@ class Averager(Protocol):
         """
 
     def copy_to(self, model: Model | None = None) -> None:
-        """Overwrite a model's weights with the average for good.
+        """Overwrite a model's weights with the average.
 
         Args:
-            model: The model to overwrite; the one the averager was made for where it is None.
+            model: The model to overwrite. Defaults to the averager's own.
 
         Raises:
-            AppliedError: The model holds the average now; it would get its own weights back afterwards.
-            MismatchError: It has other tensors.
+            AppliedError: If the model holds the average now: leaving ``applied()`` would restore its own weights.
+            MismatchError: If ``model`` has other tensors.
         """
 
     def averaged_state_dict(self, *, full: bool = False) -> dict[str, Any]:
-        """Return copies with the names, shapes and dtypes of the unwrapped ``model.state_dict()``: load it anywhere.
+        """Return a copy of the average with the names, shapes and dtypes of the unwrapped ``model.state_dict()``.
 
         Args:
             full: Whether the tensors of a sharded model, otherwise DTensors of this rank's parts, are gathered on the
                 CPU of rank 0. All ranks call it, and the others get ``{}``. A plain model is whole as it is.
 
         Raises:
-            DistributedError: A rank is gone.
+            DistributedError: If a rank is gone.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that an exact resume needs: copies of tensors and plain types, fit for ``weights_only=True``.
+        """Return everything that an exact resume needs: copies of tensors and plain types, fit for ``weights_only=True``.
 
         Raises:
-            StateError: A signal handler calls it in the middle of an update; or the memory of an average was freed.
+            StateError: If a signal handler calls it in the middle of an update, or the memory of an average was freed.
         """
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly where the state was taken; a tensor is never stored in a shorter dtype than it comes with.
+        """Resume exactly where the state was taken. No tensor is stored in a shorter dtype than it had.
 
         Raises:
-            StateError: It belongs to another model or strategy, is incomplete, or of a newer format.
-            AppliedError: The model holds the average now.
+            StateError: If ``state`` belongs to another model or strategy, is incomplete, or has a newer format.
+            AppliedError: If the model holds the average now.
         """
 
     def profile(self) -> Profile:
-        """Return what each update 1..n counts in the average now."""
+        """Return the share of each update 1..n in the average."""
 
     def describe(self) -> str:
-        """Return in words what is done with every tensor: policy, storage, kernel, bytes."""
+        """Describe the policy, storage, kernel and bytes of every tensor in words."""
 
 
 def refuse_other(call: str, value: object, other: object, second: str) -> None:

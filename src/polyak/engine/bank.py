@@ -99,12 +99,12 @@ class Bank(AttributeHints, Mapping[str, "Averager"]):
         """Take the weights as they are now into every average; call it once per real optimiser step.
 
         Args:
-            model: The model; the one the bank was made for where it is None.
-            step: The optimiser step; calls are counted where it is None.
+            model: The model. Defaults to the bank's own.
+            step: The optimiser step. Defaults to a count of the calls.
             lr: The learning rate, for strategies that use it.
 
         Raises:
-            PolyakError: What ``Averager.update`` raises; no average has changed then.
+            PolyakError: If ``Averager.update`` would raise. No average has changed then.
         """
         if recording() or any(engine.updater.announced for engine in self._averagers.values()):
             for engine in self._averagers.values():
@@ -179,7 +179,7 @@ class Bank(AttributeHints, Mapping[str, "Averager"]):
         """Go on exactly where the state was taken; all averages are loaded or none.
 
         Raises:
-            StateError: It is no state of a bank of the same names, or one of its states does not fit.
+            StateError: If ``state`` is no state of a bank of the same names, or one of its states does not fit.
         """
         states = check_bank(state, self)
         with self._locked():
@@ -225,7 +225,7 @@ def _needs_own_pass(update: PendingUpdate) -> bool:
 
 
 def _passes_of(due: Sequence[PendingUpdate]) -> list[list[PendingUpdate]]:
-    """Return what is moved by one pass each.
+    """Return groups of updates that share a pass.
 
     Only averages of the same weights are checked together: what one of them does not average cannot stop it.
     """

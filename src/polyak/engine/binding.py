@@ -261,7 +261,7 @@ class Binding:
 
 
 def _naming_lost_ranks(plan: Plan) -> AbstractContextManager[None]:
-    """Return what tells of a rank that is gone while the ranks of a sharded model compute with the average."""
+    """Return a context that names a lost rank while the ranks of a sharded model compute with the average."""
     meshes = [stored.spread.mesh for stored in plan.stored if stored.spread]
     rest = "The model has its own weights again; start all ranks again from the last checkpoint."
     return answered("compute with the average", rest, ranks=ranks_of(meshes)) if meshes else nullcontext()

@@ -65,7 +65,7 @@ class Tick(NamedTuple):
     order: Literal["forward", "repeated", "backward"]
 
     def complaint(self, last: Progress) -> str:
-        """Return what is probably not meant about the step of this call; empty where it went on."""
+        """Return a complaint about a step that is probably not meant, or ""."""
         if self.order == "repeated":
             return f"update() twice at step {self.step}; the second is left out. Call it once per optimiser step."
         if self.order == "backward":
@@ -105,7 +105,7 @@ def given_lr(lr: object) -> float:
 
 
 def tick(last: Progress, step: int | None, *, start: int, every: int) -> Tick:
-    """Return what a call is, from the progress before it.
+    """Return the meaning of a call, given the progress before it.
 
     A call is due when its step is at least ``start`` and a multiple of ``every`` was reached since the previous call,
     so that steps that jump are not missed. The same step twice is the same weights: it is not due.

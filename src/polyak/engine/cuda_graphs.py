@@ -47,7 +47,7 @@ class Captured:
         recorded: Whether a CUDA graph has recorded it.
 
     Raises:
-        ConfigError: The averager's options or tensors need work that no graph records.
+        ConfigError: If the averager's options or tensors need work that no graph records.
     """
 
     def __init__(self, plan: Plan, options: Options) -> None:
@@ -149,7 +149,7 @@ def refuse_recording() -> None:
     """Refuse an update with its rate as a number inside of a CUDA graph.
 
     Raises:
-        ConfigError: A CUDA graph is being captured.
+        ConfigError: If a CUDA graph is being captured.
     """
     if _capturing():
         message = (

@@ -173,7 +173,7 @@ class Engine(AttributeHints, Averager):
         return self.core.state.stored
 
     def entries(self) -> list[Entry]:
-        """Return what the model of the last update consists of, this rank's part of it where it is sharded."""
+        """Return the entries of the last updated model; this rank's parts of a sharded one."""
         model = self.updated_model
         return self.core.binding.adapter(model).entries(model)
 
@@ -320,7 +320,7 @@ class Engine(AttributeHints, Averager):
             doubt_resumed(self.core)
 
     def receive(self, state: Mapping[str, Any]) -> Received:
-        """Return what a state means here; nothing has changed."""
+        """Validate a state for this averager; nothing is changed."""
         if self.core.binding.is_entered:
             message = "load_state_dict() inside applied(), where the model holds the average; leave applied() first"
             raise AppliedError(message)
@@ -336,7 +336,7 @@ class Engine(AttributeHints, Averager):
         return Received(settings, loaded)
 
     def adopt(self, received: Received) -> None:
-        """Go on from a state; idempotent."""
+        """Adopt a validated state; idempotent."""
         core = self.core
         core.state, core.binding.plan = received.state, None
         core.settings = received.settings

@@ -140,7 +140,7 @@ def gathered(state: dict[str, Any]) -> dict[str, Any]:
     Rank 0 is the first of those that share the model. One tensor at a time is gathered.
 
     Raises:
-        DistributedError: A rank is gone.
+        DistributedError: If a rank is gone.
     """
     kind = dtensor()
     spread = [value for value in state.values() if kind is not None and isinstance(value, kind)]

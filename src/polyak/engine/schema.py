@@ -112,7 +112,7 @@ def _changes(raw: Any) -> tuple[Change, ...]:  # noqa: ANN401 - a validator take
 
 
 def _identity(raw: Any) -> Identity:  # noqa: ANN401 - a validator takes whatever there is
-    """Return what tells a history from others.
+    """Return the identity of a history.
 
     Raises:
         ValueError: If it is something else.
@@ -187,7 +187,7 @@ class SavedState(Schema):
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> SavedState:
-        """Return what a state says, checked for types, ranges, order and sums.
+        """Validate the types, ranges, order and sums of a state.
 
         Raises:
             StateError: If it is no state, or is damaged, incomplete or of a newer polyak.
@@ -225,7 +225,7 @@ def _names(names: Iterable[object]) -> str:
 
 
 def _meant(raw: object) -> str:
-    """Return what to do with something else that people have at hand; empty if it is something else again."""
+    """Return advice for a checkpoint, weights or a path that was passed instead, or ""."""
     if isinstance(raw, (str, PathLike)):
         return ". A file is read by polyak.load(averager, path)"
     if not isinstance(raw, Mapping):

@@ -80,7 +80,7 @@ class Sources:
         self._moved = False
 
     def attach(self, optimizer: Optimizer, name: str) -> Source:
-        """Return what stands for an optimiser that updates the averager from now on."""
+        """Register an optimiser that updates the averager from now on."""
         source = Source(optimizer, name)
         self._attached = [other for other in self._attached if other() is not None]
         self._attached.append(weakref.ref(source))

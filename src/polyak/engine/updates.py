@@ -104,7 +104,7 @@ class Updater:
                 self.announce(update)
 
     def advancing(self, step: int | None, lr: float | None) -> tuple[PendingUpdate | Seen, Callable[[], None]]:
-        """Return what ``advance`` is to do; idempotent, and nothing has changed."""
+        """Prepare an announcement; nothing is changed."""
         if not self.core.options.capturable:
             message = "advance() is for updates in a captured graph; build the averager with capturable=True"
             raise ConfigError(message)
@@ -143,7 +143,7 @@ class Updater:
         return self._reads_lr
 
     def prepare(self, model: Model | None, step: int | None, lr: float | None) -> PendingUpdate | Seen:
-        """Return what an update is to do; nothing has changed."""
+        """Prepare an update; nothing is changed."""
         root = self.core.binding.root(model)
         self._refuse_average(root)
         lr = None if lr is None else given_lr(lr)

@@ -30,7 +30,7 @@ def explained(hint: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
         hint: A sentence that shows the right call.
 
     Raises:
-        ArgumentError: By the decorated function, if an argument is missing, unknown or too many.
+        ArgumentError: If an argument of the decorated function is missing, unknown or too many.
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -156,7 +156,7 @@ def habit(key: str, known: Collection[str]) -> str:
 
 
 def package_hint(name: str) -> str:
-    """Return what serves the purpose of a name that the package does not have; empty if none is known.
+    """Return a hint at the equivalent of a name that the package does not have, or "".
 
     Examples:
         >>> package_hint("Recorder")

@@ -33,7 +33,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 def first_sum(dtype: torch.dtype, shape: Iterable[int]) -> int:
-    """Return what a checksum begins with: bytes of another dtype or shape are another tensor."""
+    """Return the prefix of a checksum: the dtype and shape, which make the same bytes another tensor."""
     return crc32(f"{dtype} {[*shape]}".encode())
 
 

@@ -90,7 +90,7 @@ def check_available(wanted: KernelName) -> None:
     """Refuse a kernel that cannot be had.
 
     Raises:
-        MissingExtraError: The fused kernel was asked for by name, and no compiler for it is installed or works.
+        MissingExtraError: If the fused kernel was asked for by name, and no compiler for it is installed or works.
     """
     if wanted == "fused" and not (_numba() or (torch.cuda.is_available() and _triton())):
         message = (

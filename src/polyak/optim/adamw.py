@@ -61,9 +61,9 @@ class AdamW(torch.optim.AdamW):
         one_pass: Whether the last step was made in one pass.
 
     Raises:
-        ConfigError: It is no averager, or it is given in the place of another argument.
-        MismatchError: The optimiser changes no tensor of the averager's model.
-        UnboundError: The averager has no model (it was unpickled).
+        ConfigError: If ``averager`` is no averager, or is given in the place of another argument.
+        MismatchError: If the optimiser changes no tensor of the averager's model.
+        UnboundError: If the averager has no model (it was unpickled).
 
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019 (arXiv 1711.05101); numbers and
     state as in torch 2.15, ``fused=True`` on CPUs.
@@ -183,7 +183,7 @@ class AdamW(torch.optim.AdamW):
         return one.make(kernel, grads, hypers, float(self.param_groups[0]["lr"]))
 
     def _bound(self) -> tuple[AdamWCPU, list[Tensor]]:
-        """Return what moves the parameters that have gradients, the same as in the last step where nothing changed."""
+        """Return the kernel for the parameters that have gradients; the last step's where nothing changed."""
         members = [[param for param in group["params"] if param.grad is not None] for group in self.param_groups]
         params = [param for group in members for param in group]
         self._counts = [*map(len, members)]

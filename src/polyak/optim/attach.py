@@ -100,10 +100,10 @@ def attach(optimizer: Optimizer | Sequence[Optimizer], averager: _Updates) -> At
         A handle: ``remove()`` ends it, and so does leaving it as a context. Copied optimisers have no hooks.
 
     Raises:
-        ConfigError: The optimiser runs no step hooks, the averager is none, the two are attached already, or the list
+        ConfigError: If the optimiser runs no step hooks, ``averager`` is none, they are attached already, or the list
             is empty. By the first step: the optimiser is the local part of a ``ZeroRedundancyOptimizer``.
-        MismatchError: The optimiser changes no tensor of the averager's model.
-        UnboundError: The averager has no model (it was unpickled).
+        MismatchError: If the optimiser changes no tensor of the averager's model.
+        UnboundError: If the averager has no model (it was unpickled).
 
     Often confused with: ``loss.register_hook`` and gradient hooks, which run once per ``backward()`` and so several
     times per step where gradients are accumulated.

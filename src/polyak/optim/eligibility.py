@@ -24,7 +24,7 @@ _FUSED = (torch.float32, torch.float64)
 
 
 def of_averager(averager: object) -> str:
-    """Return what keeps an averager from being moved with the weights, or ""."""
+    """Return the reason why an averager cannot be updated in the optimiser's pass, or ""."""
     if not isinstance(averager, Engine):
         kind = type(averager).__name__
         return (
@@ -44,7 +44,7 @@ def of_averager(averager: object) -> str:
 
 
 def of_optimizer(optimizer: Optimizer) -> str:
-    """Return what was asked of an optimiser that one pass does not do, or ""."""
+    """Return the option of an optimiser that one pass does not support, or ""."""
     if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
         return "a GradScaler scales the gradients"
     groups = optimizer.param_groups

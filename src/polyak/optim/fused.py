@@ -119,7 +119,7 @@ class AdamWCPU:
         return unmoved and self._threads == torch.get_num_threads()
 
     def unfit(self, grads: Sequence[Tensor]) -> str:
-        """Return what keeps a step with these gradients from being made here; empty where nothing does."""
+        """Return the reason why a step with these gradients cannot be made here, or ""."""
         if self.hindrance:
             return self.hindrance
         if {*map(_KIND, grads)} != _FITS or not PLAIN.issuperset(map(type, grads)):

@@ -47,7 +47,7 @@ class OnePass:
             lr: The learning rate, for the averager.
 
         Raises:
-            PolyakError: What ``Averager.update`` raises; nothing has changed then.
+            PolyakError: If ``Averager.update`` would raise. Nothing has changed then.
         """
         if found := kernel.unfit(grads):
             return found
@@ -106,7 +106,7 @@ def _pair(plan: Plan, numbers: list[int]) -> _Pairing:
 
 
 def _rest(update: PendingUpdate, others: TensorUpdate | None) -> Callable[[], None]:
-    """Return what moves the rest of an update and counts it; twice is once."""
+    """Return a function that makes the rest of an update and counts it; idempotent."""
     moved: list[bool] = []
 
     def commit() -> None:

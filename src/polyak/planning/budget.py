@@ -117,7 +117,7 @@ def budget(
     averages: int = 1,
     checked: bool = True,
 ) -> Budget:
-    """Return what averaging costs each rank.
+    """Return the cost of averaging for each rank.
 
     Per value and update: the weights are read once, and once more by the check for NaN; each average is read and
     written. The fused kernel does that for all dtypes and for banks; the others of plain torch for a lone average that
@@ -134,7 +134,7 @@ def budget(
 
     Raises:
         ArgumentError: If ``job`` is no ``Job``, or ``hardware`` no ``Hardware``.
-        ConfigError: A number that is not positive, replicas that do not divide the ranks, an unknown dtype or device.
+        ConfigError: If a number is not positive, replicas do not divide the ranks, or a dtype or device is unknown.
 
     Often confused with: a measurement; ``polyak bench`` measures.
 

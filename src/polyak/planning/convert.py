@@ -71,8 +71,8 @@ def convert(
             ``lawa``, for example.
 
     Raises:
-        UnknownStrategyError: Nobody offers a name.
-        ConfigError: A wrong setting, ``to`` is no family with one parameter, or there is no update in so many steps.
+        UnknownStrategyError: If no strategy has that name.
+        ConfigError: If a setting is wrong, ``to`` is no family with one parameter, or no update falls into ``steps``.
 
     Often confused with: ``with_mean_age`` of a strategy, which has the same mean age and not the nearest shares.
 

@@ -64,7 +64,7 @@ def fit(
         starts: Which weights each known and each wanted profile starts from. Defaults to the same weights for all.
 
     Raises:
-        MissingExtraError: scipy is not installed, and ``nonnegative``.
+        MissingExtraError: If ``nonnegative`` is set and SciPy is not installed.
 
     Source: Karras et al. (2023), arXiv:2312.02696, appendix C, for power functions and without the sum.
     """
@@ -77,7 +77,7 @@ def fit(
 
 
 def mixed(known: Sequence[Profile], coefficients: Floats, last: int) -> Profile:
-    """Return what the optimiser steps up to ``last`` count in a combination, those that count the same as one."""
+    """Return the shares of the optimiser steps up to ``last`` in a combination, as runs of equal shares."""
     runs = [profile.runs for profile in known]
     edges = np.unique(np.concatenate([*(one.edges for one in runs), [last]]).astype(np.int64))
     each = sum((x * one.between(edges) for one, x in zip(runs, coefficients, strict=True)), np.zeros(len(edges) - 1))

@@ -60,7 +60,7 @@ class Packed(NamedTuple):
 
 
 def digest_of(weights: Mapping[str, Tensor], digested: Iterable[str]) -> str:
-    """Return what tells values from others, whatever dtype they are stored in.
+    """Return a digest of values that does not depend on the dtype they are stored in.
 
     Args:
         weights: The tensors, by canonical name.

@@ -45,7 +45,7 @@ def make_folder(directory: Path) -> None:
     """Make a folder for snapshots where it is missing.
 
     Raises:
-        ConfigError: It cannot be made.
+        ConfigError: If the folder cannot be made.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)

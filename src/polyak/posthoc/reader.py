@@ -24,7 +24,7 @@ class Store:
         snapshots: The snapshots.
 
     Raises:
-        MissingFileError: There is no such folder.
+        MissingFileError: If there is no such folder.
         StateError: If a snapshot in it is damaged, or they are of different models.
 
     Examples:
@@ -55,11 +55,11 @@ class Store:
             raise StateError(msg)
 
     def until(self, step: int | None) -> tuple[list[Snapshot], int]:
-        """Return the snapshots up to an optimiser step, and that step; the last one's where it is None.
+        """Return the snapshots up to an optimiser step, and that step. Defaults to the last one's.
 
         Raises:
             ConfigError: If ``step`` is no count of steps.
-            StateError: There is none.
+            StateError: If there is no snapshot.
         """
         step = None if step is None else given_integer("at_step", step, 0)
         chosen = [snapshot for snapshot in self.snapshots if step is None or snapshot.step <= step]

@@ -63,8 +63,8 @@ class Recorder:
             and synthesis amplifies their rounding (``Synthesis.rounding``).
 
     Raises:
-        ConfigError: A wrong setting, or an averager whose updates are made in a graph or beside the training.
-        MissingExtraError: safetensors is not installed.
+        ConfigError: If a setting is wrong, or the averager's updates run in a graph or in the background.
+        MissingExtraError: If safetensors is not installed.
 
     While it follows, ``update()`` raises SnapshotError where a snapshot cannot be written (the update is made, and
     training can go on), and StateError if the folder holds another run's snapshots, or another run's state was loaded.
@@ -151,7 +151,7 @@ class Recorder:
                 rest.callback(self._write, name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an exact resume between two snapshots needs: the mean of the block that has begun."""
+        """Return the state for an exact resume between two snapshots: the mean of the current block."""
         blocks = None if self._blocks is None else self._blocks.state_dict()
         return {"seen": dict(self._seen), "written": dict(self._written), BLOCKS: blocks}
 

@@ -94,7 +94,7 @@ class About(Schema):
 
     @classmethod
     def of(cls, raw: Mapping[str, Any], where: str, shapes: Mapping[str, tuple[int, ...]]) -> About:
-        """Return what a snapshot says of itself.
+        """Validate the metadata of a snapshot.
 
         Args:
             raw: The table in its metadata.

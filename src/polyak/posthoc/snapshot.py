@@ -83,7 +83,7 @@ class Snapshot:
         """Return the snapshot in a file, its tensors unread; None where the file is another's.
 
         Raises:
-            StateError: It is damaged, or of a newer polyak.
+            StateError: If the file is damaged, or was written by a newer polyak.
         """
         file = TensorFile(path)
         if _ABOUT not in file.metadata:
@@ -195,7 +195,7 @@ def write(
         constants: What it need not hold itself.
 
     Raises:
-        SnapshotError: The file cannot be written, as on a full disk.
+        SnapshotError: If the file cannot be written, as on a full disk.
     """
     try:
         weights, apart = constants.apart(packed.tensors)
@@ -244,7 +244,7 @@ def safetensors() -> Any:  # noqa: ANN401 - an optional package
     """Return the package that writes the files.
 
     Raises:
-        MissingExtraError: It is not installed.
+        MissingExtraError: If safetensors is not installed.
     """
     try:
         import safetensors.torch as package

@@ -46,7 +46,7 @@ def engines_of(averager: Averager | Bank) -> dict[str, Engine]:
     """Return the averages by the names that their snapshots get.
 
     Raises:
-        ConfigError: It is none, or its updates are made where nobody can follow.
+        ConfigError: If ``averager`` is no averager, or its updates cannot be followed.
     """
     named = dict(averager) if isinstance(averager, Bank) else {"average": averager}
     for name, one in named.items():
@@ -70,7 +70,7 @@ def model_of(engine: Engine) -> Model:
     """Return the model, without wrappers.
 
     Raises:
-        UnboundError: There is none.
+        UnboundError: If the averager has no model.
     """
     if engine.model is None:
         message = "the averager has no model (it was unpickled); update it once, then record it"
@@ -79,7 +79,7 @@ def model_of(engine: Engine) -> Model:
 
 
 def layout_of(engine: Engine) -> Layout:
-    """Return what an average is loaded into: the keys, names and dtypes of its model's state dict."""
+    """Return the keys, names and dtypes of the model's state dict, which an average is loaded into."""
     model = model_of(engine)
     entries = engine.entries()
     names = {id(location.tensor): entry.name for entry in entries for location in entry.locations}
@@ -170,10 +170,10 @@ def last_before(step: int, engines: Mapping[str, Engine]) -> int:
 
 
 def block_means(engines: Mapping[str, Engine], wanted: bool | None) -> Engine | None:  # noqa: FBT001 - as in Recorder
-    """Return what averages the weights of each block, or None where nobody wants it.
+    """Return an averager of the weights of each block, or None if none is wanted.
 
     Raises:
-        ConfigError: It is wanted beside an average that is moved beside the training.
+        ConfigError: If it is wanted together with an average that is updated in the background.
     """
     fastest = engines[fastest_of(engines)]
     offloaded = any(engine.offloaded for engine in engines.values())

@@ -84,12 +84,12 @@ class Sweep:
         """Draw the metric against the half-life as a fraction of the run; points of poor synthesis are hollow.
 
         Args:
-            ax: Where to draw; a new figure where it is None.
+            ax: Where to draw. Defaults to a new figure.
             label: What the metric is.
             levels: Metrics of other weights, as horizontal lines, by their labels: that of the raw weights, say.
 
         Raises:
-            MissingExtraError: matplotlib is not installed.
+            MissingExtraError: If matplotlib is not installed.
         """
         from polyak.plot import metrics
 
@@ -110,7 +110,7 @@ def sweep(
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
 ) -> Sweep:
-    """Return what each of many averages of a recorded run is worth, and the best of them.
+    """Evaluate many averages of a recorded run, and find the best.
 
     Args:
         directory: What ``Recorder`` wrote.
@@ -231,7 +231,7 @@ def _saved(made: Synthesis, file: Path) -> Path | None:
 
 
 def _metric(evaluate: Callable[[dict[str, Tensor]], float], made: Synthesis, rows: Sequence[Row]) -> float:
-    """Return what an average is worth; errors get a note of what was evaluated before."""
+    """Evaluate an average; errors get a note of the evaluations before."""
     state = {key: tensor.clone() for key, tensor in made.state_dict.items()}  # to do with as it likes
     try:
         value = evaluate(state)

@@ -69,8 +69,8 @@ def synthesize(
         **settings: The strategy's own settings.
 
     Raises:
-        StateError: There are no snapshots, or damaged ones, or of different models.
-        ConfigError: A wrong target.
+        StateError: If there are no snapshots, or damaged ones, or of different models.
+        ConfigError: If a target is wrong.
 
     Warns:
         PolyakWarning: The profile error is above a tenth, or the problem is ill-conditioned: rounding is amplified more
@@ -111,7 +111,7 @@ def target_profile(target: Target, settings: Mapping[str, Any], snapshots: Seque
         step: The optimiser step.
 
     Raises:
-        ConfigError: The target is none, or has no updates up to that step.
+        ConfigError: If ``target`` names no average, or has no updates up to that step.
     """
     if isinstance(target, Profile):
         if settings:

@@ -52,7 +52,7 @@ class Folder:
             writes, and what it raises is raised by all.
 
     Raises:
-        ConfigError: The folder cannot be made.
+        ConfigError: If the folder cannot be made.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Folder:
             The digest of the weights in it; what no history remembers has none on other ranks.
 
         Raises:
-            SnapshotError: It cannot be written.
+            SnapshotError: If the snapshot cannot be written.
         """
         whole = self._gathered(weights) if self._meshes else weights
 
@@ -150,7 +150,7 @@ class Folder:
             The marks of snapshots that were written after the state of their average was saved.
 
         Raises:
-            StateError: It is another run's.
+            StateError: If the snapshot belongs to another run.
         """
 
         def act() -> dict[str, tuple[tuple[int, str], ...]]:
@@ -206,7 +206,7 @@ class Folder:
         return whole
 
     def _by_first(self, act: Callable[[], T], elsewhere: Callable[[], T]) -> T:
-        """Return what the first rank does; ranks with whole averages ask nobody."""
+        """Return the result of the first rank's call; ranks with whole averages call it themselves."""
         if not self._meshes:
             return act() if rank() == self._first else elsewhere()
         problem, done = None, None

@@ -23,7 +23,7 @@ _REST = (
 
 
 def agreement(meshes: Sequence[DeviceMesh]) -> Callable[[bool], bool] | None:
-    """Return what tells whether every rank of these meshes said yes: one reduction of a byte per dimension.
+    """Return a function that tells whether every rank of these meshes agrees: one reduction of a byte per dimension.
 
     Every rank must ask, the same number of times.
     """
@@ -43,7 +43,7 @@ def agreement(meshes: Sequence[DeviceMesh]) -> Callable[[bool], bool] | None:
 
 
 def from_first(meshes: Sequence[DeviceMesh], message: Any, purpose: str, rest: str) -> Any:  # noqa: ANN401 - whatever the first one says
-    """Return what the first of the ranks that share a model says.
+    """Return the answer of the first of the ranks that share a model.
 
     Args:
         meshes: The ranks.
@@ -52,7 +52,7 @@ def from_first(meshes: Sequence[DeviceMesh], message: Any, purpose: str, rest: s
         rest: What that means, and what to do.
 
     Raises:
-        DistributedError: A rank does not answer.
+        DistributedError: If a rank does not answer.
     """
     box = [message]
     with answered(purpose, rest, ranks=ranks_of(meshes)):

@@ -42,7 +42,7 @@ def answered(purpose: str, rest: str = "", *, ranks: Sequence[int] | None = None
         ranks: Who takes part; None: all.
 
     Raises:
-        DistributedError: The ranks could not talk. All other errors are what they were.
+        DistributedError: If the ranks could not communicate. Other errors pass unchanged.
     """
     began = time.monotonic()
     try:

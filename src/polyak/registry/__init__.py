@@ -50,12 +50,12 @@ class Registry:
     """Owns the plugin manager; loads each plugin by itself, so that a broken one breaks nothing else.
 
     Args:
-        points: The entry points of the group ``polyak``; those that are installed where it is None.
-        strict: Whether a plugin that fails raises at once; ``POLYAK_STRICT_PLUGINS=1`` where it is None.
-        disabled: Names of entry points or distributions to leave out; ``POLYAK_DISABLE_PLUGINS=a,b`` where it is None.
+        points: The entry points of the group ``polyak``. Defaults to those that are installed.
+        strict: Whether a plugin that fails raises at once. Defaults to ``POLYAK_STRICT_PLUGINS=1``.
+        disabled: Names of entry points or distributions to skip. Defaults to ``POLYAK_DISABLE_PLUGINS=a,b``.
 
     Raises:
-        PluginError: A plugin failed, and ``strict``.
+        PluginError: If a plugin failed and ``strict`` is set.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Registry:
         One that was added before under the same distribution is replaced, so that a cell can run again.
 
         Raises:
-            PluginError: It offers what is no strategy, or misspells a hook.
+            PluginError: If ``plugin`` offers what is no strategy, or misspells a hook.
         """
         known, former = self._offers, self._added.get(distribution)
         if former is not None and former is not plugin:
@@ -172,7 +172,7 @@ class Registry:
         """Return the strategy class of a name, or of ``"dist:name"``.
 
         Raises:
-            UnknownStrategyError: Nobody offers it, or two plugins do.
+            UnknownStrategyError: If no plugin offers the name, or two do.
         """
         distribution, colon, short = name.rpartition(":")
         wanted = normal(distribution)

@@ -79,7 +79,7 @@ def checked(cls: object, distribution: str) -> Offer:
     """Return the offer of a class, or say why it is no strategy that can be named.
 
     Raises:
-        PluginError: It is not.
+        PluginError: If the offer is no strategy class.
     """
     if not isinstance(cls, type) or not issubclass(cls, Strategy) or isabstract(cls):
         message = (

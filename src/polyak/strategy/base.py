@@ -104,7 +104,7 @@ class Strategy(Frozen):
         return ()
 
     def moves(self, n: int, rate: float) -> Sequence[Move]:  # noqa: ARG002 - the default does not depend on the count
-        """Return what update ``n`` does to the average and the slots, in this order; needed only with ``slots``.
+        """Return the moves of the average and the slots at update ``n``, in order; needed only with ``slots``.
 
         Before the first update every slot holds the weights at construction.
 
@@ -115,7 +115,7 @@ class Strategy(Frozen):
         return (Move("average", "weights", rate),)
 
     def shares(self, rates: NDArray[np.float64]) -> Shares:
-        """Return what each update counts in the average after updates with these rates; needed only with ``slots``.
+        """Return the share of each update in the average after updates with these rates; needed only with ``slots``.
 
         Args:
             rates: The rate of each update 1..n, float64, shape (n,).
@@ -218,7 +218,7 @@ def checked_rate(strategy: Strategy, clock: Clock) -> float:
     """Return a strategy's rate.
 
     Raises:
-        RateError: It is no finite number in [0, 1].
+        RateError: If the rate is no finite number in [0, 1].
     """
     rate = strategy.rate(clock)
     if not (_is_number(rate) and 0.0 <= rate <= 1.0):
@@ -234,7 +234,7 @@ def checked_weight(strategy: Strategy, clock: Clock) -> float:
     """Return a strategy's weight.
 
     Raises:
-        RateError: It is no finite number from 0 on.
+        RateError: If the weight is no finite number from 0 on.
     """
     weight = strategy.weight(clock)
     if not (_is_number(weight) and weight >= 0.0):
@@ -250,7 +250,7 @@ def checked_moves(strategy: Strategy, n: int, rate: float) -> Sequence[Move]:
     """Return a strategy's moves.
 
     Raises:
-        RateError: There is none, one has no finite rate, or is of a slot that the strategy does not declare.
+        RateError: If there is no move, one has no finite rate, or names a slot that the strategy does not declare.
     """
     moves = strategy.moves(n, rate)
     slots = strategy.slots()

@@ -132,7 +132,7 @@ class Frozen(BaseModel, metaclass=_Direct):
 
     @classmethod
     def _by_name(cls, value: object) -> str:  # noqa: ARG003 - subclasses look at it
-        """Return what to write in the place of a value without a name."""
+        """Return the spelling of a value that was given without a name."""
         example = next((name for name in cls.model_fields if name != "name"), None)
         return f"It has no settings: {cls.__name__}()" if example is None else f"Write {example}=..."
 
@@ -156,7 +156,7 @@ class Frozen(BaseModel, metaclass=_Direct):
 
 
 def line(detail: ErrorDetails, hint: Callable[[str], str]) -> str:
-    """Return what is wrong with one setting.
+    """Describe one invalid setting.
 
     Args:
         detail: The error as pydantic has it.

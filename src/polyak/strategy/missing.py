@@ -33,7 +33,7 @@ class MissingStrategy(Strategy):
 
     @classmethod
     def of(cls, saved: Mapping[str, Any], slots: Iterable[str]) -> Self:
-        """Return what stands for the strategy of a saved state that has these slots."""
+        """Return the substitute for the strategy of a saved state that has these slots."""
         new = cls.model_validate(saved)
         new._slots = tuple(slot for slot in slots if slot != "average")  # noqa: SLF001 - its own class
         return new

@@ -81,6 +81,6 @@ def _kept(before: float, now: float, a: float) -> float:
 
 
 def _stirling(x: float) -> float:
-    """Return what Stirling's formula lacks of the logarithm of the Gamma function."""
+    """Return the error of Stirling's formula for the logarithm of the Gamma function."""
     z = 1.0 / (x * x)
     return (1 / 12 - z * (1 / 360 - z * (1 / 1260 - z * (1 / 1680 - z * (1 / 1188 - z * 691 / 360360))))) / x

@@ -239,11 +239,11 @@ class Profile:
         """Draw what each past step counts; several profiles in one picture: ``polyak.plot.shares``.
 
         Args:
-            ax: Where to draw; a new figure where it is None.
+            ax: Where to draw. Defaults to a new figure.
             label: The name of the line.
 
         Raises:
-            MissingExtraError: matplotlib is not installed.
+            MissingExtraError: If matplotlib is not installed.
 
         Examples:
             >>> from polyak import EMA

@@ -38,5 +38,5 @@ class Adapter:
         """Publish values that were written into the model's tensors (ZeRO: refresh the low-precision copies)."""
 
     def agree(self, entries: Sequence[Entry]) -> Callable[[bool], bool] | None:  # noqa: ARG002 - a plain model is one's own
-        """Return what makes one answer of all ranks' answers to a question; None where each rank may decide alone."""
+        """Return a function that combines all ranks' answers into one, or None if each rank decides alone."""
         return None

@@ -147,7 +147,7 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _is_ordinary(value: object) -> bool:
-    """Return whether what is put in the place of a value is either the same object or not equal to it.
+    """Return whether a replacement of a value is either the same object or not equal to it.
 
     For tensors of one element that is looked at beside. Two DTensors are compared by asking other ranks.
     """

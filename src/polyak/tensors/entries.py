@@ -94,7 +94,7 @@ def walk(model: Model) -> list[Entry]:
         model: A module, or a mapping of names to tensors (then floating tensors are parameters, others buffers).
 
     Raises:
-        ModelError: What was given is neither a module nor a mapping of names to tensors.
+        ModelError: If ``model`` is neither a module nor a mapping of names to tensors.
 
     Often confused with: ``model.state_dict()``, which lists a tied tensor once per name, leaves out
     non-persistent buffers, keeps the prefixes of wrappers and costs milliseconds on large models.
@@ -206,7 +206,7 @@ def addressed(tensor: Tensor) -> bool:
 
 
 def identity(tensor: Tensor) -> object:
-    """Return what tells whether two tensors are one: the same object, or the same memory."""
+    """Return a key that identifies a tensor's object or memory."""
     # Two Parameter objects over exactly the same memory (`head.weight.data = emb.weight.data`) are one tensor.
     if not addressed(tensor):
         return id(tensor)

@@ -25,8 +25,8 @@ class OwnGenerators:
         update: The number of the update that draws.
 
     Raises:
-        TypeError: A saved state is no tensor of bytes.
-        RuntimeError: It names no device, or is no state of a CPU's generator.
+        TypeError: If a saved state is no tensor of bytes.
+        RuntimeError: If a key names no device, or a value is no state of a CPU's generator.
     """
 
     def __init__(self, saved: Mapping[str, Tensor] | None = None) -> None:
@@ -53,7 +53,7 @@ class OwnGenerators:
         return self._made[device]
 
     def of(self, part: str) -> Callable[[torch.device], torch.Generator]:
-        """Return what draws for one part of a spread tensor: the same numbers on every rank that holds it.
+        """Return a generator for one shard of a tensor: the same numbers on every rank that holds it.
 
         They depend on nothing but the update and the part, so that a resume needs nothing, on however many ranks.
         """

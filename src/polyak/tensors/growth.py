@@ -68,7 +68,7 @@ class Growth:
         match: Match,
         place: tuple[torch.device | None, torch.dtype | None],
     ) -> tuple[list[Stored], list[str]]:
-        """Return what is stored of each entry, with new storage for what begins anew, and the averages that do so.
+        """Return the storage of each entry, new where an average begins again, and the names of these averages.
 
         Args:
             model: The model.

@@ -56,7 +56,7 @@ def pair(
         changes: Which buffers may come and go; those of another shape begin anew.
 
     Raises:
-        MismatchError: A tensor is missing, new, renamed, reordered, reshaped, or no longer floating.
+        MismatchError: If a tensor is missing, new, renamed, reordered, reshaped, or no longer floating.
     """
     known = {name for s in stored for name in s.aliases}
     names = {name for entry in entries for name in entry.aliases}

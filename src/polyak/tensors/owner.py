@@ -37,7 +37,7 @@ class Owner(NamedTuple):
         return cls(threading.current_thread(), task)
 
     def covers(self, other: Owner) -> bool:
-        """Return whether what the other enters now ends before what this one has entered."""
+        """Return whether the context that the other enters now ends before this one's."""
         # A loop that was started inside of a context is over before the context is left.
         return self.thread is other.thread and self.task in (None, other.task)
 

@@ -115,7 +115,7 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     """Return the dtype meant by an option, or None for ``"auto"``.
 
     Raises:
-        ConfigError: It names no floating dtype.
+        ConfigError: If ``dtype`` names no floating dtype.
     """
     if dtype == "auto":
         return None
@@ -167,7 +167,7 @@ def check_storable(entries: Sequence[Entry], policies: Sequence[Policy]) -> None
     """Refuse a model that cannot be averaged, before anything is made.
 
     Raises:
-        ModelError: No tensors, none to average, or an uninitialised, meta or sparse one.
+        ModelError: If there is no tensor to average, or one is uninitialised, meta or sparse.
     """
     if not entries:
         message = "the model has no parameters and no buffers; give the module that is trained"
@@ -232,7 +232,7 @@ def allocate(
     """Return a tensor of its own for each entry, and one for each slot of those that are averaged, holding its value.
 
     Raises:
-        ConfigError: The device is not there.
+        ConfigError: If the device is not there.
     """
     try:
         torch.empty(0, device=device)

@@ -170,7 +170,7 @@ def refuse_sharded(model: nn.Module) -> None:
     """Refuse a model whose engine does not show its values, or does not see what is written into them.
 
     Raises:
-        ModelError: It has FSDP1 layers that shard or hide their parameters, or belongs to DeepSpeed's ZeRO.
+        ModelError: If ``model`` has FSDP1 layers that shard or hide their parameters, or belongs to DeepSpeed's ZeRO.
     """
     fsdp1 = _loaded(*_FSDP1)
     zero = "deepspeed" in sys.modules

@@ -32,7 +32,7 @@ def check_strategy(
         **settings: The strategy's own settings, beside a name, a class or a mapping.
 
     Raises:
-        AssertionError: A law is broken; the message names each one, with the numbers.
+        AssertionError: If a law is broken. The message names each one, with the numbers.
         ConfigError: If there is no such strategy, or a setting is wrong.
 
     Examples:
@@ -69,7 +69,7 @@ def check_strategies(
         lr: The learning rate at each optimiser step.
 
     Raises:
-        AssertionError: A strategy breaks a law; the message names each strategy and law.
+        AssertionError: If a strategy breaks a law. The message names each strategy and law.
 
     Examples:
         >>> import polyak

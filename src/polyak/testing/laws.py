@@ -162,7 +162,7 @@ LAWS: dict[str, Callable[[Case], None]] = {
 
 
 def _model(dtype: torch.dtype) -> nn.Module:
-    """Return what averages get wrong most often: a tied tensor and a batch norm."""
+    """Return a model with a tied tensor and a batch norm, which averages get wrong most often."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         embedding, norm, head = nn.Embedding(5, 3), nn.BatchNorm1d(3), nn.Linear(3, 5, bias=False)
     head.weight = embedding.weight

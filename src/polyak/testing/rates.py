@@ -79,7 +79,7 @@ def expected(
         steps: The optimiser step of each update.
         stride: The steps that the first update stands for.
         counted: Whether the averager counts the steps.
-        replaces: Whether the first update replaces the start; the strategy's own choice where it is None.
+        replaces: Whether the first update replaces the start. Defaults to the strategy's own choice.
     """
     if replaces is None:
         replaces = case.strategy.engine().get("origin") == "first"

@@ -20,7 +20,7 @@ __all__ = ["absent_rows", "compared_with", "group_of", "rows_of"]
 
 
 def compared_with(field: Field) -> str:
-    """Return what the others are compared with: timm's V3, or where it does not take part the first that does."""
+    """Return the reference of a comparison: timm's V3, or the first entrant where it does not take part."""
     return REFERENCE if REFERENCE in field.updates else next(iter(field.updates), "")
 
 

@@ -31,7 +31,7 @@ def step(subject: Subject, settings: Settings) -> list[Row]:
     """Return the time of an update right after a training step, and its share of that step.
 
     Raises:
-        ConfigError: Nobody knows what the model is called with, or it raises when it is trained.
+        ConfigError: If the model's input is unknown, or a training step raises.
     """
     if not subject.inputs:
         message = (

@@ -158,7 +158,7 @@ def _alike(entry: Entry, stored: Mapping[int, Stored]) -> bool:
 
 
 def _made(tensor: Tensor, memory: Tensor | None) -> Tensor:
-    """Return what stands for a tensor: one that shares this memory, or room for values."""
+    """Return the substitute for a tensor: one that shares this memory, or room for values."""
     if memory is not None:
         made = memory.detach()
     elif type(tensor) in PLAIN:

@@ -112,7 +112,7 @@ def _foreign(hook: object, model: nn.Module) -> bool:
 
 
 def _kept(model: nn.Module, own: dict[int, Any]) -> dict[int, Any]:
-    """Return what a deep copy has in common with the model, and what stands for tensors with a history."""
+    """Return the memo of a deep copy: objects shared with the model, and substitutes for tensors with a history."""
     theirs = {id(module) for module in model.modules()} | own.keys()
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -183,7 +183,7 @@ class Copier:
         return self.value(value)
 
     def value(self, value: Any) -> Any:  # noqa: ANN401, PLR0911 - whatever an attribute may hold, one kind per line
-        """Return what stands for an object in the copy; the object itself if the copy shares it."""
+        """Return the copy of an object, or the object itself if it is shared."""
         if id(value) in self._done:
             return self._done[id(value)]
         if id(value) in self._parts:

@@ -56,7 +56,7 @@ def joined(measured: Mapping[_BatchNorm, Moments], peers: Peers) -> None:
     """Let each rank have the moments of all ranks' rows, the same bits on all of them.
 
     Raises:
-        DistributedError: A rank does not answer.
+        DistributedError: If a rank does not answer.
     """
 
     def total(parts: list[Tensor]) -> list[Tensor]:

@@ -53,9 +53,9 @@ def recalibrate(
             each layer normalises with its batch's own statistics, which for all but the first layer is near that.
 
     Raises:
-        ModelError: There is no batch norm layer with running statistics, or the averager leaves them out.
-        DistributedError: A rank does not answer.
-        ConfigError: No batch was given, or ``exact`` needs several passes and ``batches`` can be read only once.
+        ModelError: If there is no batch norm layer with running statistics, or the averager leaves them out.
+        DistributedError: If a rank does not answer.
+        ConfigError: If no batch was given, or ``exact`` needs several passes and ``batches`` can be read only once.
 
     Nothing is written when an exception is raised, the data's or the model's own included.
 

@@ -77,7 +77,7 @@ class _Files:
         self._folder, self._name = folder, name
 
     def load(self, key: object) -> Any:
-        """Return what was saved under a key; None where nothing was, or from other sources."""
+        """Return the code saved under a key, or None if there is none or it has other sources."""
         try:
             content = self._path(key).read_bytes()
         except FileNotFoundError:

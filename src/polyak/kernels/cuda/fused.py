@@ -136,7 +136,7 @@ class FusedCUDA:
             done: Whether an interrupted call has moved them: one launch moves all or nothing.
 
         Raises:
-            RateError: Rates were given as numbers, which a CUDA graph that is being captured would not keep.
+            RateError: If rates were given as numbers, which a CUDA graph that is being captured would not keep.
         """
         if done:
             return

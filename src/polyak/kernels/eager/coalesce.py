@@ -100,6 +100,6 @@ def _following(lanes: Lanes) -> list[bool]:
 
 
 def _across(first: Tensor, size: int) -> Tensor:
-    """Return what begins with a tensor and is so long, in the same memory, counting writes with it."""
+    """Return a flat view of this length that begins with a tensor and shares its version counter."""
     with torch.enable_grad():  # views made under no_grad() may only be written to under it
         return cast("Tensor", first._base).as_strided((size,), (1,), first.storage_offset())  # noqa: SLF001 - as above

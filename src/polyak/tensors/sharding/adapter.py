@@ -32,7 +32,7 @@ def adapter_for(model: Model | None) -> Adapter:
     """Return how to reach the tensors of a model, by what they are now.
 
     Raises:
-        ModelError: They are spread by an engine that keeps what is written into them from the next forward.
+        ModelError: If the tensors are sharded by an engine that hides what is written into them from the next forward.
     """
     if isinstance(model, nn.Module):
         refuse_sharded(model)
