@@ -757,7 +757,7 @@ def test_an_average_that_has_left_its_start_is_evaluated_without_a_word(strategy
 def test_a_long_average_is_told_of_in_a_bank_and_after_a_resume_and_once_it_left_the_start_no_more():
     model = mlp()
     bank = polyak.bank(model, {"long": "ema", "short": {"name": "ema", "decay": 0.9}})
-    for _ in range(100):
+    for _ in drifting(model, 100):
         bank.update()
     with bank.applied("short"):
         pass

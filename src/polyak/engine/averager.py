@@ -136,8 +136,8 @@ class Averager(Protocol):
     def advance(self, *, step: int | None = None, lr: float | None = None) -> None:
         """Count an update that a CUDA graph or a compiled step is about to make, and put its rate on the device.
 
-        For averagers built with ``capturable=True``. Inside a captured or compiled step, ``update()`` is tensor work only
-        and reads the rate from a tensor. Call this before each replay; the next ``update()`` uses it up.
+        For averagers built with ``capturable=True``. Inside a captured or compiled step, ``update()`` is tensor work
+        only and reads the rate from a tensor. Call this before each replay; the next ``update()`` uses it up.
 
         Args:
             step: The optimiser step. Defaults to a count of the calls.
@@ -172,8 +172,8 @@ class Averager(Protocol):
     def applied(self) -> AbstractContextManager[None]:
         """Return a context in which the model computes with the average. The original weights are restored on exit.
 
-        Contexts nest, and restore the same bits after exceptions. Parameters, gradients and optimiser state stay the same
-        objects. Needs one tensor's worth of extra memory, and a copy of those tensors whose average is stored in another dtype.
+        Contexts nest, and restore the same bits after exceptions. Parameters, gradients and optimiser state stay the
+        same objects. Needs extra memory for one tensor, and for copies of averages that are stored in another dtype.
 
         The values are exchanged: statistics that batch norm writes in training mode go into the average, so evaluate
         with ``model.eval()``. Writing to parameters inside triggers a ``PolyakWarning``. Torch refuses the
@@ -209,7 +209,7 @@ class Averager(Protocol):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that an exact resume needs: copies of tensors and plain types, fit for ``weights_only=True``.
+        """Return all that an exact resume needs: copies of tensors and plain types, fit for ``weights_only=True``.
 
         Raises:
             StateError: If a signal handler calls it in the middle of an update, or the memory of an average was freed.
