@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import math
 import pickle
 import warnings
 import weakref
@@ -504,6 +505,24 @@ def test_a_round_without_one_of_them_is_averaged_before_the_next_step_and_not_wa
         counts.append(averager.n)
     assert counts == [1, 1, 3, 4, 5, 6]
     assert average_bits(averager) == average_bits(alike)
+
+
+@pytest.mark.parametrize("skips", [0, 1])
+def test_a_step_that_the_grad_scaler_leaves_out_for_one_of_them_mixes_no_rounds(model, averager, skips):
+    optimizers = SGD(model[0].parameters(), lr=0.1), SGD(model[2].parameters(), lr=0.1)
+    polyak.attach(optimizers, averager)
+    alike = polyak.average(model, averager.strategy)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    for turn in range(7):
+        scaler.scale(model(torch.ones(1, 3)).sum()).backward()
+        if turn in (3, 5):
+            optimizers[skips].param_groups[0]["params"][0].grad.fill_(math.inf)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+        scaler.update()
+        alike.update()
+    assert (averager.n, average_bits(averager)) == (alike.n, average_bits(alike))
 
 
 def test_one_that_is_removed_or_gone_is_not_waited_for(model, averager):

@@ -18,6 +18,7 @@ __all__ = ["Source", "Sources"]
 
 _BY_HAND = "averager.update()"
 _TURNS = 3
+_STEADY = 2
 
 
 class Source:
@@ -28,14 +29,16 @@ class Source:
         name: The optimiser's name in warnings.
 
     Attributes:
-        absent: Whether the others stepped without it in the last round.
+        missed: How many rounds in a row the others stepped without it.
         lr: The learning rate of its last step.
+        place: Its place in the last round in which all optimisers stepped.
     """
 
     def __init__(self, optimizer: Optimizer, name: str) -> None:
         self.name = name
-        self.absent = False
+        self.missed = 0
         self.lr: float | None = None
+        self.place = 0
         self._optimizer = weakref.ref(optimizer)
         self._params = {id(param) for group in optimizer.param_groups for param in group["params"]}
         self._attached = self.versions()
@@ -61,6 +64,8 @@ class Sources:
 
     Optimisers of different parameters make one update per round, behind the last one's step. A round ends without
     those that do not step in it: before another one's next step. The next round does not wait for them.
+    Where rounds had the same order so far, a step that goes back in it begins the next round, and one round without
+    an optimiser is an exception: the next one waits for it.
 
     - A call of ``update()`` right behind the update of an attached optimiser is left out, unless the weights were
       written to in between (as their version counters say: writing through ``.data`` goes unnoticed).
@@ -78,6 +83,7 @@ class Sources:
         self._warned: set[str] = set()
         self._stepped: list[Source] = []
         self._moved = False
+        self._ordered = 0
 
     def attach(self, optimizer: Optimizer, name: str) -> Source:
         """Register an optimiser that updates the averager from now on."""
@@ -101,11 +107,13 @@ class Sources:
         return all(other is source or source.replaces(other) for other in self._present())
 
     def overdue(self, source: Source) -> bool:
-        """Return whether an update is due before the next step of an optimiser: the others left its round out."""
-        if source not in self._stepped:
+        """Return whether an update is due before the next step of an optimiser: it begins the next round."""
+        goes_back = self._steady and any(other.place > source.place for other in self._stepped)
+        if source not in self._stepped and not goes_back:
             return False
         for other in self._present():
-            other.absent = other not in self._stepped
+            if other not in self._stepped:
+                other.missed += 1
         return self._moved
 
     def stepped(self, source: Source, lr: float | None, *, moved: bool) -> bool:
@@ -119,7 +127,8 @@ class Sources:
         source.lr, self._moved = lr, moved or (self._moved and bool(self._stepped))
         self._stepped.append(source)
         waits = any(
-            other not in self._stepped and not other.absent and not source.replaces(other) for other in self._present()
+            other not in self._stepped and other.missed <= int(self._steady) and not source.replaces(other)
+            for other in self._present()
         )
         if not waits and not self._moved:
             self._stepped.clear()
@@ -158,7 +167,8 @@ class Sources:
     def note(self, source: Source | None) -> None:
         """Note an update by an optimiser, or by hand."""
         turns = self._turns
-        if turns and source is turns[-1]:
+        # Optimisers of different parameters share the rounds, whichever of them ends one.
+        if turns and (source is turns[-1] or (source and turns[-1] and not source.replaces(turns[-1]))):
             turns.clear()
         elif len(turns) >= _TURNS and source in turns:
             first, second = (_BY_HAND if one is None else one.name for one in (turns[-1], source))
@@ -169,10 +179,22 @@ class Sources:
             self._warn("turns", message)
             turns.clear()
         turns.append(source)
-        for other in self._stepped:
-            other.absent = False
-        self._stepped.clear()
+        self._end_round()
         self._last, self._versions = source, None if source is None else source.versions()
+
+    @property
+    def _steady(self) -> bool:
+        return self._ordered >= _STEADY
+
+    def _end_round(self) -> None:
+        if len(self._stepped) == len(self._attached):
+            places = [other.place for other in self._stepped]
+            self._ordered = self._ordered + 1 if places == sorted(places) else 0
+            for place, other in enumerate(self._stepped):
+                other.place = place
+        for other in self._stepped:
+            other.missed = 0
+        self._stepped.clear()
 
     def idle(self) -> str:
         """Return the name of an attached optimiser whose ``step()`` never runs though it trains, or ""."""

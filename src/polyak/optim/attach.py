@@ -84,7 +84,8 @@ def attach(optimizer: Optimizer | Sequence[Optimizer], averager: _Updates) -> At
     Where several optimisers train one model, attach them all: ``attach([muon, adamw], averager)``. They make one
     update together, behind the last one's step, with the learning rate of the first. Where one of them does not step
     (another phase, gradients that overflowed), the update is made before the next step of the others, which do not
-    wait for it again until it steps. An optimiser that holds the one that steps (SAM with ``first_step()`` and
+    wait for it again until it steps. Step them in the same order each time: the order tells that a round has begun
+    where the first one was left out. An optimiser that holds the one that steps (SAM with ``first_step()`` and
     ``second_step()``, Lookahead) counts once per step of that one.
 
     The update comes after the optimiser's other step hooks, whenever these were registered. It comes before hooks for
