@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -746,6 +747,37 @@ def test_a_job_whose_folder_another_process_records_into_is_refused_until_that_o
     averager.update()
     recorder.close()
     assert Store(tmp_path).snapshots[-1].step == 3
+
+
+FORKED = """
+import os, sys, torch, polyak
+model = {"w": torch.zeros(3, dtype=torch.float64)}
+averager = polyak.average(model, "swa", kernel="loop")
+recorder = polyak.posthoc.Recorder(averager, sys.argv[1], every=2)
+def go(steps):
+    for _ in range(steps):
+        model["w"] += 1
+        averager.update()
+go(4)
+child = os.fork()
+if not child:
+    try:
+        go(20)
+    except polyak.StateError as error:
+        assert "this process was forked from the one that records" in str(error), error
+        os._exit(3)
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+go(4)
+recorder.close()
+made = polyak.posthoc.synthesize(sys.argv[1], "swa")
+assert made.state_dict["w"].tolist() == averager.averages["w"].tolist(), made
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the process is forked")
+def test_a_forked_process_does_not_go_on_recording(tmp_path):
+    subprocess.run([sys.executable, "-c", FORKED, str(tmp_path)], check=True, timeout=120)
 
 
 def test_a_snapshot_that_vanishes_while_the_folder_is_listed_is_left_out(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ class Claim:
     def __init__(self, folder: Path) -> None:
         self._path, self._name = folder / _NAME, uuid4().hex.encode()
         self._held: finalize[[int], Claim] | None = None
-        self._opened = -1
+        self._opened, self._process = -1, os.getpid()
 
     def take(self) -> None:
         """Take the folder; idempotent.
@@ -56,16 +56,22 @@ class Claim:
             )
             raise StateError(message)
         self._held = finalize(self, os.close, opened)
-        self._opened = opened
+        self._opened, self._process = opened, os.getpid()
         os.truncate(opened, 0)
         os.write(opened, self._name)
 
     def check(self) -> None:
-        """Refuse to go on if another recorder has taken the folder since.
+        """Refuse to go on if another recorder has taken the folder since, or in a forked process.
 
         Raises:
-            StateError: If one has.
+            StateError: If one has, or this process is a fork of the one that records.
         """
+        if self._held is not None and self._process != os.getpid():
+            message = (
+                f"this process was forked from the one that records into {str(self._path.parent)!r}, and both would "
+                "overwrite each other; close the recorder here, or build another one with a folder of its own"
+            )
+            raise StateError(message)
         if self._held is not None and not self._is_ours():
             message = (
                 f"another recorder has begun to record into {str(self._path.parent)!r}, and this one stops before they "
@@ -76,7 +82,7 @@ class Claim:
     def release(self) -> None:
         """Let others have the folder; idempotent."""
         if self._held is not None:
-            if self._is_ours():
+            if self._process == os.getpid() and self._is_ours():
                 os.truncate(self._opened, 0)
             self._held()
             self._held = None
