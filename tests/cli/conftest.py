@@ -16,6 +16,7 @@ import torch
 
 TRIED = []
 TEXT = "no function"
+TENSOR = torch.zeros(30, 30)
 
 def far(state):
     TRIED.append(state)

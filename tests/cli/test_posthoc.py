@@ -164,6 +164,7 @@ def test_averages_that_were_not_recorded_are_told_so(says, stores):
         ("sweep blocks :far", r"got ':far'; expected MODULE:FUNCTION"),
         ("sweep blocks ..task:far", r"got '\.\.task:far'; expected MODULE:FUNCTION"),
         ("sweep blocks task:two", r"task:two raised TypeError: two\(\) missing 1 required positional argument"),
+        ("sweep blocks task:TENSOR", r"'task:TENSOR' is .*Tensor.*; expected a function that takes a state dict"),
         ("sweep blocks task:TEXT", r"'task:TEXT' is 'no function'; expected a function that takes a state dict"),
         ("sweep blocks task:words", r"evaluate\(\) returned 'good'; expected a number"),
         ("sweep blocks task:far --grid start=1,2", r"--grid and --set belong to a strategy; give its name: --target"),

@@ -271,6 +271,21 @@ def test_a_run_that_goes_on_at_a_later_step_has_its_averages_back(tmp_path, name
     assert made.at_step == 5300 * scale
 
 
+@pytest.mark.parametrize("jump", [2, 1000])
+def test_a_mean_that_starts_late_in_a_run_whose_steps_jump_is_rebuilt_and_said_to_be(tmp_path, jump):
+    model = {"w": torch.zeros(3, dtype=torch.float64)}
+    late = polyak.average(model, "swa", start=21 * jump)
+    stored = polyak.bank(model, STORED)
+    with Recorder(stored, tmp_path, every=5 * jump, blocks=True):
+        for step in range(jump, 61 * jump, jump):
+            model["w"].add_(torch.randn(3, dtype=torch.float64))
+            stored.update(step=step)
+            late.update(step=step)
+    made = synthesize(tmp_path, "swa", start=21 * jump)
+    assert relative(made.state_dict["w"], late.averaged_state_dict()["w"]) < 1e-10
+    assert made.profile_error < 1e-10
+
+
 def test_a_target_of_more_updates_than_fit_in_memory_is_refused(tmp_path):
     model = {"w": torch.zeros(1)}
     averager = polyak.average(model, "swa", every=2**30)

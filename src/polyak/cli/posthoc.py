@@ -15,6 +15,7 @@ from polyak.cli.outputs import check_picture, check_tensors, picture
 from polyak.cli.reporting import told
 from polyak.cli.tables import Listing, show, size
 from polyak.errors import ConfigError, PolyakError
+from polyak.errors.formatting import shown
 from polyak.plot import POOR
 from polyak.posthoc import Store, sweep as swept
 from polyak.posthoc.labels import label
@@ -150,7 +151,7 @@ def _function(name: str) -> Callable[[Any], float]:
         message = f"{name!r} cannot be imported ({error}); expected a function in a module, here or installed"
         raise ConfigError(message) from error
     if not callable(found):
-        message = f"{name!r} is {found!r}; expected a function that takes a state dict and returns a number"
+        message = f"{name!r} is {shown(found)}; expected a function that takes a state dict and returns a number"
         raise ConfigError(message)
 
     def called(state: Any) -> float:  # noqa: ANN401 - a state dict

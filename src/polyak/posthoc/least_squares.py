@@ -8,6 +8,7 @@ import numpy as np
 
 from polyak.errors import MissingExtraError
 from polyak.strategy.profile import Profile
+from polyak.strategy.runs import Runs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Fit", "fit", "mixed"]
 
 _ROWS = 1 << 13  # runs of steps that are taken into the factorisation at a time
+_NEVER = np.iinfo(np.int64).min
 _NOTHING = 1e-18  # of the whole: the steps before are left out
 _SAME = 1e-12
 _CARE = 100.0  # weights are some hundred times as large as what they move by while they are averaged
@@ -129,7 +131,7 @@ def _factor(profiles: Sequence[Profile], starts: Sequence[str]) -> Floats:
     """
     shares = np.array([profile.start for profile in profiles])
     factor = np.array([shares * [start == one for start in starts] for one in dict.fromkeys(starts)])
-    runs = [profile.runs.without_oldest(_NOTHING) for profile in profiles]
+    runs = [one.without_oldest(_NOTHING) for one in _runs(profiles)]
     edges = np.unique(np.concatenate([one.edges for one in runs]))
     for begin in range(0, len(edges) - 1, _ROWS):
         here = edges[begin : begin + _ROWS + 1]
@@ -138,3 +140,26 @@ def _factor(profiles: Sequence[Profile], starts: Sequence[str]) -> Floats:
             reduced: Any = np.linalg.qr(np.vstack([factor, rows]), mode="r")  # typed as if it were Q and R
             factor = reduced
     return factor
+
+
+def _runs(profiles: Sequence[Profile]) -> list[Runs]:
+    """Return the runs of each profile; the first update, too, stands for all steps since the last one of any profile.
+
+    An average that starts late in a run whose steps jump is told another stride for its first update.
+    """
+    firsts = np.unique([profile.steps[0] for profile in profiles if len(profile)])
+    before = np.full(len(firsts), _NEVER)
+    for profile in profiles:
+        steps = np.concatenate(([_NEVER], profile.steps))
+        before = np.maximum(before, steps[np.searchsorted(profile.steps, firsts)])
+    return [
+        _begun(profile.runs, int(before[np.searchsorted(firsts, profile.steps[0])])) if len(profile) else profile.runs
+        for profile in profiles
+    ]
+
+
+def _begun(runs: Runs, before: int) -> Runs:
+    if before == _NEVER or before >= runs.edges[0]:
+        return runs
+    first = runs.each[:1] * (runs.edges[1] - runs.edges[0]) / (runs.edges[1] - before)
+    return Runs(np.concatenate(([before], runs.edges[1:])), np.concatenate((first, runs.each[1:])))

@@ -70,7 +70,7 @@ class Store:
             raise StateError(message)
         last = self.snapshots[-1].step
         if step is not None and step > 2 * last - max((s.step for s in self.snapshots if s.step < last), default=0):
-            message = f"the last snapshot is of step {last}, and nothing is known of step {step}"
+            message = f"at_step={step} is beyond the last snapshot, of step {last}; give that step or an earlier one"
             raise StateError(message)
         return chosen, chosen[-1].step if step is None else step
 
