@@ -78,7 +78,7 @@ def as_path(path: object, what: str) -> Path:
     if isinstance(path, (str, os.PathLike)):
         with suppress(TypeError):  # a path of bytes
             return Path(path)
-    message = f"{what} is given as a path, such as 'runs/average.pt'; got {shown(path)}"
+    message = f"{what} is given as a path, a text such as 'runs/first'; got {shown(path)}"
     raise ArgumentError(message)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from polyak.engine.averager import refuse_other
 from polyak.errors import ConfigError, StateError
+from polyak.errors.formatting import type_name
 from polyak.io.atomic import as_path
 from polyak.posthoc.snapshot import BLOCKS, START, safetensors
 from polyak.posthoc.sources import (
@@ -162,7 +163,8 @@ class Recorder:
             StateError: If it is no state of such a recorder. Nothing is changed then.
         """
         if not isinstance(state, dict) or {*state} != {"seen", "written", BLOCKS} or not are_steps(state):
-            message = "expected what Recorder.state_dict() returned"
+            got = f"the keys {sorted(map(str, state))}" if isinstance(state, dict) else type_name(state)
+            message = f"expected what Recorder.state_dict() returned; got {got}"
             raise StateError(message)
         if (state[BLOCKS] is None) != (self._blocks is None):
             message = "the state was saved with another setting of blocks=; build the recorder with that one"

@@ -11,6 +11,7 @@ from polyak.engine.bank import Bank
 from polyak.engine.options import Options
 from polyak.errors import ConfigError, MismatchError, UnboundError
 from polyak.errors.calls import warn_user
+from polyak.errors.formatting import shown
 from polyak.posthoc.snapshot import Layout
 from polyak.strategy import SWA
 from polyak.tensors.wrappers import plain_name, unwrap
@@ -173,8 +174,11 @@ def block_means(engines: Mapping[str, Engine], wanted: bool | None) -> Engine | 
     """Return an averager of the weights of each block, or None if none is wanted.
 
     Raises:
-        ConfigError: If it is wanted together with an average that is updated in the background.
+        ConfigError: If ``wanted`` is none of the three, or an average is updated in the background.
     """
+    if wanted not in (None, True, False):
+        message = f"blocks: got {shown(wanted)}; expected True, False or None. A block has the length every="
+        raise ConfigError(message)
     fastest = engines[fastest_of(engines)]
     offloaded = any(engine.offloaded for engine in engines.values())
     if wanted is None:
