@@ -200,8 +200,8 @@ def build(session: nox.Session) -> None:
     alone = ["uv", "run", "--no-project", "--isolated", *wheels, "python"]
     session.run(*alone, "-c", SMOKE)
     told = session.run(*alone, "-m", "polyak", silent=True, success_codes=[1, 2])
-    if "polyak[cli]" not in str(told):
-        session.error(f"`polyak` without its command line extra should name polyak[cli]; it said: {told}")
+    if "pip install rich typer" not in str(told):
+        session.error(f"`polyak` without its command line extra should say what to install; it said: {told}")
 
 
 if __name__ == "__main__":

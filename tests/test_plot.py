@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from polyak import EMA, SWA, PolyakError, Profile, plot
+from polyak import EMA, SWA, MissingExtraError, PolyakError, Profile, plot
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_looks_are_those_given_and_no_two_labels_of_the_palette_look_alike(ax):
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(plot.MissingExtraError, match=r'pip install "polyak\[plot\]"') as caught:
+    with pytest.raises(MissingExtraError, match="pip install matplotlib") as caught:
         plot.shares({})
     assert isinstance(caught.value, PolyakError)
     assert isinstance(caught.value, ImportError)

@@ -17,7 +17,7 @@ def main() -> None:
         missing = str(error.name).partition(".")[0]
         if missing not in {"rich", "typer"}:
             raise
-        sys.exit(_told(f'the command line needs {missing}: pip install "polyak[cli]"', 2))
+        sys.exit(_told(f"the command line needs {missing}: pip install rich typer", 2))
     try:
         app(prog_name="polyak")
     except PolyakError as error:

@@ -1,4 +1,4 @@
-"""Plots of averages: what each past step counts, and how a run went. Needs ``pip install "polyak[plot]"``."""
+"""Plots of averages: what each past step counts, and how a run went. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from polyak.errors import MissingExtraError
+from polyak.errors.extras import needed_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -184,11 +184,8 @@ def _ages(longest: int) -> NDArray[np.int64]:
 
 
 def _axes(ax: Axes | None) -> Axes:
-    try:
+    with needed_for("polyak.plot", "matplotlib"):
         from matplotlib import pyplot as plt
-    except ImportError as error:
-        message = f'polyak.plot draws with matplotlib, which cannot be imported ({error}): pip install "polyak[plot]"'
-        raise MissingExtraError(message) from error
     return plt.subplots(layout="constrained")[1] if ax is None else ax
 
 

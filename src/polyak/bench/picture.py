@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from polyak.bench.cases import CASES
 from polyak.bench.fit import lines
 from polyak.bench.number import number, size
-from polyak.errors import MissingExtraError
+from polyak.errors.extras import needed_for
 from polyak.io.atomic import write_whole
 from polyak.plot import palette
 
@@ -57,11 +57,8 @@ def draw(report: Report, file: Path) -> list[Path]:
 
 
 def _figure(panels: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    try:
+    with needed_for("the picture", "matplotlib"):
         import_module("matplotlib")
-    except ImportError as error:
-        message = f'the picture needs matplotlib, which cannot be imported ({error}): pip install "polyak[plot]"'
-        raise MissingExtraError(message) from error
     from matplotlib.figure import Figure
 
     across = min(columns, panels)

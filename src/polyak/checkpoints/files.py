@@ -11,7 +11,8 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import torch
 
 from polyak.engine.averager import refuse_other
-from polyak.errors import ConfigError, MissingExtraError, MissingFileError, StateError
+from polyak.errors import ConfigError, MissingFileError, StateError
+from polyak.errors.extras import needed_for
 from polyak.io.atomic import as_path, check_target, open_regular, write_whole
 from polyak.io.tensor_file import TensorFile, write_tensors
 from polyak.tensors.wrappers import dtensor
@@ -225,8 +226,5 @@ def _suffix(file: Path) -> str:
 
 
 def _check_safetensors() -> None:
-    try:
+    with needed_for("a .safetensors file (a .pt file does not)", "safetensors"):
         import safetensors.torch  # noqa: F401 - whether it is there
-    except ImportError as error:
-        message = 'safetensors is not installed: pip install "polyak[safetensors]", or use a .pt file'
-        raise MissingExtraError(message) from error

@@ -6,7 +6,8 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from polyak.errors import ConfigError, MissingExtraError
+from polyak.errors import ConfigError
+from polyak.errors.extras import needed_for
 from polyak.io.atomic import write_whole
 
 if TYPE_CHECKING:
@@ -64,11 +65,8 @@ def check_picture(file: Path | None) -> None:
     if file.suffix.lower() not in _PICTURES:
         message = f"the picture {str(file)!r} has the type {file.suffix or '(none)'!r}; expected {', '.join(_PICTURES)}"
         raise ConfigError(message)
-    try:
+    with needed_for("the picture", "matplotlib"):
         import_module("matplotlib.figure")
-    except ImportError as error:
-        message = f'the picture needs matplotlib, which cannot be imported ({error}): pip install "polyak[plot]"'
-        raise MissingExtraError(message) from error
 
 
 def picture(file: Path, draw: Callable[[Axes], object], title: str) -> None:

@@ -65,7 +65,7 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
         dtype: How precisely it is stored. "auto": as the model, but float32 for shorter floats.
         nonfinite: Whether an update with NaN or infinities in the weights is left out and counted ("skip"),
             raises ("raise"), or is averaged like any other ("propagate", which saves one pass over the weights).
-        kernel: What moves the tensors: "auto" (the fastest that fits), "fused" (needs ``polyak[fast]`` on CPUs),
+        kernel: What moves the tensors: "auto" (the fastest that fits), "fused" (needs Numba on CPUs),
             "foreach", or the reference "loop".
         capturable: Whether ``update()`` can be part of a CUDA graph or of a compiled step (see ``Averager.advance``);
             needs ``nonfinite="propagate"``.

@@ -95,7 +95,7 @@ def check_available(wanted: KernelName) -> None:
     if wanted == "fused" and not (_numba() or (torch.cuda.is_available() and _triton())):
         message = (
             "kernel='fused' needs Numba for CPUs (or Triton for CUDA, which comes with torch), and neither works here: "
-            'pip install "polyak[fast]", without NUMBA_DISABLE_JIT, or take kernel="auto", which uses what there is'
+            'pip install numba, unset NUMBA_DISABLE_JIT, or use kernel="auto", which takes the fastest that works'
         )
         raise MissingExtraError(message)
 

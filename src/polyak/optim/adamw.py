@@ -44,7 +44,7 @@ class AdamW(torch.optim.AdamW):
 
     What it does is what ``torch.optim.AdamW(..., fused=True)`` does with the averager attached (``polyak.attach``):
     the same numbers, hooks, schedulers, closures and state dicts. One pass is made of float32 parameters on the CPU
-    with Numba (``pip install "polyak[fast]"``) for an averager built with ``nonfinite="propagate"``, whose other
+    with Numba for an averager built with ``nonfinite="propagate"``, whose other
     settings look at the new weights before they move an average. Whatever does not fit makes the step slower, and no
     other: ``describe()`` says what it was.
 

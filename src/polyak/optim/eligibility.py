@@ -39,7 +39,7 @@ def of_averager(averager: object) -> str:
     if options.capturable or options.kernel in {"foreach", "loop"}:
         return f"the averager has kernel={options.kernel!r}, capturable={options.capturable}"
     if not (compiles(options.kernel) and works()):
-        return 'Numba is not installed or does not work here: pip install "polyak[fast]"'
+        return "Numba is not installed or does not work here: pip install numba"
     return ""
 
 

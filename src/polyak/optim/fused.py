@@ -1,4 +1,4 @@
-"""AdamW and an average that follows it, in one pass over float32 tensors of a CPU (``pip install "polyak[fast]"``)."""
+"""AdamW and an average that follows it, in one pass over float32 tensors of a CPU; needs Numba."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from polyak.errors import MissingExtraError
+from polyak.errors.extras import needed_for
 from polyak.strategy.profile import Profile
 from polyak.strategy.runs import Runs
 
@@ -113,11 +113,8 @@ def _least_squares(basis: Floats, target: Floats) -> Floats:
 
 
 def _nonnegative(basis: Floats, target: Floats) -> Floats:
-    try:
+    with needed_for("nonnegative=True", "scipy"):
         from scipy.optimize import nnls  # type: ignore[import-untyped]  # it has no types
-    except ImportError as error:
-        message = 'coefficients that are not negative need scipy: pip install "polyak[posthoc]"'
-        raise MissingExtraError(message) from error
     weight = _SUM * np.linalg.norm(target)
     x: Floats = nnls(np.vstack([basis, np.full(basis.shape[1], weight)]), np.append(target, weight))[0]
     x /= x.sum()

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 
-from polyak.errors import MissingExtraError, SnapshotError, StateError, WriteError
+from polyak.errors import SnapshotError, StateError, WriteError
+from polyak.errors.extras import needed_for
 from polyak.errors.formatting import shown
 from polyak.io.tensor_file import TensorFile, write_tensors
 from polyak.posthoc.constants import PREFIX, Joined
@@ -246,9 +247,6 @@ def safetensors() -> Any:  # noqa: ANN401 - an optional package
     Raises:
         MissingExtraError: If safetensors is not installed.
     """
-    try:
+    with needed_for("a recorder", "safetensors"):
         import safetensors.torch as package
-    except ImportError as error:
-        message = 'snapshots need the package safetensors: pip install "polyak[posthoc]"'
-        raise MissingExtraError(message) from error
     return package

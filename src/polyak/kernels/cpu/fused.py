@@ -1,4 +1,4 @@
-"""The fused kernel for CPUs: all tensors of a group as one work list (``pip install "polyak[fast]"``).
+"""The fused kernel for CPUs: all tensors of a group as one work list; needs Numba.
 
 One pass over the weights moves every lane, converts any pair of float dtypes on the way and rounds short averages
 stochastically; no temporary tensor is made.
