@@ -15,7 +15,7 @@ import polyak
 from interrupts import AtOperation, at_line
 from models import ZOO, Tied, average_bits, bits, drifting, mlp
 from polyak import MismatchError, StateError, UnknownStrategyError
-from polyak.engine import updates as updating
+from polyak.engine import pending, updates
 from polyak.engine.plan import moves, plan, tensor_update
 from polyak.strategy.shares import recursion_shares
 
@@ -26,7 +26,7 @@ SLOTTED = [
     pytest.param("dema", {"decay": 0.7, "origin": "first"}, id="dema-first"),
 ]
 BOTH = [SLOTTED[0], SLOTTED[2]]
-MOVING = (moves, tensor_update, updating, plan)
+MOVING = (moves, tensor_update, updates, pending, plan)
 
 
 def all_bits(averager):

@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import polyak
 from interrupts import AtOperation, at_line
 from models import ZOO, Buffers, Conv, Shapes, Tied, average_bits, bits, drifting, mlp, model_bits
-from polyak import engine
-from polyak.engine import binding
+from polyak.engine import binding, core, engine
 from polyak.engine.plan import plan, tensor_update
 from polyak.kernels import threads
 from polyak.kernels.cpu import fused as cpu
@@ -269,7 +268,7 @@ def test_ctrl_c_at_any_operation_of_an_update_leaves_the_old_or_the_new_average(
     [*OPTIONS, {"dtype": "bfloat16"}, {"kernel": "foreach"}, {"kernel": "foreach", "dtype": "bfloat16"}],
     ids=str,
 )
-@pytest.mark.parametrize("modules", [MOVING[:1], MOVING, (*MOVING, engine, binding, plan)], ids=lambda m: len(m))
+@pytest.mark.parametrize("modules", [MOVING[:1], MOVING, (*MOVING, engine, core, binding, plan)], ids=lambda m: len(m))
 def test_ctrl_c_at_any_line_of_an_update_leaves_the_old_or_the_new_average(options, modules):
     model, averager = _moved(Tied, steps=2, **options)
     for _ in drifting(model, 1, seed=3):
