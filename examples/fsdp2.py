@@ -9,6 +9,7 @@ shards. Runs on CPUs (gloo); where each rank has a GPU it takes those (NCCL).
 
 from __future__ import annotations
 
+import gc
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -119,6 +120,9 @@ def main() -> None:
         print(f"steps {start + 1} to {training.step} on {dist.get_world_size()} rank(s), {averager.n} updates averaged")
         print(f"errors: {raw:.1%} raw, {averaged:.1%} averaged")
         print(f"rank 0 holds {held} of {everything} bytes of the average; saved in {folder}")
+    # They refer to the process group; gloo aborts if a group outlives the interpreter (pytorch/pytorch#190489).
+    del training, averager, whole
+    gc.collect()
     dist.destroy_process_group()
 
 
