@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from demo.afterwards import Afterwards, afterwards
 from demo.contenders import HALF_LIFE, Contender, every_strategy, from_files, named, parsed
-from demo.report import picture, table
+from demo.report import overview, picture, table
 from demo.training import SCHEDULES, Digits, Run, train
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -52,6 +52,7 @@ def arguments(argv: list[str] | None) -> Namespace:
     add("--seeds", type=int, default=5, metavar="N", help="runs for each schedule (default: 5)")
     add("--epochs", type=int, default=10, metavar="N", help="passes over the data (default: 10)")
     add("--out", type=Path, default=Path("demo.png"), metavar="FILE", help="the picture (default: demo.png)")
+    add("--overview", type=Path, metavar="FILE", help="a smaller picture, of ema, swa and what can be chosen later")
     return parser.parse_args(argv)
 
 
@@ -67,10 +68,15 @@ def chosen(args: Namespace, total: int) -> list[Contender]:
     if args.set and not args.strategy:
         raise ConfigError(f"--set {args.set[0]}: name the strategy that it is for, such as --strategy ema")
     formats = Figure().canvas.get_supported_filetypes()
-    if args.out.suffix[1:].lower() not in formats:
-        raise ConfigError(f"--out {args.out}: expected a file name that ends in one of .{', .'.join(sorted(formats))}")
-    if not args.out.parent.is_dir() or args.out.is_dir():
-        raise ConfigError(f"--out {args.out}: expected a file in a directory that exists")
+    for option, file in (("--out", args.out), ("--overview", args.overview)):
+        if file is None:
+            continue
+        if file.suffix[1:].lower() not in formats:
+            raise ConfigError(
+                f"{option} {file}: expected a file name that ends in one of .{', .'.join(sorted(formats))}"
+            )
+        if not file.parent.is_dir() or file.is_dir():
+            raise ConfigError(f"{option} {file}: expected a file in a directory that exists")
     found = named(args.strategy, parsed(args.set), total) + from_files(args.config) or every_strategy(total)
     twice = [label for label, count in Counter(contender.label for contender in found).items() if count > 1]
     if twice:
@@ -122,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     console.print(chosen_later.table, chosen_later.notes, sep="\n")
     picture(runs, contenders, chosen_later, args.out)
     console.print(f"Picture: {args.out}")
+    if args.overview is not None:
+        overview(runs, chosen_later, args.overview)
     return 0
 
 

@@ -79,6 +79,25 @@ def picture(runs: Mapping[str, Sequence[Run]], contenders: Sequence[Contender], 
     _save(figure, path)
 
 
+def overview(runs: Mapping[str, Sequence[Run]], chosen: Afterwards, path: Path) -> None:
+    """Draw two averages over the first schedule and the sweep, small enough for the top of a page."""
+    schedule, made = next(iter(runs.items()))
+    shown = [label for label in (RAW, "ema", "swa") if label in made[0].traces]
+    looks = plot.palette(shown) | {RAW: {"color": "0.55", "linewidth": 3}}
+    figure = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    losses = {label: _mean_losses(made, label) for label in shown}
+    best = min(map(min, losses.values()))
+    left.set_ylim(0.5 * best, 6 * best)  # the first epochs are far above
+    plot.curves({label: (made[0].steps, line) for label, line in losses.items()}, left, looks=looks)
+    left.set(title=f"While it trains: {schedule} learning rate, mean of {len(made)} seeds", ylabel="test loss")
+    later.draw(chosen.found, chosen.raw, right, title="Afterwards: averages made from the files of one run")
+    for ax in figure.axes:
+        ax.grid(alpha=0.2)
+        ax.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
 def _unlike(profiles: Mapping[str, Profile]) -> list[str]:
     """Return the labels of averages that differ at the end; the first of those that do not."""
     found: list[str] = []

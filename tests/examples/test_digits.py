@@ -69,6 +69,14 @@ def test_every_installed_strategy_has_a_row_in_both_tables_and_the_picture_is_dr
     assert [path.name for path in tmp_path.iterdir()] == ["demo.png"]
 
 
+def test_the_overview_is_a_second_smaller_picture(demo, tmp_path):
+    status, _, _ = demo(*QUICK, "--strategy", "ema", "--overview", "overview.png")
+    assert status == 0
+    pixels = matplotlib.image.imread(tmp_path / "overview.png")
+    assert pixels.shape[0] < matplotlib.image.imread(tmp_path / "demo.png").shape[0]
+    assert pixels[..., :3].std() > 0.05
+
+
 def test_one_strategy_can_be_chosen_and_its_settings_replace_those_of_the_demo(demo, tmp_path):
     options = ["--strategy", "ema_v3", "--set", "decay=0.5", "--set", "use_warmup=false", "--set", "every=2"]
     status, out, _ = demo(*QUICK, *options, "--out", "mine.svg")
