@@ -229,3 +229,23 @@ def test_a_run_that_resumes_from_the_average_is_warned(name):
         ]
         assert len(caught) == warned
         assert all(one.filename == __file__ for one in caught)
+
+
+def test_a_history_of_format_1_has_its_columns_in_order_and_the_rest_between_them():
+    model = mlp()
+    averager = polyak.average(model, "ema", decay=0.5)
+    for step, _ in enumerate(drifting(model, 4), 1):
+        averager.update(step=10 * step)  # steps that are given are a column of their own
+        averager.configure(decay=0.5 + 0.1 * step)
+    averager.identity = Identity("00ff", ((10, "ab"),))
+    state = averager.state_dict()
+    (history,) = state["history"]
+    assert {*history} == {"rates", "strides", "last", "lrs", "counted", "changes", "identity"}
+    before = (*(history[key] for key in ("rates", "strides", "last")), history["changes"], history["identity"])
+    former = state | {"format": 1, "history": (*before, history["lrs"], history["counted"])}
+    other = polyak.average(mlp(), "ema", decay=0.5)
+    other.load_state_dict(former)
+    (again,) = other.state_dict()["history"]
+    assert {key: part.tolist() if isinstance(part, torch.Tensor) else part for key, part in again.items()} == {
+        key: part.tolist() if isinstance(part, torch.Tensor) else part for key, part in history.items()
+    }
