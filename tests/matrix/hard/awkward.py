@@ -30,7 +30,7 @@ def no_deepcopy(start: Start) -> Verdict:
 
 @case(
     "`torch.compile` changes nothing",
-    "The average is made of the plain model and updated with `torch.compile(model)`, from 1 to 2: 1.1.",
+    "The averager is built for the plain model and updated with `torch.compile(model)`, from 1 to 2: 1.1.",
 )
 def compiled(start: Start) -> Verdict:
     return _moves(start, lambda: nn.Linear(2, 2), "weight", wrap=lambda model: torch.compile(model, backend="eager"))
