@@ -14,6 +14,7 @@ from polyak.distributed.dcp_errors import metadata, translated
 from polyak.distributed.sync import asked, check_counters, check_one_average, members, rank
 from polyak.engine.averager import refuse_other
 from polyak.errors import DistributedError, StateError
+from polyak.errors.formatting import shortened
 
 if TYPE_CHECKING:
     import os
@@ -115,9 +116,8 @@ def load(averager: Averager | Bank, folder: str | os.PathLike[str], *, group: Pr
     everyones = {one: told for one, told in zip(members(group) or range(len(answers)), answers, strict=True) if told}
     if everyones:
         one, told = next(iter(everyones.items()))
-        shown = "; ".join(told[:_SHOWN]) + (f" … and {len(told) - _SHOWN} more" if len(told) > _SHOWN else "")
         where = "" if len(everyones) == len(answers) else f" (rank {one})"
-        message = f"{str(folder)!r} cannot be loaded{where}: {shown}. Nothing was loaded."
+        message = f"{str(folder)!r} cannot be loaded{where}: {shortened(told, _SHOWN, '; ')}. Nothing was loaded."
         raise StateError(message)
     rest = "Nothing was loaded. Load the one before it."
     with translated(f"read {str(folder)!r}", StateError, rest, members(group)):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from polyak.errors import DistributedError, ModelError
+from polyak.errors.formatting import shortened
 from polyak.ranks.unresponsive import answered, words
 from polyak.tensors.sharding.placement import Spread
 from polyak.tensors.wrappers import dtensor
@@ -96,10 +97,8 @@ def check_one_average(averager: Averager | Bank, purpose: str, group: ProcessGro
 def _refuse(problems: Sequence[str], more: str = "") -> None:
     if not problems:
         return
-    shown = "\n  ".join(problems[:_SHOWN])
-    rest = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     message = (
-        f"the ranks disagree about the average:\n  {shown}{rest}\n"
+        f"the ranks disagree about the average:\n  {shortened(problems, _SHOWN)}\n"
         "Build averagers after wrapping, from weights that are alike, and call update() on all ranks at the same "
         f"steps; polyak.distributed.broadcast() gives all the average of one.{more}"
     )

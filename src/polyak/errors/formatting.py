@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
-__all__ = ["brief", "listed", "shown", "type_name"]
+__all__ = ["brief", "listed", "shortened", "shown", "type_name"]
 
 _WIDTH = 100
 _LINES = 10
@@ -75,6 +75,17 @@ def listed(names: Iterable[str]) -> str:
     known = list(names)
     more = f" and {len(known) - _NAMES} more" if len(known) > _NAMES else ""
     return ", ".join(known[:_NAMES]) + more
+
+
+def shortened(items: Sequence[str], most: int, separator: str = "\n  ") -> str:
+    """Return at most so many items, joined, and how many more there are.
+
+    Examples:
+        >>> shortened(["a", "b", "c"], 2, "; ")
+        'a; b; … and 1 more'
+    """
+    more = [f"… and {len(items) - most} more"] if len(items) > most else []
+    return separator.join([*items[:most], *more])
 
 
 def brief(message: str) -> str:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
+from polyak.kernels.base import SHORT
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -18,7 +20,6 @@ __all__ = ["FiniteCheck"]
 
 _SMALL = 1 << 14
 _AUTOCAST = {"cpu", "cuda"}
-_SHORT = {torch.float16, torch.bfloat16}
 
 
 class _Group(NamedTuple):
@@ -64,7 +65,7 @@ class FiniteCheck:
 def _total(dtype: torch.dtype, group: _Group) -> Tensor:
     if dtype.itemsize == 1 or dtype == torch.complex32:
         group = _Group([_readable(tensor) for tensor in (*group.large, *group.small)], [])
-    wide = torch.float32 if dtype in _SHORT else None
+    wide = torch.float32 if dtype in SHORT else None
     totals = [tensor.sum(dtype=wide) for tensor in group.large]
     if group.small:
         joined: Tensor = _flatten_dense_tensors(group.small)  # type: ignore[no-untyped-call]  # torch's own

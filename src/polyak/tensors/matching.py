@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from torch import Tensor
 
 from polyak.errors import MismatchError
+from polyak.errors.formatting import shortened
 from polyak.tensors.entries import address
 from polyak.tensors.sharding.placement import described
 
@@ -135,9 +136,7 @@ def _differs(stored: Stored, entry: Entry) -> str:
 
 
 def _message(problems: list[str], averaged: int, found: int, match: Match) -> str:
-    shown = "\n  ".join(problems[:_SHOWN]) + (
-        f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    )
+    shown = shortened(problems, _SHOWN)
     return (
         "the model's tensors are not those the average was built from "
         f"({averaged} averaged, {found} in the model, matched by {match}):\n  {shown}\n"
