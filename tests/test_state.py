@@ -231,6 +231,32 @@ def test_a_run_that_resumes_from_the_average_is_warned(name):
         assert all(one.filename == __file__ for one in caught)
 
 
+def test_a_bank_that_resumes_from_one_of_its_averages_is_warned():
+    model = mlp()
+    bank = polyak.bank(model, {"a": "ema", "b": "swa"})
+    for _ in drifting(model, 12):
+        bank.update()
+    with bank.applied("b"):
+        inside = _checkpoint(bank, model)
+    resumed = mlp()
+    resumed.load_state_dict(inside["model"])
+    other = polyak.bank(resumed, {"a": "ema", "b": "swa"})
+    with pytest.warns(polyak.PolyakWarning, match=r"inside applied\(\)"):
+        other.load_state_dict(inside["average"])
+
+
+def test_a_state_loads_into_an_averager_whose_model_became_another_one():
+    model = mlp()
+    averager = polyak.average(model, "ema")
+    for _ in drifting(model, 12):
+        averager.update()
+    state = averager.state_dict()
+    model[0].weight = torch.nn.Parameter(torch.zeros(2, 2))
+    averager.load_state_dict(state)  # the update says what does not fit
+    with pytest.raises(polyak.MismatchError):
+        averager.update()
+
+
 def test_a_history_of_format_1_has_its_columns_in_order_and_the_rest_between_them():
     model = mlp()
     averager = polyak.average(model, "ema", decay=0.5)

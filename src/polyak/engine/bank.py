@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from polyak.engine.averager import Averager
 from polyak.engine.cuda_graphs import recording
+from polyak.engine.doubts import doubt_resumed
 from polyak.engine.pending import PendingUpdate, Seen
 from polyak.engine.plan.tensor_update import TensorUpdate
 from polyak.engine.schema import FORMAT, check_bank
@@ -192,6 +193,8 @@ class Bank(AttributeHints, Mapping[str, "Averager"]):
                     engine.adopt(one)
 
             whole(adopt)
+            for engine in self._averagers.values():
+                doubt_resumed(engine.core)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from polyak.engine.writes import many, writes
-from polyak.errors import NonFiniteError
+from polyak.errors import NonFiniteError, PolyakError
 from polyak.tensors.finite import FiniteCheck
 from polyak.tensors.swap import in_force
 
@@ -77,10 +77,13 @@ def doubt_resumed(core: Core) -> None:
     state, model = core.state, core.binding.model
     if model is None or state.progress.n < _TRAINED or state.progress.rate == 1 or core.binding.holds_average(model):
         return
-    plan = core.binding.planned(model, state)
-    pairs = [(s.average, t) for s, t in zip(plan.stored, plan.live, strict=True) if s.policy == "average"]
-    trained = [(average, live) for average, live in pairs if live.requires_grad and not live.is_meta]
-    if trained and all(torch.equal(average, live.detach().to(average)) for average, live in trained):
+    try:
+        entries = core.binding.adapter(model).entries(model)  # no plan: that would settle what the model lacks yet
+    except PolyakError:  # the state is loaded; the next update says what does not fit
+        return
+    live = {entry.name: entry.tensor for entry in entries if entry.tensor.requires_grad and not entry.tensor.is_meta}
+    trained = [(s.average, live[s.name]) for s in state.stored if s.policy == "average" and s.name in live]
+    if trained and all(torch.equal(average, weight.detach().to(average)) for average, weight in trained):
         message = (
             f"the model's weights equal the average of {state.progress.n} updates that was loaded, bit for bit; was "
             "the checkpoint taken inside applied()? Training would go on from the average. Take checkpoints outside."
