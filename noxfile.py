@@ -44,6 +44,7 @@ BENCH = {
     "step": ["step", "--model=resnet18", "--model=gpt2"],
     "ranks": ["ranks", "--model=resnet50", "--model=gpt2", "--ranks=1", "--ranks=2", "--ranks=4"],
 }
+PERFORMANCE = ("docs/performance.md", "docs/performance-tables.md")
 LEVELS = ["default", "avx2", "avx512"]  # kernels of torch for x86-64; a processor has all up to its own
 COMPILERS = [
     {"NUMBA_CPU_NAME": "generic"},  # torch's variable does not change what Numba compiles
@@ -151,7 +152,7 @@ def matrix(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure what averaging costs and refresh docs/performance.md; or run ``polyak bench`` with what follows --."""
+    """Measure what averaging costs and refresh docs/performance*.md; or run ``polyak bench`` with what follows --."""
     install(session, "--group=test")
     if session.posargs:
         session.run("python", "-m", "polyak", "bench", *session.posargs)
@@ -160,7 +161,7 @@ def bench(session: nox.Session) -> None:
     for name, options in BENCH.items():
         numbers.append(f"docs/assets/performance-{name}.json")
         session.run("python", "-m", "polyak", "bench", *options, f"--json={numbers[-1]}")
-    session.run("python", "-m", "polyak.bench.page", "docs/performance.md", *numbers)
+    session.run("python", "-m", "polyak.bench.page", *PERFORMANCE, *numbers)
 
 
 @nox.session

@@ -10,7 +10,7 @@ from polyak.bench.fit import fit, lines
 from polyak.bench.page import filled, main, markdown
 from polyak.bench.picture import draw
 from polyak.bench.report import Quantiles
-from polyak.bench.table import caption, tables
+from polyak.bench.table import caption, summaries, tables
 from polyak.errors import ConfigError
 
 MACHINE = "Pocket Calculator 3000 (1 core), 1 threads"
@@ -58,6 +58,32 @@ def test_a_table_has_a_row_for_each_subject_and_no_empty_columns(report):
     assert update.head == ("model", "subject", "ms", "× timm-v3", "× limit", "extra memory", "remark")
     assert update.rows[0] == ("net", "polyak auto", "5.00", "0.500 (0.500–0.500)", "1.25", "1.0 MiB", "-")
     assert update.rows[3] == ("net", "polyak fused", "-", "-", "-", "-", "needs a compiler")
+
+
+def test_a_summary_has_a_row_for_each_model_and_a_column_for_each_subject_that_most_readers_look_for(report):
+    (update,) = summaries(report)
+
+    assert update.case == "update"
+    assert update.head == ("model", "polyak auto", "timm-v3", "flat lerp_")
+    assert update.rows == [("net", "0.500", "10.0 ms", "0.400")]
+
+
+def test_a_summary_tells_settings_shares_and_what_was_not_measured(report):
+    share = Quantiles.of([0.02])
+    rows = [
+        row("2 averagers", 1.0, setting="2 averages", reference="2 averagers"),
+        row("polyak bank", 0.8, setting="2 averages", reference="2 averagers"),
+        row("4 averagers", 1.0, setting="4 averages", reference="4 averagers", disturbed=0.9),
+        row("torch", 1.0, setting="4 averages", reference="4 averagers", share=share),
+    ]
+    (summary,) = summaries(report.model_copy(update={"rows": rows}))
+
+    assert summary.head == ("model", "setting", "reference", "polyak bank", "torch")
+    assert summary.rows == [
+        ("net", "2 averages", "10.0 ms", "0.800", "-"),
+        ("net", "4 averages", "10.0 ms", "-", "2.00 %"),
+    ]
+    assert "90 %" in summary.notes[0]
 
 
 def test_models_that_grow_are_a_line_with_its_intercept_and_what_was_left_out_is_told(report):
@@ -124,14 +150,16 @@ def test_a_page_gets_the_tables_that_there_are_and_keeps_the_rest(report):
     assert filled(page, [report]) == page
 
 
-def test_the_page_and_its_pictures_are_made_from_files(report, tmp_path):
-    page = tmp_path / "performance.md"
+def test_pages_and_pictures_are_made_from_files(report, tmp_path):
+    page, short = tmp_path / "performance.md", tmp_path / "short.md"
     page.write_text(PAGE + "<!-- bench: machine -->\n<!-- /bench -->\n")
+    short.write_text("<!-- bench: update-summary -->\n<!-- /bench -->\n")
     report.write(tmp_path / "speed.json")
 
-    main(page, tmp_path / "speed.json")
+    main(page, short, tmp_path / "speed.json")
 
     assert MACHINE in page.read_text()
+    assert markdown(summaries(report)[0]) in short.read_text()
     pictures = sorted(file.name for file in tmp_path.glob("*.png"))
     assert pictures == ["speed-scaling.png", "speed-update.png"]
     for name in pictures:

@@ -1,7 +1,8 @@
-"""``python -m polyak.bench.page PAGE.md REPORT.json …``: put the tables of reports into a page, and draw them.
+"""``python -m polyak.bench.page PAGE.md … REPORT.json …``: put the tables of reports into pages, and draw them.
 
-In the page, the table of a case stands between ``<!-- bench: CASE -->`` and ``<!-- /bench -->``, and what the reports
-were measured on between ``<!-- bench: machine -->`` and the same end. Pictures are written beside the first report.
+In a page, the table of a case stands between ``<!-- bench: CASE -->`` and ``<!-- /bench -->``, its summary between
+``<!-- bench: CASE-summary -->`` and the same end, and what the reports were measured on after
+``<!-- bench: machine -->``. Each picture is written beside its report.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from polyak.bench.picture import draw
 from polyak.bench.report import Report
-from polyak.bench.table import caption, tables
+from polyak.bench.table import caption, summaries, tables
 from polyak.errors import PolyakError
 from polyak.io.atomic import write_whole
 
@@ -38,6 +39,7 @@ def markdown(table: Table) -> str:
 def filled(page: str, reports: Sequence[Report]) -> str:
     """Return a page with the tables of the reports; cases that no report has stay as they are."""
     new = {table.case: markdown(table) for report in reports for table in tables(report)}
+    new |= {f"{table.case}-summary": markdown(table) for report in reports for table in summaries(report)}
     told = dict.fromkeys(line for report in reports for line in caption(report))
     new[_MACHINE] = "".join(f"- {line}\n" for line in told)
 
@@ -47,12 +49,22 @@ def filled(page: str, reports: Sequence[Report]) -> str:
     return _BLOCK.sub(block, page)
 
 
-def main(page: Path, *files: Path) -> None:
-    """Refresh the page and the pictures."""
-    reports = [Report.read(file) for file in files]
-    text = filled(page.read_text(encoding="utf-8"), reports)
+def _write(page: Path, text: str) -> None:
     write_whole(page, lambda scratch: scratch.write_text(text, encoding="utf-8"))
-    for report, file in zip(reports, files, strict=True):
+
+
+def main(*files: Path) -> None:
+    """Refresh the pages and the pictures.
+
+    Args:
+        *files: Pages, whose names end in ``.md``, and reports.
+    """
+    pages = [file for file in files if file.suffix == ".md"]
+    saved = [file for file in files if file not in pages]
+    reports = [Report.read(file) for file in saved]
+    for page in pages:
+        _write(page, filled(page.read_text(encoding="utf-8"), reports))
+    for report, file in zip(reports, saved, strict=True):
         draw(report, file.with_suffix(".png"))
 
 

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from polyak.bench.fit import Line
     from polyak.bench.report import Quantiles, Report, Row
 
-__all__ = ["Table", "caption", "tables"]
+__all__ = ["Table", "caption", "summaries", "tables"]
 
 T = TypeVar("T")
 _DISTURBED = 0.5
+_REFERENCE = "reference"
+# Not in summaries: kernels that are not chosen by default, and older classes of libraries that have a newer one.
+_DETAILS = {"polyak loop", "polyak fused", "timm-v1", "timm-v2", "torch-swa", "flat add"}
 
 
 class Table(NamedTuple):
@@ -37,6 +40,12 @@ def tables(report: Report) -> list[Table]:
     return [_table(case, list(rows)) for case, rows in groupby(report.rows, attrgetter("case"))]
 
 
+def summaries(report: Report) -> list[Table]:
+    """Return one short table for each case: a row for each model and setting, a column for each subject."""
+    cases = [(case, list(rows)) for case, rows in groupby(report.rows, attrgetter("case"))]
+    return [_summary(case, rows) for case, rows in cases if not CASES[case].alone]
+
+
 def caption(report: Report) -> list[str]:
     """Return the footnotes of the tables: the machine, the versions, how it was measured."""
     took_part = ", ".join(f"{name} {release}" for name, release in report.versions.items())
@@ -50,9 +59,33 @@ def _table(case: str, rows: Sequence[Row]) -> Table:
         notes = [f"{row.model}, {row.setting}: {row.remark}." for row in left_out]
         return Table(case, CASES[case].title, *_cells(_GROWN, lines(rows)), notes)
     references = {row.reference for row in rows if row.reference}
-    beside = f"× {references.pop() if len(references) == 1 else 'reference'}"
+    beside = f"× {references.pop() if len(references) == 1 else _REFERENCE}"
     columns = {beside if title == "×" else title: read for title, read in _COLUMNS.items()}
     return Table(case, CASES[case].title, *_cells(columns, rows), _disturbed(rows))
+
+
+def _summary(case: str, rows: Sequence[Row]) -> Table:
+    shown = [row for row in rows if row.subject not in _DETAILS]
+    references = {row.reference for row in shown if row.reference}
+
+    def column(row: Row) -> str:
+        return _REFERENCE if len(references) > 1 and row.subject in references else row.subject
+
+    subjects = tuple(dict.fromkeys(map(column, shown)))
+    names = ("model", "setting") if any(row.setting for row in shown) else ("model",)
+    lines = []
+    for named, of_one in groupby(shown, lambda row: tuple(getattr(row, name) for name in names)):
+        cells = {column(row): _shortly(row) for row in of_one}
+        lines.append((*named, *(cells.get(subject) or "-" for subject in subjects)))
+    return Table(case, CASES[case].title, (*names, *subjects), lines, _disturbed(shown))
+
+
+def _shortly(row: Row) -> str:
+    if row.share:
+        return _share(row)
+    if row.ratio and row.subject != row.reference:
+        return number(row.ratio.median)
+    return f"{number(row.milliseconds.median)} ms" if row.milliseconds else ""
 
 
 def _cells(
@@ -80,6 +113,10 @@ def _median(quantiles: Quantiles | None) -> str:
     return number(quantiles.median) if quantiles else ""
 
 
+def _share(row: Row) -> str:
+    return f"{number(100 * row.share.median)} %" if row.share else ""
+
+
 def _spread(ratio: Quantiles | None) -> str:
     return f"{number(ratio.median)} ({number(ratio.first)}–{number(ratio.third)})" if ratio else ""
 
@@ -91,7 +128,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "ms": lambda row: _median(row.milliseconds),
     "×": lambda row: _spread(row.ratio),
     "× limit": lambda row: _median(row.limit),
-    "share of a step": lambda row: f"{number(100 * row.share.median)} %" if row.share else "",
+    "share of a step": _share,
     "extra memory": lambda row: "" if row.peak is None else size(row.peak),
     "kept memory": lambda row: "" if row.kept is None else size(row.kept),
     "slowest rank, ms": lambda row: "" if row.slowest is None else number(row.slowest),
