@@ -92,7 +92,8 @@ def test_the_commands_on_the_page_print_what_it_says(says):
             with redirect_stdout(io.StringIO()):
                 exec(compile(source, str(PAGE), "exec"), namespace)  # the page is ours
         else:
-            for command, wanted in re.findall(r"^\$ polyak (.*)\n((?:(?!\$ ).*\n)*)", source, flags=re.MULTILINE):
+            whole = re.sub(r" \\\n +", " ", source)  # a command may go on in the next line
+            for command, wanted in re.findall(r"^\$ polyak (.*)\n((?:(?!\$ ).*\n)*)", whole, flags=re.MULTILINE):
                 status, out, err = says(command)
                 assert (status, err) == (0, "")
                 assert OutputChecker().check_output(wanted, out, ELLIPSIS), f"{command}\n{out}\n---\n{wanted}"
