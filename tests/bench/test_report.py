@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
@@ -13,6 +15,7 @@ from polyak.bench.report import Quantiles
 from polyak.bench.table import caption, summaries, tables
 from polyak.errors import ConfigError
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 MACHINE = "Pocket Calculator 3000 (1 core), 1 threads"
 
 
@@ -148,6 +151,15 @@ def test_a_page_gets_the_tables_that_there_are_and_keeps_the_rest(report):
     assert "kept" in page
     assert "older" in page
     assert filled(page, [report]) == page
+
+
+@pytest.mark.parametrize("name", ["performance.md", "performance-tables.md"])
+def test_the_pages_of_the_documentation_show_what_the_saved_reports_say(name):
+    reports = [Report.read(file) for file in sorted((DOCS / "assets").glob("performance-*.json"))]
+    page = (DOCS / name).read_text(encoding="utf-8")
+
+    assert reports
+    assert filled(page, reports) == page
 
 
 def test_pages_and_pictures_are_made_from_files(report, tmp_path):
