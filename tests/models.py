@@ -223,9 +223,9 @@ def _change(tensor: Tensor, generator: torch.Generator) -> None:
     if tensor.dtype == torch.bool:
         tensor.logical_not_()
     elif tensor.is_complex():
-        tensor.add_(torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator), alpha=0.1)
+        tensor.add_(torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator).to(tensor.device), alpha=0.1)
     elif tensor.is_floating_point():
-        noise = torch.randn(tensor.shape, generator=generator) * 0.1
+        noise = (torch.randn(tensor.shape, generator=generator) * 0.1).to(tensor.device)
         tensor.copy_((tensor.float() if tensor.itemsize < 4 else tensor) + noise)
     else:
         tensor.add_(1)

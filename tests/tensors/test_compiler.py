@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,18 @@ def test_other_sources_are_compiled_anew_in_silence_over_the_old_file(cached, mo
     assert changed(4) == 8
     assert _hits(changed) == 0
     assert len(cached.files()) == 1
+
+
+@pytest.mark.parametrize("module", ["loops", "adamw_loops"])
+def test_a_change_of_any_compiled_loop_makes_other_sources(module, tmp_path, monkeypatch):
+    folder = shutil.copytree(Path(cache.__file__).parent, tmp_path / "cpu")
+    monkeypatch.setattr(cache.resources, "files", lambda _: folder)
+    digest = cache._sources.__wrapped__
+    before = digest()
+    assert digest() == before
+    with (folder / f"{module}.py").open("a") as file:
+        file.write("# changed")
+    assert digest() != before
 
 
 def test_what_numba_makes_of_a_whole_file_may_fail(cached, monkeypatch):

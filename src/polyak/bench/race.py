@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import warnings
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from polyak.errors import PolyakWarning
 from polyak.io.progress import track
 
 if TYPE_CHECKING:
@@ -94,8 +96,11 @@ def race(
     rounds = agreed(min(max(round(budget / (perf_counter() - began)), LEAST), MOST))
     gc.disable()
     try:
-        for order in track(orders(list(calls), rounds), label):
-            _one_round(calls, samples, order, device, before, warm)
+        with warnings.catch_warnings():
+            # Between rounds nothing trains, which would be a mistake anywhere else.
+            warnings.filterwarnings("ignore", "the weights have not changed", PolyakWarning)
+            for order in track(orders(list(calls), rounds), label):
+                _one_round(calls, samples, order, device, before, warm)
     finally:
         gc.enable()
     return samples

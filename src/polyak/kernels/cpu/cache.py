@@ -112,10 +112,10 @@ class _Files:
 
 @cache
 def _sources() -> bytes:
-    """Return a digest of all compiled loops: some take functions from other modules."""
+    """Return a digest of all modules beside this one: compiled loops take functions from others of them."""
     found = sorted(resources.files(__package__).iterdir(), key=lambda file: file.name)
-    loops = [file.read_bytes() for file in found if file.name.startswith("compiled") and file.name.endswith(".py")]
-    return sha256(repr(loops).encode()).digest()
+    modules = [file.read_bytes() for file in found if file.name.endswith(".py")]
+    return sha256(repr(modules).encode()).digest()
 
 
 def _warn(error: Exception) -> None:
