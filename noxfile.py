@@ -10,7 +10,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 BOOT = Path(__file__).resolve().parent / ".nox" / "boot"
@@ -44,6 +44,7 @@ BENCH = {
     "step": ["step", "--model=resnet18", "--model=gpt2"],
     "ranks": ["ranks", "--model=resnet50", "--model=gpt2", "--ranks=1", "--ranks=2", "--ranks=4"],
 }
+ON_GPUS = ("update", "host", "precision", "bank", "adamw")  # cases of BENCH that nox -s gpu measures
 PERFORMANCE = ("docs/performance.md", "docs/performance-tables.md")
 LEVELS = ["default", "avx2", "avx512"]  # kernels of torch for x86-64; a processor has all up to its own
 COMPILERS = [
@@ -111,11 +112,22 @@ def exhaustive(session: nox.Session) -> None:
     pytest(session, "-m", "(exhaustive or property) and not gpu and not distributed", "--timeout=3600", *seeds)
 
 
+def measure(session: nox.Session, options: dict[str, list[str]], pages: Sequence[str]) -> None:
+    """Run ``polyak bench`` with some options for each report in docs/assets, and refresh pages by the reports."""
+    reports = {f"docs/assets/{name}.json": each for name, each in options.items()}
+    for report, each in reports.items():
+        session.run("python", "-m", "polyak", "bench", *each, f"--json={report}")
+    session.run("python", "-m", "polyak.bench.page", *pages, *reports)
+
+
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """Run the tests that need CUDA."""
+    """Run the tests that need CUDA, then refresh docs/performance-gpu.md; or only the tests, with what follows --."""
     install(session, "--group=test")
     session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs)
+    if not session.posargs:
+        options = {f"gpu-{name}": [*BENCH[name], "--device=cuda"] for name in ON_GPUS}
+        measure(session, options, ["docs/performance-gpu.md"])
 
 
 @nox.session
@@ -157,11 +169,7 @@ def bench(session: nox.Session) -> None:
     if session.posargs:
         session.run("python", "-m", "polyak", "bench", *session.posargs)
         return
-    numbers = []
-    for name, options in BENCH.items():
-        numbers.append(f"docs/assets/performance-{name}.json")
-        session.run("python", "-m", "polyak", "bench", *options, f"--json={numbers[-1]}")
-    session.run("python", "-m", "polyak.bench.page", *PERFORMANCE, *numbers)
+    measure(session, {f"performance-{name}": options for name, options in BENCH.items()}, PERFORMANCE)
 
 
 @nox.session

@@ -189,7 +189,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 def bits(tensor: Tensor) -> bytes:
     """Return a tensor's layout and values, byte for byte."""
     plain = tensor.detach().resolve_conj().contiguous().flatten()
-    raw = plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    raw = plain.view(torch.uint8).cpu().numpy().tobytes() if plain.numel() else b""
     return repr((tensor.dtype, tuple(tensor.shape))).encode() + raw
 
 

@@ -153,9 +153,12 @@ def test_a_page_gets_the_tables_that_there_are_and_keeps_the_rest(report):
     assert filled(page, [report]) == page
 
 
-@pytest.mark.parametrize("name", ["performance.md", "performance-tables.md"])
-def test_the_pages_of_the_documentation_show_what_the_saved_reports_say(name):
-    reports = [Report.read(file) for file in sorted((DOCS / "assets").glob("performance-*.json"))]
+@pytest.mark.parametrize(
+    ("name", "saved"),
+    [("performance.md", "performance"), ("performance-tables.md", "performance"), ("performance-gpu.md", "gpu")],
+)
+def test_the_pages_of_the_documentation_show_what_the_saved_reports_say(name, saved):
+    reports = [Report.read(file) for file in sorted((DOCS / "assets").glob(f"{saved}-*.json"))]
     page = (DOCS / name).read_text(encoding="utf-8")
 
     assert reports

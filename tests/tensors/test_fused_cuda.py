@@ -432,7 +432,7 @@ def test_dense_pairs_of_one_gpu_fit_and_others_do_not():
 
 @pytest.fixture
 def captured():
-    """A captured call of two lanes: the averages, the weights, the rates and the graph, which reads the kernel's table."""
+    """A captured call of two lanes: averages, weights, rates and the graph, which reads the kernel's table."""
     lanes, weights = [_tensors("cuda", torch.float32, seed) for seed in (0, 1)], _tensors("cuda", torch.bfloat16, 2)
     kernel, rates = cuda.FusedCUDA(lanes, weights), torch.tensor([0.25, 1.0], device="cuda")
     graph = torch.cuda.CUDAGraph()
