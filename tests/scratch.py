@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from textwrap import dedent
 from typing import TYPE_CHECKING
 
-from polyak.registry import made
+from polyak.registry import shared_registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,12 +49,12 @@ def installed(site: Path) -> Iterator[Path]:
     before = set(sys.modules)
     sys.path.insert(0, str(site))
     importlib.invalidate_caches()
-    made.cache_clear()
+    shared_registry.cache_clear()
     try:
         yield site
     finally:
         sys.path.remove(str(site))
-        made.cache_clear()
+        shared_registry.cache_clear()
         for name in sys.modules.keys() - before:
             if str(site) in str(getattr(sys.modules[name], "__file__", "")):
                 del sys.modules[name]

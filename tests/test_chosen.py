@@ -153,7 +153,7 @@ def test_a_target_is_a_class_with_its_settings(tmp_path):
 
 def test_what_a_config_says_is_not_said_again():
     config = polyak.AveragerConfig(strategy=PLAIN, every=2)
-    with pytest.raises(polyak.ConfigError, match="'every' given beside a config that says it"):
+    with pytest.raises(polyak.ConfigError, match="'every' given in the config, too"):
         polyak.average(mlp(), config, every=5)
     with pytest.raises(polyak.ConfigError, match="It is a setting of the strategy"):
         polyak.average(mlp(), config, decay=0.9)

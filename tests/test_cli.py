@@ -18,7 +18,7 @@ from rich.console import Console
 import polyak
 from polyak.__main__ import main
 from polyak.cli.tables import Listing, list_strategies, show
-from polyak.registry import made
+from polyak.registry import shared_registry
 from scratch import distribute, environment, installed, offering
 
 SETTINGS_OF_V3 = (
@@ -35,7 +35,7 @@ def polyak_says(monkeypatch, capsys):
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["polyak", *arguments])
-        made.cache_clear()
+        shared_registry.cache_clear()
         try:
             main()
         except SystemExit as done:
@@ -45,7 +45,7 @@ def polyak_says(monkeypatch, capsys):
         return (status, *capsys.readouterr())
 
     yield run
-    made.cache_clear()
+    shared_registry.cache_clear()
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ import polyak
 from models import mlp
 from polyak import AveragerConfig, ConfigError
 from polyak.config import files
-from polyak.registry import Registry, made, registry
+from polyak.registry import Registry, registry, shared_registry
 from polyak.strategy import EMA
 from polyak.testing import check_strategy
 from scratch import distribute, installed, offering
@@ -89,10 +89,10 @@ class Offering:
 
 @pytest.fixture
 def optional():
-    made.cache_clear()
+    shared_registry.cache_clear()
     registry().register(Offering(), "in-this-test")
     yield
-    made.cache_clear()
+    shared_registry.cache_clear()
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -436,7 +436,7 @@ def test_an_infinite_setting_comes_back_from_json_and_from_every_file(tmp_path):
         def polyak_strategies(self):
             return [Limited]
 
-    made.cache_clear()
+    shared_registry.cache_clear()
     registry().register(Offers(), "in-this-test")
     try:
         for limit in (math.inf, -math.inf):
@@ -446,7 +446,7 @@ def test_an_infinite_setting_comes_back_from_json_and_from_every_file(tmp_path):
                 config.to_file(tmp_path / f"a.{suffix}")
                 assert AveragerConfig.from_file(tmp_path / f"a.{suffix}") == config
     finally:
-        made.cache_clear()
+        shared_registry.cache_clear()
 
 
 @pytest.mark.parametrize(

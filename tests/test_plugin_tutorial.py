@@ -29,14 +29,14 @@ import io, os, re, runpy, shlex, sys
 from contextlib import redirect_stdout
 import pytest
 from polyak.__main__ import main
-from polyak.registry import made, registry
+from polyak.registry import shared_registry, registry
 
 for command in sys.argv[1:]:
     words, _, grep = command.partition(" | grep ")
     settings = [word.split("=") for word in shlex.split(words) if re.match("[A-Z_]+=", word)]
     sys.argv = shlex.split(words)[len(settings) :]
     os.environ.update(settings)
-    made.cache_clear()
+    shared_registry.cache_clear()
     out = io.StringIO()
     with redirect_stdout(out):
         match sys.argv:

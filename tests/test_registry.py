@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import polyak
-from polyak.registry import Registry, made, registry
+from polyak.registry import Registry, registry, shared_registry
 from scratch import defining, distribute, installed, offering
 
 BUILT_IN = [
@@ -366,7 +366,7 @@ def test_without_its_plugin_a_state_loads_and_only_the_next_update_raises(site):
     averager.update()
     state = averager.state_dict()
     (site / "acme_half-1.0.dist-info" / "entry_points.txt").unlink()
-    made.cache_clear()
+    shared_registry.cache_clear()
     assert not entry_points(group="polyak", name="acme-half")
     loaded = polyak.average(model, "ema")
     loaded.load_state_dict(state)

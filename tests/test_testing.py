@@ -232,7 +232,7 @@ def test_settings_go_with_a_class_or_a_name_and_not_with_an_instance():
     check_strategy(Sound, decay=0.99)
     check_strategy("ema", decay=0.99)
     check_strategy({"name": "ema", "decay": 0.99})
-    with pytest.raises(polyak.ConfigError, match=r"'decay' were given beside the object Sound\("):
+    with pytest.raises(polyak.ConfigError, match=r"'decay' came with the object Sound\("):
         check_strategy(Sound(), decay=0.99)
     with pytest.raises(polyak.ArgumentError, match="got 3"):
         check_strategy(3)

@@ -17,14 +17,14 @@ def main() -> None:
         missing = str(error.name).partition(".")[0]
         if missing not in {"rich", "typer"}:
             raise
-        sys.exit(_told(f"the command line needs {missing}: pip install rich typer", 2))
+        sys.exit(_failure(f"the command line needs {missing}: pip install rich typer", 2))
     try:
         app(prog_name="polyak")
     except PolyakError as error:
-        sys.exit(_told(str(error), 2))
+        sys.exit(_failure(str(error), 2))
 
 
-def _told(message: str, code: int) -> int:
+def _failure(message: str, code: int) -> int:
     sys.stderr.write(f"polyak: {message}\n")
     return code
 

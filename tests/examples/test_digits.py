@@ -45,9 +45,9 @@ def plugin():
 
         registry.registry().register(Plugin(), "plugin-of-a-test")
 
-    registry.made.cache_clear()
+    registry.shared_registry.cache_clear()
     yield offer
-    registry.made.cache_clear()
+    registry.shared_registry.cache_clear()
 
 
 def rows(out, label):

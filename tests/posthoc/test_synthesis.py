@@ -205,11 +205,11 @@ WRONG = [
     ("ema", {"width": 2}, "width"),
     (3, {}, "a target is a strategy's name"),
     (polyak.SWA(), {"decay": 0.5}, "set them on it instead"),
-    (Profile.of(polyak.SWA(), 5), {"decay": 0.5}, "beside a profile"),
+    (Profile.of(polyak.SWA(), 5), {"decay": 0.5}, "came with a profile"),
     (Profile.of(polyak.SWA(), 5000), {}, "ends at step 5000"),
     (Profile.of(polyak.SWA(), 0), {}, "no update"),
     ("swa", {"start": 5000}, "no update up to step"),
-    ("swa", {"name": "ema"}, "beside the target"),
+    ("swa", {"name": "ema"}, "came with the target"),
 ]
 
 

@@ -40,8 +40,8 @@ class Line(NamedTuple):
     each: float
 
     @property
-    def told(self) -> str:
-        """The line in words."""
+    def equation(self) -> str:
+        """The line as text."""
         return f"{number(1e3 * self.fixed)} µs + {number(1e6 * self.each)} ns per {self.counted.removesuffix('s')}"
 
 

@@ -152,7 +152,7 @@ def _grown(rows: Sequence[Row], machine: str) -> Figure:
             color = looks[line.subject]["color"]
             axes.plot(line.counts, line.times, "o", ms=4, color=color)
             fitted = [line.fixed + line.each * count for count in line.counts]
-            axes.plot(line.counts, fitted, **looks[line.subject], label=f"{line.subject}: {line.told}")
+            axes.plot(line.counts, fitted, **looks[line.subject], label=f"{line.subject}: {line.equation}")
             axes.set_xlabel(f"number of {line.counted}")
         axes.set(title=model, xscale="log", yscale="log", ylabel="ms per update")
         axes.grid(alpha=0.25)

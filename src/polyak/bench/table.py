@@ -144,5 +144,5 @@ _GROWN: dict[str, Callable[[Line], str]] = {
     "ms at first": lambda line: number(line.times[0]),
     "to": lambda line: f"{line.counts[-1]:,} {line.counted}",
     "ms at last": lambda line: number(line.times[-1]),
-    "the line through all": lambda line: line.told,
+    "the line through all": lambda line: line.equation,
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polyak.cli.outputs import check_folder, check_picture
-from polyak.cli.reporting import told
+from polyak.cli.reporting import errors_reported
 from polyak.cli.tables import Listing, show
 
 if TYPE_CHECKING:
@@ -53,10 +53,10 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="A file for the numbers.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A file for the picture; one for each case.")] = None,
 ) -> None:
-    """Measure what averaging costs here: time, memory, and beside other libraries and the memory's own limit."""
+    """Measure the time and memory of averaging on this machine, next to other libraries and the memory's own limit."""
     from polyak.bench import Settings, measure
 
-    with told():
+    with errors_reported():
         _check(json, plot)
         settings = Settings(
             models=tuple(model or ["resnet50"]), strategies=tuple(strategy or ["ema"]), kernels=tuple(kernel or []),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polyak.cli.arguments import check_steps, named
-from polyak.cli.reporting import told
+from polyak.cli.reporting import errors_reported
 from polyak.cli.tables import Listing, show
 from polyak.io.progress import track
 from polyak.planning.convert import Conversion, convert as converted
@@ -37,7 +37,7 @@ def convert(
     ] = None,
 ) -> None:
     """Print which members of other families of averages are most like one at the end of a run, the nearest first."""
-    with told():
+    with errors_reported():
         check_steps(steps)
         wanted = named(average)
         found = {

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from polyak.cli.reporting import told
+from polyak.cli.reporting import errors_reported
 from polyak.cli.tables import Listing, show, size
 from polyak.planning.budget import Budget, Hardware, Job, budget
 
@@ -34,7 +34,7 @@ def plan(  # noqa: PLR0913, PLR0917 - typer makes an option of each
         str, typer.Option(help="Dtype of the weights that are averaged (FSDP2: the master's).")
     ] = "float32",
     dtype: Annotated[str, typer.Option(help="Dtype of the averages.")] = "float32",
-    device: Annotated[str, typer.Option(help="Where they live: cuda, beside the model, or cpu, on the host.")] = "cuda",
+    device: Annotated[str, typer.Option(help="Where they live: cuda, with the model, or cpu, on the host.")] = "cuda",
     averages: Annotated[int, typer.Option(help="How many there are, as in a bank.")] = 1,
     unchecked: Annotated[bool, typer.Option("--unchecked", help='As with nonfinite="propagate".')] = False,  # noqa: FBT002 - a flag
     step: Annotated[float | None, typer.Option(help="Seconds that a training step takes.")] = None,
@@ -48,7 +48,7 @@ def plan(  # noqa: PLR0913, PLR0917 - typer makes an option of each
     flops: Annotated[float, typer.Option(help="TFLOP/s that an accelerator sustains in training.")] = 400,
 ) -> None:
     """Estimate what averages will cost each rank, on paper: memory, traffic, time, and which every= keeps it small."""
-    with told():
+    with errors_reported():
         job = Job(params, ranks, replicas, weights, step, tokens)
         hardware = Hardware(memory * 1e9, link * 1e9, host * 1e9, node, flops * 1e12)
         cost = budget(job, hardware, dtype=dtype, device=device, averages=averages, checked=not unchecked)
@@ -76,7 +76,7 @@ def _rows(cost: Budget, *, on_host: bool) -> list[tuple[str, ...]]:
         ("applied()", size(cost.exchange), "moved to put an average in, and at most to take it out"),
         ("kept aside", size(cost.aside), "the weights meanwhile, where the average cannot hold them"),
         ("between ranks", size(0), "shards are averaged where they are"),
-        ("checkpoint", size(cost.saved), "of all ranks together, beside the model's"),
+        ("checkpoint", size(cost.saved), "of all ranks together, without the model's"),
         ("full state dict", size(cost.gathered), "on rank 0, for averaged_state_dict(full=True)"),
     ]
 

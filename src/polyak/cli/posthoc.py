@@ -12,7 +12,7 @@ import typer
 
 from polyak.cli.arguments import grid, settings, with_start
 from polyak.cli.outputs import check_picture, check_tensors, picture
-from polyak.cli.reporting import told
+from polyak.cli.reporting import errors_reported
 from polyak.cli.tables import Listing, show, size
 from polyak.errors import ConfigError, PolyakError
 from polyak.errors.formatting import shown
@@ -46,7 +46,7 @@ _LEAST = 1e-4  # the coefficient of one that is shown
 
 def snapshots(directory: Directory) -> None:
     """List the snapshots of a recorded run."""
-    with told():
+    with errors_reported():
         found, _ = Store(directory).until(None)
         rows = [_described(snapshot) for snapshot in found]
     show(Listing(("file", "average", "step", "half-life", "mean age", "size"), rows, wraps=0))
@@ -64,7 +64,7 @@ def synthesize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report how good it would be.")] = False,  # noqa: FBT002 - a flag
 ) -> None:
     """Make an average that a run did not keep, from its snapshots."""
-    with told():
+    with errors_reported():
         store = Store(directory)
         if output is None and not dry_run:
             message = "give the file to write, -o out.safetensors, or --dry-run"
@@ -109,7 +109,7 @@ def sweep(
     ] = False,
 ) -> None:
     """Evaluate many averages of a recorded run by a function of yours, and keep the best."""
-    with told():
+    with errors_reported():
         check_tensors(output)
         check_picture(plot)
         store = Store(directory)

@@ -9,7 +9,7 @@ import typer
 
 from polyak.cli.arguments import average_at, check_steps, split
 from polyak.cli.outputs import check_picture, picture
-from polyak.cli.reporting import told
+from polyak.cli.reporting import errors_reported
 from polyak.cli.tables import Listing, show
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def profile(
     plot: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf file for the picture.")] = None,
 ) -> None:
     """Print what each past step counts in averages at the end of a run, and how far they are from the first of them."""
-    with told():
+    with errors_reported():
         check_steps(steps)
         check_picture(plot)
         profiles = {" ".join(words): average_at(words, steps, every) for words in split(averages)}

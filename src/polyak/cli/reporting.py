@@ -13,12 +13,12 @@ from polyak.errors import PolyakError, PolyakWarning
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["told"]
+__all__ = ["errors_reported"]
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """Tell an error of polyak's on standard error and exit with 2; tell its warnings there, too."""
+def errors_reported() -> Iterator[None]:
+    """Report polyak's errors and warnings on standard error; exit with 2 after an error."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", PolyakWarning)

@@ -57,17 +57,17 @@ def written(strategy: AnyStrategy, settings: Mapping[str, Any]) -> Mapping[str, 
 
     Args:
         strategy: A name, a class, a mapping or an object.
-        settings: Settings given beside a name, a class or a mapping.
+        settings: Settings given together with a name, a class or a mapping.
 
     Raises:
         ArgumentError: If ``strategy`` is something else.
-        ConfigError: If settings are given beside an object, or a name is given twice.
+        ConfigError: If settings are given together with an object, or a name is given twice.
     """
     strategy = plain_mapping(strategy)
     if isinstance(strategy, Strategy):
         if settings:
             message = (
-                f"the settings {listed(map(repr, sorted(settings)))} were given beside the object {shown(strategy)}; "
+                f"the settings {listed(map(repr, sorted(settings)))} came with the object {shown(strategy)}; "
                 "set them on it instead"
             )
             raise ConfigError(message)
@@ -81,7 +81,7 @@ def written(strategy: AnyStrategy, settings: Mapping[str, Any]) -> Mapping[str, 
         )
         raise ArgumentError(message)
     if "name" in settings:
-        message = f"name={shown(settings['name'])} was given beside the strategy {shown(strategy)}; give one of them"
+        message = f"name={shown(settings['name'])} came with the strategy {shown(strategy)}; give one of them"
         raise ConfigError(message)
     return {**({"name": strategy} if isinstance(strategy, str) else strategy), **settings}
 

@@ -29,7 +29,7 @@ def explain(error: ValidationError, data: Mapping[str, Any]) -> list[str]:
     def option(key: str) -> str:
         meant = "" if key in settings else habit(key, [*_OPTIONS, *settings])
         if key in settings or any(repr(name) in meant for name in settings if name not in _OPTIONS):
-            return f"{meant} It is a setting of the strategy: write it beside the strategy's name, inside 'strategy'."
+            return f"{meant} It is a setting of the strategy: write it next to the strategy's name, inside 'strategy'."
         return f"{meant or nearest(key, _OPTIONS)} Known: {listed(_OPTIONS)}."
 
     def setting(key: str) -> str:

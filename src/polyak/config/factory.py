@@ -103,10 +103,10 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
 
 
 def _beside(config: AveragerConfig | Mapping[str, Any], given: Mapping[str, Any], where: str) -> AveragerConfig:
-    """Return a config with what was given beside it."""
+    """Return a config with further settings."""
     said = config.named() if isinstance(config, AveragerConfig) else config
     if twice := sorted(said.keys() & given.keys()):
-        message = f"{where} cannot be used: {listed(map(repr, twice))} given beside a config that says it; give it once"
+        message = f"{where} cannot be used: {listed(map(repr, twice))} given in the config, too; give it once"
         raise ConfigError(message)
     return AveragerConfig.of({**said, **given}, where)
 

@@ -60,7 +60,7 @@ class UnknownAverageError(PolyakError, KeyError):
 
 
 class UnknownStrategyError(ConfigError, KeyError):
-    """A strategy name that nobody offers, or that two plugins offer."""
+    """A strategy name that no plugin offers, or that two plugins offer."""
 
 
 class PluginError(PolyakError, RuntimeError):

@@ -115,7 +115,7 @@ def target_profile(target: Target, settings: Mapping[str, Any], snapshots: Seque
     """
     if isinstance(target, Profile):
         if settings:
-            message = f"the settings {sorted(settings)} were given beside a profile; give a strategy, or no settings"
+            message = f"the settings {sorted(settings)} came with a profile; give a strategy, or no settings"
             raise ConfigError(message)
         profile = target
     else:
@@ -196,7 +196,7 @@ def _config(target: AnyStrategy | AveragerConfig, settings: Mapping[str, Any]) -
         message = f"step: got {shown(settings['step'])}; the optimiser step of the average is given as at_step="
         raise ConfigError(message)
     if "name" in settings:
-        message = f"name={shown(settings['name'])} was given beside the target {shown(target)}; give one of them"
+        message = f"name={shown(settings['name'])} came with the target {shown(target)}; give one of them"
         raise ConfigError(message)
     target = target.named() if isinstance(target, AveragerConfig) else plain_mapping(target)
     if isinstance(target, type) and issubclass(target, Strategy):
@@ -204,7 +204,7 @@ def _config(target: AnyStrategy | AveragerConfig, settings: Mapping[str, Any]) -
         settings = {key: value for key, value in settings.items() if key in _CADENCE}
     if isinstance(target, Strategy):
         if strange := settings.keys() - _CADENCE:
-            message = f"the settings {sorted(strange)} were given beside the object {target!r}; set them on it instead"
+            message = f"the settings {sorted(strange)} came with the object {target!r}; set them on it instead"
             raise ConfigError(message)
         data: dict[str, Any] = {"strategy": target, **settings}
     elif isinstance(target, (str, Mapping)):

@@ -18,7 +18,7 @@ __all__ = ["agreement", "first_rank", "from_first", "ranks_of"]
 
 _REST = (
     "All ranks call update() at the same steps. Nothing was averaged here; start all ranks again from the last "
-    "checkpoint. nonfinite='propagate' asks nobody."
+    "checkpoint. With nonfinite='propagate' no rank asks another."
 )
 
 

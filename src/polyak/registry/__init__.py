@@ -226,7 +226,7 @@ def _said(error: Exception) -> str:
 
 
 @cache
-def made() -> Registry:
+def shared_registry() -> Registry:
     """Return the registry of this process, made by the first call."""
     return Registry()
 
@@ -237,7 +237,7 @@ def registry() -> Registry:
     A plugin that asks for it while it is imported finds the built-in strategies and those of the plugins before it.
     """
     with _LOCK:
-        return _LOADING[-1] if _LOADING else made()
+        return _LOADING[-1] if _LOADING else shared_registry()
 
 
 def strategies() -> Strategies:

@@ -147,7 +147,7 @@ class Strategy(Frozen):
         # An option may be meant: the name itself, or what other libraries call it.
         if key in RESERVED or (habit(key, RESERVED) and not habit(key, cls.model_fields)):
             option = f"{key!r} is an option" if key in RESERVED else f"{nearest(key, RESERVED).strip()} It is an option"
-            return f" {option} of the averager: give it to polyak.average() beside the strategy."
+            return f" {option} of the averager: give it to polyak.average() together with the strategy."
         return super()._hint(key)
 
     @classmethod

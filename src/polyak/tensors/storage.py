@@ -174,7 +174,7 @@ def check_storable(entries: Sequence[Entry], policies: Sequence[Policy]) -> None
         raise ModelError(message)
     if "average" not in policies:
         message = (
-            f"nothing is left to average: all {len(entries)} tensors are copied or left out; "
+            f"nothing is left to average: all {len(entries)} tensors are copied or excluded; "
             "check include=, exclude= and the model's dtypes"
         )
         raise ModelError(message)

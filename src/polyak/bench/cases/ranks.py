@@ -43,9 +43,9 @@ def ranks(subject: Subject, settings: Settings) -> list[Row]:
             reference = _middle([one.averages[name] for one in found[counts[0]]])
             rows.append(
                 Row(
-                    case="ranks", model=subject.name, setting=name, subject=_told(count), group="polyak",
+                    case="ranks", model=subject.name, setting=name, subject=_ranks(count), group="polyak",
                     milliseconds=_middle(averages), slowest=max(one.milliseconds.median for one in averages),
-                    ratio=_middle(averages).over(reference.median), reference=_told(counts[0]),
+                    ratio=_middle(averages).over(reference.median), reference=_ranks(counts[0]),
                     weights=max(one.weights for one in on_ranks), held=max(one.held for one in averages),
                     whole=averages[0].whole, tensors=tensors, values=values,
                     disturbed=max(one.disturbed for one in averages), remark=_remark(count, threads, settings),
@@ -60,7 +60,7 @@ def _middle(averages: Sequence[Average]) -> Quantiles:
                      count=min(one["count"] for one in every))  # fmt: skip
 
 
-def _told(count: int) -> str:
+def _ranks(count: int) -> str:
     return f"{count} rank{'s' if count > 1 else ''}"
 
 
