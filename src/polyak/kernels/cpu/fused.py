@@ -136,8 +136,7 @@ class FusedCPU(Checking):
         return self._moving.finished() + self._replaced
 
     def _move(self, number: int) -> None:
-        # Backwards: what the check read last is still in the cache.
-        self._move_pieces(*self._work.bounds[-1 - number], self._moving.done[number : number + 1])
+        self._move_pieces(*self._work.bounds[number], self._moving.done[number : number + 1])
 
     def _move_pieces(self, first: int, last: int, done: NDArray[np.bool_]) -> None:
         work = self._work.targets, self._work.sources, self._work.sizes, first, last

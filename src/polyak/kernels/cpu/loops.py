@@ -170,6 +170,12 @@ def _move_piece(average: Any, weight: Any, rate: Any, seed: Any) -> None:
 
 
 @jit()
+def _fetch_piece(starts: Any, piece: int) -> None:
+    for line in _LINES:
+        fetch(starts[piece] + line)
+
+
+@jit()
 def move(
     averages: Any,
     weights: Any,
@@ -182,7 +188,7 @@ def move(
     weight: Any,
     done: Any,
 ) -> None:
-    """Move pieces ``first`` to ``last`` of each lane, backwards: the check has read the end last and cached it.
+    """Move pieces ``first`` to ``last`` of each lane.
 
     Args:
         averages: Addresses, lanes × pieces.
@@ -196,11 +202,11 @@ def move(
         weight: An empty array of the type of the weights.
         done: One flag, set at the end.
     """
-    for piece in range(last - 1, first - 1, -1):
-        ahead = max(piece - _AHEAD, first)
-        for line in _LINES:
-            fetch(weights[ahead] + line)
-            fetch(averages[0, ahead] + line)
+    # Forwards: backwards, the processor does not fetch the next piece before it is needed, which costs a tenth.
+    for piece in range(first, last):
+        ahead = min(piece + _AHEAD, last - 1)
+        _fetch_piece(weights, ahead)
+        _fetch_piece(averages[0], ahead)
         source = carray(pointer(weights[piece], weight), (sizes[piece],))
         for lane in range(len(rates)):
             if rates[lane] == 1:  # it is copied: a sum would keep a NaN of the average
@@ -225,20 +231,13 @@ def copy(targets: Any, sources: Any, sizes: Any, first: int, last: int, byte: An
 def finite(weights: Any, sizes: Any, first: int, last: int, masks: Any) -> bool:
     """Return whether no element of some pieces has all the bits set that the one element of ``masks`` has."""
     mask = masks[0]
+    unsigned = type(mask)
     for piece in range(first, last):
+        _fetch_piece(weights, min(piece + _AHEAD, last - 1))
         bits = carray(pointer(weights[piece], masks), (sizes[piece],))
-        # Four places at once: one stream alone cannot keep the memory busy.
-        quarter = bits.size // 4
-        found = 0
-        for i in range(quarter):
-            found |= (
-                ((bits[i] & mask) == mask)
-                | ((bits[i + quarter] & mask) == mask)
-                | ((bits[i + 2 * quarter] & mask) == mask)
-                | ((bits[i + 3 * quarter] & mask) == mask)
-            )
-        for i in range(4 * quarter, bits.size):
-            found |= (bits[i] & mask) == mask
-        if found:
+        largest = unsigned(0)
+        for i in range(bits.size):
+            largest = max(largest, unsigned(bits[i] & mask))
+        if largest == mask:
             return False
     return True
