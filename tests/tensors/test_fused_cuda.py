@@ -278,6 +278,17 @@ def rates_may_come_in_a_tensor_that_changes(on, dtype):
 
 
 @_check()
+def a_number_is_sent_again_after_a_tensor_took_its_place(on):
+    average, weights = _tensors(on, torch.float32, 0), _tensors(on, torch.float32, 1)
+    kernel = cuda.FusedCUDA([average], weights)
+    for rate in [0.25, 0.25, torch.tensor([0.5], device=on), 0.25, 0.125]:
+        expected = _looped(average, weights, float(rate))
+        kernel.prepare(moved=False)
+        kernel(rate if isinstance(rate, torch.Tensor) else [rate], [_generator], 0)
+        assert _same(average, expected)
+
+
+@_check()
 def an_interrupted_call_is_not_repeated(on):
     average, weight = torch.zeros(3, device=on), torch.ones(3, device=on)
     kernel = cuda.FusedCUDA([[average]], [weight])
