@@ -137,15 +137,31 @@ def distributed(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "-m", "distributed", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
+@nox.session
+def integrations(session: nox.Session) -> None:
+    """Run the tests with the trainers of other libraries; pytest's arguments follow --."""
+    install(session, "--group=integrations")
+    trainers(session, *session.posargs)
+
+
+def trainers(session: nox.Session, *args: str) -> None:
+    """Run the tests of tests/integrations, whose configuration and filters of warnings are their own."""
+    workers = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadscope"]
+    session.run("python", "-m", "pytest", "tests/integrations", *workers, *args, env={"OMP_NUM_THREADS": "1"})
+
+
 @nox.session(python="3.11")
 def minimums(session: nox.Session) -> None:
-    """Run the tests with the lowest supported version of everything."""
+    """Run the tests with the lowest supported version of everything; the trainers' too, unless arguments follow --."""
     install(session, "--group=test", "--resolution=lowest-direct")
     # Old releases use what the newest releases below them deprecate; that is no defect of ours.
     old = ["-W", "ignore::DeprecationWarning", "-W", "ignore:TypedStorage is deprecated:UserWarning"]
     # The compiler of torch 2.6 takes the page for the source of the function on it.
     page = "tests/test_docs.py::test_every_block_of_a_page_runs_and_prints_what_the_page_says[docs/performance.md]"
     pytest(session, *old, f"--deselect={page}", *session.posargs)
+    if not session.posargs:
+        install(session, "--group=integrations", "--resolution=lowest-direct")
+        trainers(session, *old)
 
 
 @nox.session

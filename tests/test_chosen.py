@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,3 +167,19 @@ def test_what_a_config_says_is_not_said_again():
 def test_every_way_and_a_whole_config_are_taken_together_by_a_bank():
     bank = polyak.bank(mlp(), OmegaConf.create({"a": "swa", "b": {"strategy": "ema", "every": 3}}))
     assert [(one.strategy.name, one.options.every) for one in bank.values()] == [("swa", 1), ("ema", 3)]
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+@pytest.mark.parametrize("name", ["average.toml", "average.yaml", "average.yml", "average.json"])
+def test_a_config_file_is_taken_by_its_path_or_its_name(name, kind, tmp_path):
+    polyak.AveragerConfig(strategy=PLAIN, every=2).to_file(tmp_path / name)
+    averager = polyak.average(mlp(), kind(tmp_path / name), include="*.weight")
+    assert (averager.strategy, averager.options.every, averager.options.include) == (
+        polyak.EMA(decay=0.5),
+        2,
+        ("*.weight",),
+    )
+    with pytest.raises(polyak.ConfigError, match=r"'every' given in the config, too"):
+        polyak.average(mlp(), kind(tmp_path / name), every=3)
+    with pytest.raises(polyak.MissingFileError, match=r"absent\.toml' cannot be read"):
+        polyak.average(mlp(), kind("absent.toml"))

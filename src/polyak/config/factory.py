@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from polyak.config import AveragerConfig
 from polyak.config.chosen import AnyStrategy, plain_mapping, refuse_swapped, written
+from polyak.config.files import SUFFIXES
 from polyak.engine.bank import Bank
 from polyak.errors import ArgumentError, ConfigError
 from polyak.errors.calls import explained
@@ -24,13 +26,13 @@ if TYPE_CHECKING:
     from polyak.tensors.matching import Match
     from polyak.tensors.policies import Buffers
 
-__all__ = ["average", "bank"]
+__all__ = ["average", "bank", "config_of"]
 
 
 @explained("Settings and options are given by name: polyak.average(model, 'ema', decay=0.999)")
 def average(  # noqa: PLR0913 - each is one axis of an average, and users complete from this signature
     model: Model,
-    strategy: AnyStrategy | AveragerConfig = "ema",
+    strategy: AnyStrategy | AveragerConfig | os.PathLike[str] = "ema",
     *,
     start: int = 0,
     every: int = 1,
@@ -50,8 +52,9 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
 
     Args:
         model: The module that is trained, wrapped (DDP, torch.compile …) or not, or a mapping of names to tensors.
-        strategy: A name or a class with its ``settings``, a strategy object, a mapping of a name and settings, or a
-            whole ``AveragerConfig``; a namespace or a dataclass counts as a mapping.
+        strategy: A name or a class with its ``settings``, a strategy object, a mapping of a name and settings, a
+            whole ``AveragerConfig``, or a config file (a path, or a name that ends in ``.toml``, ``.yaml``, ``.yml`` or
+            ``.json``); a namespace or a dataclass counts as a mapping.
         start: The first optimiser step that may be averaged.
         every: Average one optimiser step in so many; decays keep their meaning per step.
         origin: Whether the weights at construction count ("initial") or the first update replaces them
@@ -88,18 +91,39 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
         1
     """
     refuse_swapped("average", model, strategy)
-    strategy = plain_mapping(strategy)
     options = {
         "start": start, "every": every, "origin": origin, "buffers": buffers, "include": include, "exclude": exclude,
         "match": match, "device": device, "dtype": dtype, "nonfinite": nonfinite, "kernel": kernel,
         "capturable": capturable,
     }  # fmt: skip
-    where = "average(): the settings"
+    return config_of(strategy, options, settings, "average(): the settings").build(model)
+
+
+def config_of(
+    strategy: AnyStrategy | AveragerConfig | os.PathLike[str],
+    options: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    where: str,
+) -> AveragerConfig:
+    """Return the config that a strategy, or a whole config or its file, makes with options and settings.
+
+    Args:
+        strategy: What names a strategy or is a config; a path, or a name that ends as one of a config file, is read.
+        options: Engine options; those of a config are completed by the ones that are no defaults.
+        settings: The strategy's own settings.
+        where: What is configured, for messages.
+
+    Raises:
+        ConfigError: If a file cannot be read, or a setting or an option is wrong or given twice.
+    """
+    if isinstance(strategy, os.PathLike) or (isinstance(strategy, str) and strategy.lower().endswith(SUFFIXES)):
+        strategy = AveragerConfig.from_file(strategy)
+    strategy = plain_mapping(strategy)
     if isinstance(strategy, AveragerConfig) or (isinstance(strategy, Mapping) and "strategy" in strategy):
         defaults = {name: field.default for name, field in AveragerConfig.model_fields.items()}
         given = {name: value for name, value in options.items() if value != defaults[name]}
-        return _beside(strategy, {**given, **settings}, where).build(model)
-    return AveragerConfig.of({"strategy": written(strategy, settings), **options}, where).build(model)
+        return _beside(strategy, {**given, **settings}, where)
+    return AveragerConfig.of({"strategy": written(cast("AnyStrategy", strategy), settings), **options}, where)
 
 
 def _beside(config: AveragerConfig | Mapping[str, Any], given: Mapping[str, Any], where: str) -> AveragerConfig:

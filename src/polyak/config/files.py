@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["read", "render", "write"]
+__all__ = ["SUFFIXES", "read", "render", "write"]
 
-_SUFFIXES = (".toml", ".yaml", ".yml", ".json")
+SUFFIXES = (".toml", ".yaml", ".yml", ".json")
 _LONGEST_PATH = 400
 _LARGEST = 256 * 1024  # bytes: a config of thousands of names, read in a second
 _PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*"""
@@ -146,8 +146,8 @@ def _named(file: Path) -> str:
 
 def _suffix(file: Path) -> str:
     suffix = file.suffix.lower()
-    if suffix not in _SUFFIXES:
-        expected = ", ".join(_SUFFIXES)
+    if suffix not in SUFFIXES:
+        expected = ", ".join(SUFFIXES)
         message = f"the config file {_named(file)} has the type {shown(suffix or '(none)')}; expected one of {expected}"
         raise ConfigError(message)
     return suffix

@@ -14,7 +14,7 @@ from polyak.engine.sources import Source, Sources
 from polyak.errors import AppliedError, ArgumentError, ConfigError, MismatchError, UnboundError
 from polyak.errors.attributes import AttributeHints
 from polyak.errors.formatting import shown, type_name
-from polyak.optim.stepping import inner_optimizer, makes_state, refuse_shard, run_last, step_hooks
+from polyak.optim.stepping import inner_optimizer, makes_state, refuse_shard, run_last, step_hooks, unwrapped
 from polyak.tensors.entries import identity, walk
 
 if TYPE_CHECKING:
@@ -85,8 +85,10 @@ def attach(optimizer: Optimizer | Sequence[Optimizer], averager: _Updates) -> At
     update together, behind the last one's step, with the learning rate of the first. Where one of them does not step
     (another phase, gradients that overflowed), the update is made before the next step of the others, which do not
     wait for it again until it steps. Step them in the same order each time: the order tells that a round has begun
-    where the first one was left out. An optimiser that holds the one that steps (SAM with ``first_step()`` and
-    ``second_step()``, Lookahead) counts once per step of that one.
+    where the first one was left out. To update after the steps of one of them alone, attach only that one.
+
+    An optimiser that holds the one that steps (SAM with ``first_step()`` and ``second_step()``, Lookahead) counts once
+    per step of that one. The wrappers of Accelerate, Lightning and Fabric are unwrapped.
 
     The update comes after the optimiser's other step hooks, whenever these were registered. It comes before hooks for
     all optimisers (``register_optimizer_step_post_hook``): where such a hook changes weights, call ``update()``
@@ -145,6 +147,7 @@ def attached(optimizer: Optimizer, update: Update) -> Attachment:
             "The optimiser comes first: polyak.attach(optimizer, averager)"
         )
         raise ArgumentError(message)
+    optimizer = unwrapped(optimizer)
     if any(isinstance(hook, Update) and hook.averager is averager for hook in step_hooks(optimizer).values()):
         message = "this averager is attached to this optimiser already, and would be updated twice per step"
         raise ConfigError(message)

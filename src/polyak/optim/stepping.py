@@ -14,7 +14,22 @@ from polyak.errors.formatting import type_name
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["inner_optimizer", "makes_state", "refuse_shard", "run_last", "step_hooks"]
+__all__ = ["inner_optimizer", "makes_state", "refuse_shard", "run_last", "step_hooks", "unwrapped"]
+
+_TRAINERS = frozenset({"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"})
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """Return the optimiser inside the wrappers of Accelerate, Lightning and Fabric, which only decide when it steps.
+
+    Other wrappers are returned as they are: they may write to the weights behind the inner step.
+    """
+    while any(base.__module__.partition(".")[0] in _TRAINERS for base in type(optimizer).__mro__):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, Optimizer) or inner is optimizer:
+            break
+        optimizer = inner
+    return optimizer
 
 
 def step_hooks(optimizer: Optimizer) -> Mapping[int, object]:
@@ -28,7 +43,7 @@ def step_hooks(optimizer: Optimizer) -> Mapping[int, object]:
     if hooks is None:
         message = (
             f"got {type_name(optimizer)}, which has no step hooks; give the torch.optim.Optimizer itself "
-            "(of accelerate's wrapper: its .optimizer), or call averager.update() yourself after each real step "
+            "(of a wrapper: its .optimizer), or call averager.update() yourself after each real step "
             "(DeepSpeed: after engine.step())"
         )
         raise ConfigError(message)

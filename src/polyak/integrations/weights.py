@@ -1,0 +1,62 @@
+"""The weights that ``applied()`` exchanges, on their way into a checkpoint beside the average, and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from polyak.errors import StateError
+from polyak.errors.formatting import listed
+from polyak.tensors.writing import overwrite, writable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from polyak.engine import Engine
+    from polyak.engine.averager import Averager
+
+__all__ = ["is_sharded", "raw_weights", "restore"]
+
+
+def is_sharded(averager: Averager) -> bool:
+    """Return whether each rank holds only a part of the average."""
+    return any(stored.spread is not None for stored in cast("Engine", averager).stored)
+
+
+def raw_weights(averager: Averager) -> dict[str, Tensor]:
+    """Return copies of the model's own values of what is averaged or copied, by canonical names.
+
+    The model must not hold the average.
+    """
+    return {name: tensor.detach().clone() for name, tensor in _live(averager).items()}
+
+
+def restore(averager: Averager, weights: Mapping[str, Tensor]) -> None:
+    """Write what ``raw_weights`` returned into the model.
+
+    Raises:
+        StateError: If a tensor is missing, unknown or has another shape. Nothing was written then.
+    """
+    live = _live(averager)
+    problems = [f"missing: {name}" for name in live if name not in weights]
+    problems += [f"unknown: {name}" for name in weights if name not in live]
+    problems += [
+        f"reshaped: {name} is {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in live.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if problems:
+        message = f"the raw weights in the checkpoint belong to another model: {listed(problems)}. Nothing was loaded."
+        raise StateError(message)
+    with torch.no_grad(), writable([*live.values()]):
+        for name, tensor in live.items():
+            overwrite(tensor, weights[name])
+
+
+def _live(averager: Averager) -> dict[str, Tensor]:
+    engine = cast("Engine", averager)
+    kept = {stored.name for stored in engine.stored}
+    return {entry.name: entry.tensor for entry in engine.entries() if entry.name in kept}
