@@ -11,7 +11,7 @@ import pytest
 
 import polyak
 
-FRAMEWORKS = {"transformers": "transformers"}
+FRAMEWORKS = {"accelerate": "accelerate", "transformers": "transformers"}
 
 
 @pytest.fixture(params=FRAMEWORKS)
