@@ -11,7 +11,7 @@ import pytest
 
 import polyak
 
-FRAMEWORKS = {"accelerate": "accelerate", "transformers": "transformers"}
+FRAMEWORKS = {"accelerate": "accelerate", "lightning": "lightning", "transformers": "transformers"}
 
 
 @pytest.fixture(params=FRAMEWORKS)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import copy
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 
 from polyak.errors import StateError
 from polyak.errors.formatting import listed
+from polyak.tensors.entries import identity
+from polyak.tensors.wrappers import dtensor
 from polyak.tensors.writing import overwrite, writable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
-
     from polyak.engine import Engine
     from polyak.engine.averager import Averager
 
-__all__ = ["is_sharded", "raw_weights", "restore"]
+__all__ = ["copied", "is_sharded", "raw_weights", "restore"]
 
 
 def is_sharded(averager: Averager) -> bool:
@@ -60,3 +62,22 @@ def _live(averager: Averager) -> dict[str, Tensor]:
     engine = cast("Engine", averager)
     kept = {stored.name for stored in engine.stored}
     return {entry.name: entry.tensor for entry in engine.entries() if entry.name in kept}
+
+
+def copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict with copies of its tensors on the CPU; names of one tensor share one copy.
+
+    Sharded tensors stay where they are.
+    """
+    copies: dict[object, Tensor] = {}
+    kind = dtensor()
+    result: dict[str, Any] = copy.copy(cast("dict[str, Any]", state))  # with its attributes
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            continue
+        memory = identity(value)
+        if memory not in copies:
+            whole = kind is None or not isinstance(value, kind)
+            copies[memory] = value.detach().to("cpu", copy=True) if whole else value.detach().clone()
+        result[name] = copies[memory]
+    return result

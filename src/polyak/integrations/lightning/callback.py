@@ -1,0 +1,310 @@
+"""The callback that averages what Lightning's Trainer trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping  # noqa: TC003 - LightningCLI reads the types of arguments
+from contextlib import contextmanager
+from pathlib import Path  # noqa: TC003 - as above
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from polyak.config import AveragerConfig  # noqa: TC001 - as above
+from polyak.errors import AppliedError, ConfigError
+from polyak.errors.calls import warn_user
+from polyak.errors.formatting import shown
+from polyak.integrations.lightning.foreign import continued, updates_of
+from polyak.integrations.lightning.steps import Steps
+from polyak.integrations.settings import chosen
+from polyak.integrations.weights import copied
+from polyak.strategy.base import Strategy  # noqa: TC001 - as above
+from polyak.tensors.wrappers import root_of
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from lightning.pytorch import LightningModule, Trainer
+
+    from polyak.engine import Engine
+    from polyak.engine.averager import Averager
+
+__all__ = ["AveragingCallback"]
+
+_RAW = "current_model_state"  # Lightning's own name
+_ENDS = ("average", "raw")
+_OWN = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")
+
+
+class AveragingCallback(Callback):
+    """Average the weights that a Trainer trains.
+
+    Validation during ``fit``, the sanity check included, computes with the average, so early stopping, schedulers on
+    plateau and the choice of the best checkpoint follow it. ``state_dict`` in a checkpoint is the average and loads
+    anywhere, without polyak; the raw weights stand under Lightning's own key ``current_model_state``, from which a
+    resumed ``fit`` goes on exactly. Training itself is bit-equal to training without the callback. Each ``fit`` begins
+    a new average.
+
+    Args:
+        strategy: What ``polyak.average`` takes, or a config file (a path, or a name that ends in ``.toml``, ``.yaml``,
+            ``.yml`` or ``.json``).
+        name: A name in checkpoints, where several callbacks average. Give each its own.
+        evaluate: Whether validation sees this average and checkpoints hold it as the model's weights. One callback of
+            a trainer does; the others keep their averages in their own states.
+        at_end: What the module holds after ``fit``: "average", so that ``trainer.test`` sees it, or "raw". Without
+            ``evaluate`` it is always the raw weights.
+        log: Whether ``averager.metrics()`` is logged.
+        **options: Options of ``polyak.average``, and the strategy's settings.
+
+    Attributes:
+        averager: The averager of the last ``fit``. None before the first.
+
+    Raises:
+        UnknownStrategyError: If no strategy has that name.
+        ConfigError: If a setting is wrong. When ``fit`` begins: two callbacks evaluate, or this one has averaged
+            another model.
+
+    Often confused with: Lightning's ``WeightAveraging`` and ``EMAWeightAveraging``, whose checkpoints it resumes.
+
+    Examples:
+        >>> from lightning.pytorch import Trainer
+        >>> from polyak.integrations.lightning import AveragingCallback
+        >>> averaging = AveragingCallback("ema", decay=0.999)
+        >>> trainer = Trainer(callbacks=[averaging], accelerator="cpu", logger=False, enable_progress_bar=False)
+    """
+
+    averager: Averager | None
+
+    def __init__(
+        self,
+        strategy: str | Path | Mapping[str, Any] | Strategy | AveragerConfig = "ema",
+        *,
+        name: str | None = None,
+        evaluate: bool = True,
+        at_end: Literal["average", "raw"] = "average",
+        log: bool = False,
+        **options: Any,
+    ) -> None:
+        if at_end not in _ENDS:
+            message = f"at_end={shown(at_end)} is unknown; expected 'average' or 'raw'"
+            raise ConfigError(message)
+        self._config = chosen(strategy, options, "AveragingCallback()")
+        self.name, self.evaluate, self.at_end, self.log = name, evaluate, at_end, log
+        self.averager = None
+        self._steps: Steps | None = None
+        self._swap: AbstractContextManager[None] | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._foreign: tuple[dict[str, Any], int] | None = None
+        self._resumed = self._restored = self._in_model = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        if self.name is not None:
+            return str(self._generate_state_key(name=self.name))
+        return type(self).__qualname__ if self.evaluate else str(self._generate_state_key(evaluate=False))
+
+    # The life of an average
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if self.averager is not None and cast("Engine", self.averager).model is not root_of(pl_module):
+            message = (
+                f"this AveragingCallback has averaged another {type(pl_module).__name__}; make a new callback for each "
+                "model"
+            )
+            raise ConfigError(message)
+        self._refuse_others(trainer)
+        self._stop()
+        self.averager = self._loaded = self._foreign = None
+        self._resumed = self._restored = self._in_model = False
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not before: configure_model() has made all layers now, and the strategy its optimisers and shards.
+        self.averager = averager = self._config.build(pl_module)
+        self._take(pl_module)
+        self._steps = Steps(averager, trainer.optimizers)
+        if self.evaluate:
+            self._save_average_of(trainer)
+
+    @override
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._steps is not None:
+            self._steps.batch_ends()
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not before: the last checkpoints are written when training ends, and need the raw weights.
+        self._stop()
+        vars(trainer.strategy).pop("lightning_module_state_dict", None)
+        if self.evaluate and self.at_end == "average" and self.averager is not None and self.averager.n:
+            self.averager.copy_to()
+            self._in_model = True
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Nothing else is called after an error in a validation. Checkpoints may still be written.
+        self._stop()
+
+    # Evaluating
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.evaluate and self._steps is not None and self.averager is not None and self.averager.n:
+            self._enter()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
+
+    def _enter(self) -> None:
+        if self.averager is not None and self._swap is None:
+            swap = self.averager.applied()
+            swap.__enter__()
+            self._swap = swap
+
+    def _leave(self) -> None:
+        if self._swap is not None:
+            swap, self._swap = self._swap, None
+            swap.__exit__(None, None, None)
+
+    def _stop(self) -> None:
+        self._leave()
+        if self._steps is not None:
+            self._steps.remove()
+            self._steps = None
+
+    # Saving
+
+    def _save_average_of(self, trainer: Trainer) -> None:
+        """Let the strategy give the average as the module's state, in checkpoints of weights alone too."""
+        strategy = trainer.strategy
+        own = type(strategy).lightning_module_state_dict
+
+        def lightning_module_state_dict() -> dict[str, Any]:
+            if self.averager is None or not self.averager.n or self._in_model:
+                return cast("dict[str, Any]", own(strategy))
+            with self.averager.applied():
+                return copied(own(strategy))
+
+        strategy.lightning_module_state_dict = lightning_module_state_dict
+
+    @contextmanager
+    def _raw(self) -> Iterator[None]:
+        """Return a context in which the module holds its own weights."""
+        was_in = self._swap is not None
+        self._leave()
+        try:
+            if self.averager is not None and self.averager.is_applied:
+                message = (
+                    "saving a checkpoint inside applied() would save the average as the raw weights; leave it first"
+                )
+                raise AppliedError(message)
+            yield
+        finally:
+            if was_in:
+                self._enter()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"averaged": False} if self.averager is None else self.averager.state_dict()
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.averager is None or self._in_model:
+            return
+        with self._raw():
+            if not (self.evaluate and self.averager.n):
+                return
+            strategy = trainer.strategy
+            checkpoint[_RAW] = copied(type(strategy).lightning_module_state_dict(strategy))
+        own = checkpoint.get("callbacks", {}).get(self.state_key)
+        if own and "slots" in own:  # the same tensors: a file holds them once
+            _share(own["slots"]["average"], checkpoint["state_dict"])
+
+    # Resuming: before on_fit_start, or behind it where the strategy restores after its setup
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._resumed = str(getattr(trainer.state.fn, "value", trainer.state.fn)) == "fit"
+        if not self._resumed:
+            return
+        if not checkpoint.get("callbacks", {}).get(self.state_key):
+            self._take_foreign(checkpoint)
+        if _RAW in checkpoint:
+            raw = {"state_dict": checkpoint[_RAW]}
+            trainer.strategy.load_model_state_dict(raw, strict=pl_module.strict_loading)
+        self._take(pl_module)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self._resumed or state_dict.get("averaged") is False:
+            return  # test() and predict() load checkpoints, too, and a search for a learning rate before the fit
+        self._loaded = state_dict
+        self._take()
+
+    def _take_foreign(self, checkpoint: Mapping[str, Any]) -> None:
+        """Keep the average of Lightning's own callbacks, or warn that there is none."""
+        updates = updates_of(checkpoint)
+        if self.evaluate and updates:
+            self._foreign = copied(checkpoint["state_dict"]), updates
+            message = (
+                f"the checkpoint holds an average of Lightning's own ({updates} updates); it goes on by "
+                f"{self._config.strategy!r}"
+            )
+        else:
+            message = "the checkpoint holds no average; the average begins anew from its weights"
+        warn_user(message)
+
+    def _take(self, pl_module: LightningModule | None = None) -> None:
+        """Give the averager, once there is one, what a checkpoint held."""
+        if self.averager is None:
+            return
+        if self._foreign is not None and pl_module is not None:
+            average, updates = self._foreign
+            self._loaded = continued(self.averager, self._config, pl_module, average, updates)
+        if self._loaded is not None:
+            self.averager.load_state_dict(self._loaded)
+            self._restored = True
+        self._foreign = self._loaded = None
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew where a checkpoint without an average was loaded, perhaps behind on_fit_start."""
+        if self.averager is None or self._restored or not trainer.ckpt_path:
+            return
+        if not self._resumed:  # it holds weights alone, of which callbacks are not told
+            self._take_foreign({})
+        self.averager.load_state_dict(self._config.build(pl_module).state_dict())
+        self._restored = True
+
+    def _refuse_others(self, trainer: Trainer) -> None:
+        if not self.evaluate:
+            return
+        for other in trainer.callbacks:
+            both = isinstance(other, AveragingCallback) and other.evaluate and other is not self
+            if both or type(other).__name__ in _OWN:
+                message = (
+                    f"{type(other).__name__} and AveragingCallback would both put an average into the model for "
+                    "validation; keep one, or give AveragingCallback(..., evaluate=False)"
+                )
+                raise ConfigError(message)
+
+
+def _share(slots: dict[str, Any], state: Mapping[str, Any]) -> None:
+    for name, tensor in slots.items():
+        same = state.get(name)
+        if same is not None and (same.dtype, same.shape) == (tensor.dtype, tensor.shape):
+            slots[name] = same
