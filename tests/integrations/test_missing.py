@@ -11,7 +11,12 @@ import pytest
 
 import polyak
 
-FRAMEWORKS = {"accelerate": "accelerate", "lightning": "lightning", "transformers": "transformers"}
+FRAMEWORKS = {
+    "accelerate": "accelerate",
+    "ignite": "pytorch-ignite",
+    "lightning": "lightning",
+    "transformers": "transformers",
+}
 
 
 @pytest.fixture(params=FRAMEWORKS)
