@@ -21,7 +21,7 @@ FIRST = {
     "EMA", "EMAV3", "DebiasedEMA", "SWA", "HalfLifeEMA", "PowerEMA", "LAWA",
     "Bank", "bank", "attach", "convert", "load", "save", "recalibrate", "PolyakError", "PolyakWarning",
 }  # fmt: skip
-MODULES = {"posthoc", "optim", "distributed", "errors"}
+MODULES = {"posthoc", "optim", "distributed", "errors", "files"}
 ERRORS = set(polyak.errors.__all__)
 PUBLIC = FIRST | STRATEGIES | ERRORS | {"Conversion", "Move", "Shares"}
 """What can be imported from polyak; `from polyak import *` brings only what a first program needs."""

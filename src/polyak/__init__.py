@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from polyak import distributed, errors, optim, posthoc
+from polyak import distributed, errors, files, optim, posthoc
 from polyak.checkpoints import load, save
 from polyak.config import AveragerConfig
 from polyak.config.factory import average, bank
@@ -84,6 +84,7 @@ __all__ = [
     "convert",
     "distributed",
     "errors",
+    "files",
     "hookimpl",
     "load",
     "optim",

@@ -1,0 +1,216 @@
+"""``polyak.files.average``: one checkpoint of many."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from polyak.errors import ConfigError
+from polyak.errors.calls import explained
+from polyak.errors.formatting import shown
+from polyak.files.combine import Average
+from polyak.files.inputs import check_enough, opened
+from polyak.files.kinds import is_lora
+from polyak.files.lanes import usual_threads
+from polyak.files.plan import Entry, as_dtype, planned
+from polyak.files.provenance import texts_of
+from polyak.files.select import selected
+from polyak.files.stream import Settings, stream
+from polyak.files.weights import WSM, as_chosen, described, shares_of
+from polyak.files.writing.target import check_spared, write_result
+from polyak.io.atomic import as_path
+from polyak.io.progress import transfer
+from polyak.strategy.base import Strategy
+from polyak.strategy.numbers import given_integer
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+
+    from polyak.files.checkpoint import Checkpoint
+    from polyak.files.plan import Integers, Match
+    from polyak.files.weights import Weights
+    from polyak.files.writing.target import Target
+
+__all__ = ["Averaged", "average"]
+
+SHARD_SIZE = 5_000_000_000  # bytes, as Hugging Face has it
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """What an average was made of.
+
+    Attributes:
+        out: The file or folder that was written.
+        files: The inputs that were averaged, in order.
+        steps: The step of each; None where nothing says it.
+        weights: What each counts.
+        notes: What a user should know.
+    """
+
+    out: Path
+    files: tuple[Path, ...]
+    steps: tuple[int | None, ...]
+    weights: tuple[float, ...]
+    notes: tuple[str, ...]
+
+
+@explained("The output is given by name: polyak.files.average(files, out='average.safetensors')")
+def average(  # noqa: PLR0913 - each is one axis of an average, and users complete from this signature
+    files: Iterable[str | os.PathLike[str]],
+    weights: Weights = "uniform",
+    *,
+    out: str | os.PathLike[str],
+    last: int | None = None,
+    best: int | None = None,
+    metrics: Mapping[str, float] | str | os.PathLike[str] | None = None,
+    mode: Literal["min", "max"] = "min",
+    until: int | None = None,
+    key: str | None = None,
+    match: Match = "same",
+    integers: Integers = "last",
+    nonfinite: Literal["raise", "propagate"] = "raise",
+    dtype: str | torch.dtype = "same",
+    normalize: bool = False,
+    shard_size: int | str | None = None,
+    threads: int | None = None,
+    hashes: bool = True,
+) -> Averaged:
+    """Average checkpoints into one, in memory that does not grow with them.
+
+    Each value is ``sum(weight_i * value_i)`` in float64, rounded once. Files are read in pieces, each byte once; no
+    pickle is executed. The output is whole or absent, and its metadata say how it was made.
+
+    Args:
+        files: Two checkpoints or more: files or folders of any format that ``polyak.files.open`` knows.
+        weights: ``"uniform"``; numbers that add up to 1; a strategy by name, object, class or mapping, whose shares
+            over the files' steps are taken; or ``polyak.files.wsm()``.
+        out: A ``.safetensors``, ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` file, or a folder if the inputs are folders.
+        last: Average so many of the largest steps only.
+        best: Average so many of the best ``metrics`` only.
+        metrics: A number for each file by name, or a JSON file of them.
+        mode: Whether small metrics are good ("min") or large ones ("max").
+        until: Leave out files of later steps.
+        key: The path of keys to the weights in a dictionary, such as ``"ema"``. Defaults to the one that is usual.
+        match: "same" refuses files with other names; "common" leaves out names that some lack.
+        integers: What becomes of integers and booleans: those of the "last" or "first" file; "equal" refuses others.
+        nonfinite: "raise" refuses a NaN or an infinity; "propagate" lets it into the result.
+        dtype: The dtype of floats in the output. Defaults to the widest of the inputs.
+        normalize: Whether to divide numbers by their sum.
+        shard_size: The largest file in an output folder, in bytes or as "5GB". Defaults to 5 GB.
+        threads: On how many threads. Defaults to one per processor.
+        hashes: Whether the sha256 of each input is taken while it is read, for the metadata.
+
+    Raises:
+        ConfigError: If an option is wrong, fewer than two files are left, one is given twice, or ``out`` is an input.
+        StateError: If a file is missing, damaged, malicious or no checkpoint.
+        MismatchError: If names, shapes or integers differ.
+        NonFiniteError: If a file has a NaN or an infinity.
+        WriteError: If the output cannot be written.
+
+    Nothing is left behind when one is raised.
+
+    Often confused with: ``polyak.average``, which averages a model while it trains.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from polyak import files
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     names = [f"{folder}/step-{step}.pt" for step in (100, 200, 400)]
+        ...     for value, name in enumerate(names):
+        ...         torch.save({"w": torch.full((2,), float(value))}, name)
+        ...     made = files.average(names, {"name": "ema_halflife", "halflife": 100}, out=f"{folder}/ema.pt")
+        ...     print(made.weights, torch.load(made.out)["w"])
+        (0.125, 0.125, 0.75) tensor([1.6250, 1.6250])
+    """
+    chosen = as_chosen(weights)
+    _check("match", match, ("same", "common"))
+    _check("integers", integers, ("last", "equal", "first"))
+    _check("nonfinite", nonfinite, ("raise", "propagate"))
+    kind, target = as_dtype(dtype), as_path(out, "the output")
+    most, count = size_of(shard_size), usual_threads() if threads is None else given_integer("threads", threads, 1, 256)
+    with opened(files, key) as found:
+        check_enough(found)
+        by_step = isinstance(chosen, (WSM, Strategy))
+        inputs = selected(found, last=last, best=best, metrics=metrics, mode=mode, until=until, by_step=by_step)
+        check_enough(inputs)
+        check_spared(target, found)
+        shares = shares_of(chosen, [one.step for one in inputs], normalize=normalize)
+        _refuse_lora(inputs)
+        entries, notes = planned(inputs, match=match, integers=integers, dtype=kind)
+        told = {
+            "weights": shares, "steps": [one.step for one in inputs], "rule": described(chosen),
+            "settings": {
+                "last": last, "best": best, "until": until, "key": key, "match": match, "integers": integers,
+                "nonfinite": nonfinite, "dtype": str(dtype),
+            },
+        }  # fmt: skip
+
+        def fill(output: Target) -> Mapping[str, str]:
+            with transfer(bytes_in(entries), "averaging") as progress:
+                settings = Settings(count, hashes, integers, progress)
+                sums = stream(
+                    inputs, in_order(entries), output, lambda: Average(shares, raises=nonfinite == "raise"), settings
+                )
+            return texts_of("polyak_average", inputs, told, sums, hashes=hashes, model=inputs[-1])
+
+        texts = texts_of("polyak_average", inputs, told, None, hashes=hashes, model=inputs[-1])
+        write_result(target, entries, inputs[-1], most, fill, texts)
+        notes += [f"{one.path.name}: {note}" for one in inputs for note in one.notes]
+        steps = tuple(one.step for one in inputs)
+        return Averaged(target, tuple(one.path for one in inputs), steps, tuple(shares), tuple(dict.fromkeys(notes)))
+
+
+def in_order(entries: Sequence[Entry]) -> list[Entry]:
+    """Return tensors in the order of the output: long dtypes first, then as they lie in the first file."""
+    return sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.sources[0].begin))
+
+
+def bytes_in(entries: Sequence[Entry]) -> int:
+    """Return how many bytes of the inputs are read."""
+    return sum(math.prod(stored.shape) * stored.dtype.itemsize for entry in entries for stored in entry.sources)
+
+
+def size_of(given: int | str | None) -> int:
+    """Return the largest size of a file in bytes.
+
+    Raises:
+        ConfigError: If it is no number of bytes.
+    """
+    if given is None:
+        return SHARD_SIZE
+    units = {"GIB": 1 << 30, "MIB": 1 << 20, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}
+    if isinstance(given, str):
+        text = given.strip().upper()
+        digits = text.rstrip("GIMKB ")
+        try:
+            number = float(digits) * units[text[len(digits) :].strip()]
+        except (ValueError, KeyError):
+            number = 0.0
+        if 1 <= number < 2**62:
+            return int(number)
+    elif type(given) is int and given >= 1:
+        return given
+    message = f"shard_size: got {shown(given)}; expected bytes, or a text such as '5GB'"
+    raise ConfigError(message)
+
+
+def _check(option: str, given: object, known: tuple[str, ...]) -> None:
+    if given not in known:
+        message = f"{option}: got {shown(given)}; expected {' or '.join(map(repr, known))}"
+        raise ConfigError(message)
+
+
+def _refuse_lora(inputs: Sequence[Checkpoint]) -> None:
+    for one in inputs:
+        if is_lora(one.tensors):
+            message = (
+                f"{str(one.path)!r} holds the factors of an adapter (LoRA), and the product of mean factors is not the "
+                "mean of the products. Merge each adapter into its base, and average those"
+            )
+            raise ConfigError(message)

@@ -1,0 +1,1 @@
+"""Writers of checkpoints: room for every tensor first, then its bytes in any order."""
