@@ -93,8 +93,8 @@ def test_dictionaries_of_well_known_trainers(tmp_path):
                  "hyper_parameters": collections.OrderedDict(lr=0.1)}  # fmt: skip
     timm = {"epoch": 12, "arch": "vit", "state_dict": state, "state_dict_ema": state, "args": argparse.Namespace(lr=1),
             "metric": np.float64(80.5), "version": 2}  # fmt: skip
-    fairseq = {"args": None, "cfg": argparse.Namespace(task="t"), "model": state, "last_optimizer_state": {"state": {}},
-               "optimizer_history": [{"num_updates": 3}], "extra_state": {"metrics": {}}, "step": np.int64(33)}  # fmt: skip
+    fairseq = {"args": None, "cfg": argparse.Namespace(task="t"), "model": state, "last_optimizer_state": {},
+               "optimizer_history": [{"num_updates": 3}], "extra_state": {}, "step": np.int64(33)}  # fmt: skip
     composer = {
         "state": {"model": state, "optimizers": {"Adam": {"param_groups": []}}},
         "rng": [torch.ones(3)],
