@@ -21,7 +21,8 @@ def weights(seed: int, **more) -> dict[str, torch.Tensor]:
 
 def mean(states, shares=None, name="embed.weight"):
     """Return the weighted mean in float64."""
-    shares = shares or [1 / len(states)] * len(states)
+    if shares is None:
+        return sum(state[name].double() for state in states) / len(states)
     return sum(share * state[name].double() for share, state in zip(shares, states, strict=True))
 
 

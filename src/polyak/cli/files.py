@@ -53,6 +53,10 @@ def average(  # noqa: PLR0913, PLR0917 - each is one axis, and users complete fr
     ] = "last",
     nonfinite: Annotated[Literal["raise", "propagate"], typer.Option(help="What to do about NaN.")] = "raise",
     dtype: Annotated[str, typer.Option(help="The dtype of floats (default: the widest of the files).")] = "same",
+    lora: Annotated[
+        Literal["concatenate", "svd", "factors"] | None, typer.Option(help="How to average adapters.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="The rank of --lora svd.")] = None,
     shard_size: Annotated[str, typer.Option(help="The largest file in a folder.")] = "5GB",
     threads: Annotated[int | None, typer.Option(help="Threads (default: one per processor).")] = None,
     hashes: Annotated[bool, typer.Option(help="Take the sha256 of each file, for the metadata.")] = True,  # noqa: FBT002 - a flag
@@ -64,7 +68,7 @@ def average(  # noqa: PLR0913, PLR0917 - each is one axis, and users complete fr
         made = averaged(
             files, _weights(weights, strategy, set_ or [], wsm), out=output, last=last, best=best, metrics=metrics,
             mode=mode, until=until, key=key, match=match, integers=integers, nonfinite=nonfinite, dtype=dtype,
-            normalize=normalize, shard_size=shard_size, threads=threads, hashes=hashes,
+            normalize=normalize, lora=lora, rank=rank, shard_size=shard_size, threads=threads, hashes=hashes,
         )  # fmt: skip
         tell(made)
 

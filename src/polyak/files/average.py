@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -11,34 +10,27 @@ from polyak.errors.calls import explained
 from polyak.errors.formatting import shown
 from polyak.files.combine import Average
 from polyak.files.inputs import check_enough, opened
-from polyak.files.kinds import is_lora
-from polyak.files.lanes import usual_threads
-from polyak.files.plan import Entry, as_dtype, planned
-from polyak.files.provenance import texts_of
+from polyak.files.lora import combined
+from polyak.files.make import Job, Request, make
+from polyak.files.plan import as_dtype, planned
 from polyak.files.select import selected
-from polyak.files.stream import Settings, stream
 from polyak.files.weights import WSM, as_chosen, described, shares_of
-from polyak.files.writing.target import check_spared, write_result
-from polyak.io.atomic import as_path
-from polyak.io.progress import transfer
+from polyak.files.writing.target import check_spared
 from polyak.strategy.base import Strategy
-from polyak.strategy.numbers import given_integer
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     import torch
 
     from polyak.files.checkpoint import Checkpoint
+    from polyak.files.lora import Lora
     from polyak.files.plan import Integers, Match
     from polyak.files.weights import Weights
-    from polyak.files.writing.target import Target
 
 __all__ = ["Averaged", "average"]
-
-SHARD_SIZE = 5_000_000_000  # bytes, as Hugging Face has it
 
 
 @dataclass(frozen=True)
@@ -77,6 +69,8 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
     nonfinite: Literal["raise", "propagate"] = "raise",
     dtype: str | torch.dtype = "same",
     normalize: bool = False,
+    lora: Lora | None = None,
+    rank: int | None = None,
     shard_size: int | str | None = None,
     threads: int | None = None,
     hashes: bool = True,
@@ -102,6 +96,9 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
         nonfinite: "raise" refuses a NaN or an infinity; "propagate" lets it into the result.
         dtype: The dtype of floats in the output. Defaults to the widest of the inputs.
         normalize: Whether to divide numbers by their sum.
+        lora: How to average adapters: "concatenate" is exact and adds up their ranks; "svd" rounds the mean to
+            ``rank``; "factors" averages the factors, for neighbouring files of one run. Without it they are refused.
+        rank: The rank of ``lora="svd"``.
         shard_size: The largest file in an output folder, in bytes or as "5GB". Defaults to 5 GB.
         threads: On how many threads. Defaults to one per processor.
         hashes: Whether the sha256 of each input is taken while it is read, for the metadata.
@@ -132,85 +129,43 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
     _check("match", match, ("same", "common"))
     _check("integers", integers, ("last", "equal", "first"))
     _check("nonfinite", nonfinite, ("raise", "propagate"))
-    kind, target = as_dtype(dtype), as_path(out, "the output")
-    most, count = size_of(shard_size), usual_threads() if threads is None else given_integer("threads", threads, 1, 256)
+    kind = as_dtype(dtype)
+    request = Request.of(out, threads, shard_size, integers, hashes=hashes)
     with opened(files, key) as found:
         check_enough(found)
         by_step = isinstance(chosen, (WSM, Strategy))
         inputs = selected(found, last=last, best=best, metrics=metrics, mode=mode, until=until, by_step=by_step)
         check_enough(inputs)
-        check_spared(target, found)
-        shares = shares_of(chosen, [one.step for one in inputs], normalize=normalize)
-        _refuse_lora(inputs)
-        entries, notes = planned(inputs, match=match, integers=integers, dtype=kind)
+        check_spared(request.out, found)
+        steps = tuple(one.step for one in inputs)
+        shares = shares_of(chosen, steps, normalize=normalize)
+        adapters = combined(inputs, shares, lora, rank, kind)
+        entries, notes = planned(inputs, match=match, integers=integers, dtype=kind, skip=adapters.names)
         told = {
-            "weights": shares, "steps": [one.step for one in inputs], "rule": described(chosen),
+            "weights": shares, "steps": steps, "rule": described(chosen),
             "settings": {
                 "last": last, "best": best, "until": until, "key": key, "match": match, "integers": integers,
-                "nonfinite": nonfinite, "dtype": str(dtype),
+                "nonfinite": nonfinite, "dtype": str(dtype), "lora": lora, "rank": rank,
             },
         }  # fmt: skip
-
-        def fill(output: Target) -> Mapping[str, str]:
-            with transfer(bytes_in(entries), "averaging") as progress:
-                settings = Settings(count, hashes, integers, progress)
-                sums = stream(
-                    inputs, in_order(entries), output, lambda: Average(shares, raises=nonfinite == "raise"), settings
-                )
-            return texts_of("polyak_average", inputs, told, sums, hashes=hashes, model=inputs[-1])
-
-        texts = texts_of("polyak_average", inputs, told, None, hashes=hashes, model=inputs[-1])
-        write_result(target, entries, inputs[-1], most, fill, texts)
-        notes += [f"{one.path.name}: {note}" for one in inputs for note in one.notes]
-        steps = tuple(one.step for one in inputs)
-        return Averaged(target, tuple(one.path for one in inputs), steps, tuple(shares), tuple(dict.fromkeys(notes)))
+        job = Job(
+            "polyak_average", inputs, entries, lambda: Average(shares, raises=nonfinite == "raise"), told, inputs[-1],
+            adapters.tensors, {**dtype_edits(inputs[-1], kind), **adapters.edits},
+        )  # fmt: skip
+        make(job, request)
+        notes += [*adapters.notes, *(f"{one.path.name}: {note}" for one in inputs for note in one.notes)]
+        return Averaged(
+            request.out, tuple(one.path for one in inputs), steps, tuple(shares), tuple(dict.fromkeys(notes))
+        )
 
 
-def in_order(entries: Sequence[Entry]) -> list[Entry]:
-    """Return tensors in the order of the output: long dtypes first, then as they lie in the first file."""
-    return sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.sources[0].begin))
-
-
-def bytes_in(entries: Sequence[Entry]) -> int:
-    """Return how many bytes of the inputs are read."""
-    return sum(math.prod(stored.shape) * stored.dtype.itemsize for entry in entries for stored in entry.sources)
-
-
-def size_of(given: int | str | None) -> int:
-    """Return the largest size of a file in bytes.
-
-    Raises:
-        ConfigError: If it is no number of bytes.
-    """
-    if given is None:
-        return SHARD_SIZE
-    units = {"GIB": 1 << 30, "MIB": 1 << 20, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}
-    if isinstance(given, str):
-        text = given.strip().upper()
-        digits = text.rstrip("GIMKB ")
-        try:
-            number = float(digits) * units[text[len(digits) :].strip()]
-        except (ValueError, KeyError):
-            number = 0.0
-        if 1 <= number < 2**62:
-            return int(number)
-    elif type(given) is int and given >= 1:
-        return given
-    message = f"shard_size: got {shown(given)}; expected bytes, or a text such as '5GB'"
-    raise ConfigError(message)
+def dtype_edits(model: Checkpoint, dtype: torch.dtype | None) -> dict[str, dict[str, str]]:
+    """Return the change of a folder's config that another dtype of its weights needs."""
+    names = [name for name in ("torch_dtype", "dtype") if name in model.config]
+    return {"config.json": dict.fromkeys(names, str(dtype).removeprefix("torch."))} if dtype and names else {}
 
 
 def _check(option: str, given: object, known: tuple[str, ...]) -> None:
     if given not in known:
         message = f"{option}: got {shown(given)}; expected {' or '.join(map(repr, known))}"
         raise ConfigError(message)
-
-
-def _refuse_lora(inputs: Sequence[Checkpoint]) -> None:
-    for one in inputs:
-        if is_lora(one.tensors):
-            message = (
-                f"{str(one.path)!r} holds the factors of an adapter (LoRA), and the product of mean factors is not the "
-                "mean of the products. Merge each adapter into its base, and average those"
-            )
-            raise ConfigError(message)

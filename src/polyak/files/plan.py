@@ -13,11 +13,11 @@ from polyak.files.names import near
 from polyak.files.reading.raw import Box, Part, Stored
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from polyak.files.checkpoint import Checkpoint
 
-__all__ = ["Entry", "Integers", "Match", "as_dtype", "as_real", "planned"]
+__all__ = ["Entry", "Integers", "Match", "as_dtype", "as_real", "planned", "widest"]
 
 Match = Literal["same", "common"]
 Integers = Literal["last", "equal", "first"]
@@ -48,7 +48,12 @@ class Entry:
 
 
 def planned(
-    checkpoints: Sequence[Checkpoint], *, match: Match, integers: Integers, dtype: torch.dtype | None
+    checkpoints: Sequence[Checkpoint],
+    *,
+    match: Match,
+    integers: Integers,
+    dtype: torch.dtype | None,
+    skip: Collection[str] = (),
 ) -> tuple[list[Entry], list[str]]:
     """Return the tensors of the output in the order of the first file, and notes.
 
@@ -57,11 +62,12 @@ def planned(
         match: "same": all have the same names; "common": names that some lack are left out.
         integers: What becomes of integers and booleans.
         dtype: The dtype of floats. Defaults to the widest of the inputs.
+        skip: Names that are not planned. Defaults to none.
 
     Raises:
         MismatchError: If names or shapes differ.
     """
-    tables = _aligned(checkpoints)
+    tables = [{name: one for name, one in table.items() if name not in skip} for table in _aligned(checkpoints)]
     names = [name for name in tables[0] if all(name in table for table in tables)]
     notes = _compare_names(checkpoints, tables, names, match)
     entries: dict[object, Entry] = {}
@@ -166,14 +172,17 @@ def _entry(name: str, sources: tuple[Stored, ...], integers: Integers, dtype: to
             wide = torch.promote_types(wide, stored.dtype)
         return Entry((name,), wide, first.shape, tuple(map(as_real, sources)), combined=True)
     if first.dtype.is_floating_point:
-        return Entry((name,), dtype or _widest(sources), first.shape, sources, combined=True)
+        return Entry(
+            (name,), dtype or widest([stored.dtype for stored in sources]), first.shape, sources, combined=True
+        )
     chosen = 0 if integers == "first" else len(sources) - 1
     return Entry((name,), sources[chosen].dtype, first.shape, sources, combined=False, chosen=chosen)
 
 
-def _widest(sources: Sequence[Stored]) -> torch.dtype:
-    wide = sources[0].dtype
-    for other in (stored.dtype for stored in sources[1:]):
+def widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """Return the shortest dtype of floats that holds all of several."""
+    wide = dtypes[0]
+    for other in dtypes[1:]:
         pair = {wide, other}
         if len(pair) == 1:
             continue

@@ -36,6 +36,7 @@ class FolderOutput:
         texts: Metadata as long as those that ``finish`` gets; every file has them.
         model: The input whose other files are copied, and whose weights are named alike.
         shard_size: The largest file, in bytes.
+        edits: Changes of its tables: file, key and value; of files that it has.
     """
 
     ordered = False
@@ -47,12 +48,15 @@ class FolderOutput:
         texts: Mapping[str, str],
         model: Checkpoint,
         shard_size: int,
+        edits: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self._outputs: list[SafetensorsOutput] = []
         self._of: dict[str, tuple[SafetensorsOutput, str]] = {}
         self._indices: dict[Path, dict[str, Any]] = {}
         if model.path.is_dir():
             _copy_others(model.path, folder, {file.path.name for file in model.raw_files()})
+        for name, changes in edits.items():
+            _edit(folder / name, changes)
         abouts = {name: (dtype, shape) for name, dtype, shape in tensors}
         files = {stem: [name for name in names if name in abouts] for stem, names in model.files.items()}
         placed = {name for names in files.values() for name in names}
@@ -106,6 +110,12 @@ class FolderOutput:
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": table}
             self._indices[folder / part / f"{file}.safetensors.index.json"] = index
+
+
+def _edit(file: Path, changes: Mapping[str, Any]) -> None:
+    if file.is_file():
+        table = {**json.loads(file.read_text(encoding="utf-8")), **changes}
+        file.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
 def _shards(abouts: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], most: int) -> Iterator[list[str]]:

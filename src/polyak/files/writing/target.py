@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from polyak.errors import ConfigError, PolyakError, WriteError
 from polyak.files.writing.folder import FolderOutput
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    import torch
+
     from polyak.files.checkpoint import Checkpoint
-    from polyak.files.plan import Entry
 
 __all__ = ["TYPES", "Target", "check_spared", "is_file", "write_result"]
 
@@ -84,26 +85,29 @@ def check_spared(out: Path, checkpoints: Sequence[Checkpoint]) -> None:
 
 def write_result(
     out: Path,
-    entries: Sequence[Entry],
+    tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
+    tied: Mapping[str, str],
     model: Checkpoint,
     shard_size: int,
     fill: Callable[[Target], Mapping[str, str]],
     texts: Mapping[str, str],
+    edits: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Write a result, whole or not at all.
 
     Args:
         out: The file or folder.
-        entries: Its tensors, in the order in which they are written.
+        tensors: Name, dtype and shape of each tensor.
+        tied: Names that share the memory of another: each name, and that other one.
         model: The input that a folder takes its other files from.
         shard_size: The largest file of a folder, in bytes.
         fill: Writes all tensors and returns the final metadata.
         texts: Metadata of the same length.
+        edits: Changes of tables in a folder: file, key and value.
 
     Raises:
         WriteError: If it cannot be written, as on a full disk.
     """
-    tensors = [(name, entry.dtype, entry.shape) for entry in entries for name in entry.names]
 
     def filled(target: Target) -> None:
         try:
@@ -115,12 +119,11 @@ def write_result(
         check_codes(tensors)
         write_whole(out, lambda scratch: filled(SafetensorsOutput(scratch, tensors, texts)))
     elif is_file(out):
-        tied = {name: entry.names[0] for entry in entries for name in entry.names[1:]}
         write_whole(out, lambda scratch: filled(TorchOutput(scratch, tensors, tied, texts)))
     else:
         check_codes(tensors)
         with _new_folder(out) as scratch:
-            filled(FolderOutput(scratch, tensors, texts, model, shard_size))
+            filled(FolderOutput(scratch, tensors, texts, model, shard_size, edits))
 
 
 @contextmanager
