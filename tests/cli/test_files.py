@@ -70,3 +70,14 @@ def test_inspect_says_what_a_file_is(says, tmp_path):
     assert "made      polyak average of polyak" in out
     assert "0.7500 × step-100.pt, step 100, sha256 " in out
     assert "w       float32  [2, 2]" in out
+
+
+def test_diff_lists_the_farthest_first_and_draws(says, tmp_path):
+    torch.save({"a.weight": torch.ones(4), "b.weight": torch.ones(4), "c": torch.ones(1)}, tmp_path / "1.pt")
+    torch.save({"a.weight": torch.ones(4), "b.weight": -torch.ones(4)}, tmp_path / "2.pt")
+    status, out, err = says("diff 1.pt 2.pt --plot far.png")
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[1].split() == ["b.weight", "2", "4", "-1.000000", "2"]
+    assert "only in the first: c" in lines
+    assert (tmp_path / "far.png").stat().st_size > 1000

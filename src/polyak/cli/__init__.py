@@ -12,7 +12,7 @@ import typer
 from polyak import AveragerConfig, __version__
 from polyak.cli.bench import bench
 from polyak.cli.convert import convert
-from polyak.cli.files import average, inspect
+from polyak.cli.files import average, diff, inspect
 from polyak.cli.plan import plan
 from polyak.cli.posthoc import snapshots, sweep, synthesize
 from polyak.cli.profile import profile
@@ -45,6 +45,7 @@ def _options(
 
 app.command("average")(average)
 app.command("inspect")(inspect)
+app.command("diff")(diff)
 app.command("profile")(profile)
 app.command("convert")(convert)
 app.command("snapshots")(snapshots)

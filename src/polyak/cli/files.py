@@ -1,4 +1,4 @@
-"""``polyak average`` and ``inspect``: one checkpoint of many, and what a file is."""
+"""``polyak average``, ``inspect`` and ``diff``: one checkpoint of many, what a file is, and how far two are apart."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from polyak.cli.arguments import settings
+from polyak.cli.outputs import check_picture, picture
 from polyak.cli.reporting import errors_reported
 from polyak.cli.tables import Listing, show, size
 from polyak.errors import ConfigError
@@ -18,7 +19,7 @@ from polyak.errors.formatting import shortened
 if TYPE_CHECKING:
     from polyak.files import Averaged, Checkpoint
 
-__all__ = ["average", "inspect"]
+__all__ = ["average", "diff", "inspect"]
 
 Files = Annotated[list[Path], typer.Argument(metavar="FILE ...", help="Checkpoints: files, or folders.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The file or folder to write.")]
@@ -92,6 +93,34 @@ def inspect(
                         (name, _dtype(checkpoint, name), str([*checkpoint.shape(name)])) for name in checkpoint.names
                     ]
                     show(Listing(("tensor", "dtype", "shape"), rows, wraps=0))
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one of the same model.")],
+    key: Key = None,
+    number: Annotated[int, typer.Option("--number", "-n", help="How many tensors to list; 0: all.")] = 20,
+    plot: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf file: the distance by depth.")] = None,
+) -> None:
+    """Compare two checkpoints tensor by tensor, those that are farthest apart first."""
+    from polyak.files import diff as compared
+    from polyak.files.difference import missing
+
+    with errors_reported():
+        check_picture(plot)
+        found = compared(first, second, key=key)
+        rows = [
+            (one.name, f"{one.relative:.3g}", f"{one.distance:.3g}", f"{one.cosine:.6f}", f"{one.largest:.3g}")
+            for one in [*found.sorted()[: number or None], found.whole]
+        ]
+        show(Listing(("tensor", "relative distance", "distance", "cosine", "largest"), rows, wraps=0))
+        if number and len(found.tensors) > number:
+            typer.echo(f"the first {number} of {len(found.tensors)} tensors; --number 0 lists all")
+        for line in missing(found):
+            typer.echo(line)
+        if plot is not None:
+            picture(plot, found.plot, f"From {first.name} to {second.name}: relative distance of each tensor")
+            typer.echo(f"drawn: {plot}")
 
 
 def tell(made: Averaged) -> None:

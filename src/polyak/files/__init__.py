@@ -4,6 +4,20 @@ from __future__ import annotations
 
 from polyak.files.average import Averaged, average
 from polyak.files.checkpoint import Checkpoint, open_checkpoint as open  # noqa: A004 - as gzip.open
+from polyak.files.difference import Difference, TensorDifference, diff
+from polyak.files.line import Line, path
 from polyak.files.weights import WSM, wsm
 
-__all__ = ["WSM", "Averaged", "Checkpoint", "average", "open", "wsm"]
+__all__ = [
+    "WSM",
+    "Averaged",
+    "Checkpoint",
+    "Difference",
+    "Line",
+    "TensorDifference",
+    "average",
+    "diff",
+    "open",
+    "path",
+    "wsm",
+]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from polyak.files.plan import Entry, Integers
     from polyak.files.reading.raw import RawFile
 
-__all__ = ["Combine", "Output", "Piece", "Settings", "stream"]
+__all__ = ["Combine", "Output", "Piece", "Settings", "real_of", "stream"]
 
 _MEMORY = 12 << 20  # bytes of pieces that all threads hold
 _LARGEST, _LEAST = 1 << 20, 1 << 14  # bytes of one piece: below and above that the system calls or the cache cost more
@@ -139,7 +139,7 @@ class _Worker:
         """Read a piece of each input, combine them and write the result."""
         entry, sources = piece.entry, self._read(number, piece)
         if entry.combined:
-            made = self._room(piece.end - piece.begin, _real(entry))
+            made = self._room(piece.end - piece.begin, real_of(entry))
             if (bad := self._combine(piece, sources, made)) >= 0:
                 name, file = entry.names[0], str(self._checkpoints[bad].path)
                 message = (
@@ -193,7 +193,7 @@ class _Worker:
                 raise MismatchError(message)
 
 
-def _real(entry: Entry) -> torch.dtype:
+def real_of(entry: Entry) -> torch.dtype:
     """Return the dtype of the output's values, complex ones as pairs."""
     if entry.dtype.is_complex:
         return {4: torch.float16, 8: torch.float32}.get(entry.dtype.itemsize, torch.float64)

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Looks = Mapping[str, Mapping[str, Any]]
 
-__all__ = ["POOR", "curves", "metrics", "palette", "shares"]
+__all__ = ["COLORS", "POOR", "curves", "metrics", "new_axes", "palette", "shares"]
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart, and two of Tol's; dashes tell the rounds.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)))
 _LABEL = 26  # characters in a line of a joint label
 _SIZE = 9.0  # points
@@ -40,7 +40,7 @@ def palette(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
         >>> palette(["ema", "swa"])["swa"]
         {'color': '#D55E00', 'linestyle': '-'}
     """
-    looks = cycle([{"color": color, "linestyle": dash} for dash in _DASHES for color in _COLORS])
+    looks = cycle([{"color": color, "linestyle": dash} for dash in _DASHES for color in COLORS])
     return dict(zip(labels, looks, strict=False))
 
 
@@ -74,7 +74,7 @@ def shares(
         >>> [line.get_label() for line in ax.lines]
         ['EMA', 'SWA']
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     runs = {label: profile.runs.ending_at_zero() for label, profile in profiles.items() if len(profile)}
     # The zero after the oldest step lets a line fall where its window ends.
     edges = _ages(1 - min((int(one.edges[0]) for one in runs.values()), default=0))
@@ -114,7 +114,7 @@ def curves(
         >>> [text.get_text() for text in ax.texts]
         ['raw', 'ema']
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     from matplotlib.ticker import LogLocator, NullLocator
 
     arrays = {label: (np.asarray(x, np.float64), np.asarray(y, np.float64)) for label, (x, y) in lines.items()}
@@ -151,20 +151,20 @@ def metrics(
         >>> ax.get_xlabel()
         'half-life of the average, as part of the run'
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     from matplotlib.ticker import LogLocator, NullLocator
 
     ordered = sorted(points)
-    ax.plot([x for x, _, _ in ordered], [y for _, y, _ in ordered], color=_COLORS[0], linewidth=1, label="averages")
+    ax.plot([x for x, _, _ in ordered], [y for _, y, _ in ordered], color=COLORS[0], linewidth=1, label="averages")
     for exact in (True, False):
         here = [(x, y) for x, y, error in ordered if (error <= POOR) == exact]
         name = None if exact or not here else f"profile error above {POOR:.0%}"
-        face = _COLORS[0] if exact else "white"
+        face = COLORS[0] if exact else "white"
         ax.scatter(
-            [x for x, _ in here], [y for _, y in here], edgecolor=_COLORS[0], facecolor=face, zorder=3, label=name
+            [x for x, _ in here], [y for _, y in here], edgecolor=COLORS[0], facecolor=face, zorder=3, label=name
         )
     x, y, text = best
-    ax.scatter([x], [y], s=160, facecolor="none", edgecolor=_COLORS[1], linewidth=2, zorder=4, label=f"best: {text}")
+    ax.scatter([x], [y], s=160, facecolor="none", edgecolor=COLORS[1], linewidth=2, zorder=4, label=f"best: {text}")
     ax.set(xscale="log", xlabel="half-life of the average, as part of the run", ylabel=label)
     ax.xaxis.set(
         major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(),
@@ -183,7 +183,12 @@ def _ages(longest: int) -> NDArray[np.int64]:
     return np.unique(np.concatenate(([0], np.geomspace(1, longest, _POINTS).round().astype(np.int64))))
 
 
-def _axes(ax: Axes | None) -> Axes:
+def new_axes(ax: Axes | None) -> Axes:
+    """Return the axes, or those of a new figure.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
     with needed_for("polyak.plot", "matplotlib"):
         from matplotlib import pyplot as plt
     return plt.subplots(layout="constrained")[1] if ax is None else ax
