@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from contextlib import ExitStack
 
 import pytest
@@ -505,3 +507,46 @@ def test_a_model_that_cannot_be_made_ready_gets_its_own_weights_back_all_the_sam
     with pytest.raises(RuntimeError, match="a rank is gone"):
         evaluate()
     assert (model_bits(model), average_bits(averager), averager.is_applied) == (own, stored, False)
+
+
+LEFT_OPEN = """
+import sys, threading
+from contextlib import ExitStack
+import torch, polyak
+model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+averager = polyak.average(model, "ema", decay=0.5)
+model[0].weight.data.add_(1)
+averager.update()
+def generator():
+    with averager.applied():
+        yield
+def thread():
+    global kept
+    kept = averager.applied()
+    kept.__enter__()
+if sys.argv[1] == "context":
+    kept = averager.applied()
+    kept.__enter__()
+elif sys.argv[1] == "stack":
+    kept = ExitStack()
+    kept.enter_context(averager.applied())
+elif sys.argv[1] == "generator":
+    kept = generator()
+    next(kept)
+elif sys.argv[1] == "thread":
+    one = threading.Thread(target=thread)
+    one.start()
+    one.join()
+else:
+    sys.modules["kept"] = averager.applied()
+    sys.modules["kept"].__enter__()
+assert averager.is_applied
+"""
+
+
+@pytest.mark.parametrize("how", ["context", "stack", "generator", "thread", "module"])
+def test_left_open_until_the_interpreter_exits_it_prints_nothing(how):
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_OPEN, how], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

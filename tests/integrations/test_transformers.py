@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch import torchrun
 from recorded import Record, bits, equal, near
 from torch import nn
 from transformers import (
@@ -532,3 +533,7 @@ def test_an_optimiser_of_another_model_is_refused(tmp_path):
     average_trainer(trainer)
     with pytest.raises(polyak.MismatchError, match="none of the optimiser's 6 tensors belongs to the averager's model"):
         trainer.train()
+
+
+def test_two_ranks_average_in_sync_and_resume_exactly(tmp_path):
+    torchrun("transformers_ddp.py", tmp_path)

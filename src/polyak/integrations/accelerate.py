@@ -16,7 +16,7 @@ from polyak.integrations.settings import chosen
 from polyak.optim.attach import attach
 from polyak.optim.stepping import unwrapped
 
-require("polyak.integrations.accelerate", "accelerate", "1.3", "accelerate")
+require("polyak.integrations.accelerate", "accelerate", "1.10", "accelerate")
 
 from accelerate import Accelerator  # noqa: E402 - not before it is known to be there
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402 - as above
