@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from polyak.engine import Engine
     from polyak.engine.averager import Averager
+    from polyak.engine.nonfinite import Nonfinite
     from polyak.kernels.select import KernelName
     from polyak.tensors.entries import Model
     from polyak.tensors.matching import Match
@@ -43,7 +44,7 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
     match: Match | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
-    nonfinite: Literal["skip", "raise", "propagate"] = "skip",
+    nonfinite: Nonfinite = "hold",
     kernel: KernelName = "auto",
     capturable: bool = False,
     **settings: Any,
@@ -66,12 +67,14 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
         match: Pair tensors by "name" or by "order". Defaults to the strategy's choice, else by name.
         device: Where the average lives. Defaults to the model's device.
         dtype: How precisely it is stored. "auto": as the model, but float32 for shorter floats.
-        nonfinite: Whether an update with NaN or infinities in the weights is left out and counted ("skip"),
-            raises ("raise"), or is averaged like any other ("propagate", which saves one pass over the weights).
+        nonfinite: What an update does about NaN and infinities. "hold": an element whose new value would not be finite
+            keeps its old one, and all others move (see ``Averager.held``). "skip": an update with any in the weights is
+            left out and counted; "raise": it raises. Both read the weights once more, before. "propagate": it is
+            averaged like any other.
         kernel: What moves the tensors: "auto" (the fastest that fits), "fused" (needs Numba on CPUs),
             "foreach", or the reference "loop".
         capturable: Whether ``update()`` can be part of a CUDA graph or of a compiled step (see ``Averager.advance``);
-            needs ``nonfinite="propagate"``.
+            needs ``nonfinite="hold"`` or ``"propagate"``.
         **settings: The strategy's own settings.
 
     Raises:

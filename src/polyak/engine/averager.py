@@ -65,7 +65,26 @@ class Averager(Protocol):
 
     @property
     def skipped(self) -> int:
-        """How many updates were skipped because the weights held NaN or infinities."""
+        """How many updates moved nothing because the weights held NaN or infinities."""
+
+    @property
+    def held(self) -> Mapping[str, int]:
+        """How many elements of each tensor the last update held: ``nonfinite="hold"``, the default.
+
+        They keep their old value, since the new one would not be finite; tensors without any are left out. Where a
+        strategy makes several moves, it is the most that one of them held. Asks the device, and waits for it.
+
+        Examples:
+            >>> import polyak, torch, warnings
+            >>> model = torch.nn.Linear(3, 1)
+            >>> averager = polyak.average(model, "ema", decay=0.9)
+            >>> with torch.no_grad():
+            ...     _ = model.weight[0, 1].fill_(float("nan"))
+            >>> with warnings.catch_warnings(action="ignore"):  # the first time it warns
+            ...     averager.update()
+            >>> dict(averager.held), averager.n
+            ({'weight': 1}, 1)
+        """
 
     @property
     def is_applied(self) -> bool:
@@ -227,7 +246,27 @@ class Averager(Protocol):
         """Return the share of each update 1..n in the average."""
 
     def describe(self) -> str:
-        """Describe the policy, storage, kernel and bytes of every tensor in words."""
+        """Describe the policy, storage, kernel and bytes of every tensor in words, and what the last update held."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return what a run would log of the average; one pass over weights and averages, and nothing is kept.
+
+        Returns:
+            ``n``, ``rate``, ``skipped``; ``held``, the elements that the last update held; ``half_life`` in optimiser
+            steps; ``distance``, the length of ``weights - average`` over the averaged parameters, and ``cosine``, that
+            of their angle, both of this rank's parts where a model is sharded. NaN where there is none yet.
+
+        Examples:
+            >>> import polyak, torch
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> averager = polyak.average(model, "ema", decay=0.5)
+            >>> with torch.no_grad():
+            ...     model.weight += 1
+            >>> averager.update()
+            >>> found = averager.metrics()
+            >>> found["n"], found["rate"], round(found["distance"], 3), found["held"]
+            (1, 0.5, 0.5, 0)
+        """
 
 
 def refuse_other(call: str, value: object, other: object, second: str) -> None:

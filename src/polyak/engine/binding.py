@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 from torch import nn
 
+from polyak.engine.nonfinite import looks
 from polyak.engine.plan.plan import Plan, refuse_average
 from polyak.errors import AppliedError, ConfigError, PolyakError, UnboundError
 from polyak.kernels.select import check_available
@@ -87,11 +88,11 @@ class Binding:
         Raises:
             ConfigError: If the ranks of a sharded model would ask each other beside the training.
         """
-        plan, checks = self.plan, options.nonfinite != "propagate"
+        plan, checks = self.plan, looks(options.nonfinite)
         if checks and plan is not None and plan.offload is not None and plan.lane.agree is not None:
             message = (
                 f"with nonfinite={options.nonfinite!r} the ranks of a sharded model ask each other, which cannot "
-                f"be done where device={options.device!r} averages; set nonfinite='propagate'"
+                f"be done where device={options.device!r} averages; set nonfinite='hold', the default"
             )
             raise ConfigError(message)
         self._options = options

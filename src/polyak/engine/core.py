@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from polyak.engine.binding import Binding
 from polyak.engine.cadence import Progress
 from polyak.engine.history import History
+from polyak.engine.holds import Holds
+from polyak.engine.nonfinite import looks
 from polyak.engine.options import Options
 from polyak.engine.settings import Settings
 from polyak.engine.state import State
@@ -46,6 +48,7 @@ class Core:
     Attributes:
         pending: The update that another thread is making.
         warned: The kinds of warnings that were given.
+        holds: What the updates held.
         built: How often each tensor had been written to at construction. None once a state was loaded.
     """
 
@@ -55,6 +58,7 @@ class Core:
         self.strategy, self.options, self.binding, self.knows = strategy, options, binding, knows
         self.pending: Background | None = None
         self.warned: set[str] = set()
+        self.holds = Holds(self.warn)
         self.built: list[int] | None = None
         self._settled = state
 
@@ -99,8 +103,13 @@ class Core:
 
     @property
     def checks(self) -> bool:
-        """Whether weights that are not finite are refused."""
-        return self.options.nonfinite != "propagate"
+        """Whether updates look at the weights, and are not made where these are not finite."""
+        return looks(self.options.nonfinite)
+
+    @property
+    def holding(self) -> bool:
+        """Whether elements keep their old value where the new one would not be finite."""
+        return self.options.nonfinite == "hold"
 
     @property
     def settings(self) -> Settings:
@@ -133,7 +142,7 @@ class Core:
             return
         plan = self.binding.planned(root, state)
         with Untracked():
-            plan.moves.replace(state.generators)
+            plan.moves.replace(state.generators, self.options.nonfinite)
 
     def averages(self) -> Mapping[str, Tensor]:
         """Return the tensors that hold the average now, by name; read-only."""
@@ -144,6 +153,7 @@ class Core:
 
     def profile(self) -> Profile:
         """Return the share of each update and of the start."""
+        self.holds.settle()
         return self.state.history.profile(self.strategy, self.state.progress.averaged, self.options.start)
 
     def warn(self, kind: str, message: str) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from polyak.engine.nonfinite import Held, looks
 from polyak.errors import ConfigError
 from polyak.kernels.base import SHORT
 from polyak.kernels.cuda.fused import FusedCUDA
@@ -25,15 +26,21 @@ class _Pair(NamedTuple):
     live: Tensor
     rate: Tensor | None  # None: it is copied
     due: Tensor | None  # None: always
+    held: Tensor | None  # how many elements were; None: it holds none
 
     def move(self) -> None:
-        weight = self.live.detach().to(self.average.dtype)
+        average, weight = self.average, self.live.detach().to(self.average.dtype)
         if self.due is not None:
-            weight = torch.where(self.due, weight, self.average)
+            weight = torch.where(self.due, weight, average)
         if self.rate is None:
-            self.average.copy_(weight)
+            average.copy_(weight)
+        elif self.held is None:
+            average.lerp_(weight, self.rate[0])
         else:
-            self.average.lerp_(weight, self.rate[0])
+            moved = torch.where(average.isfinite(), torch.lerp(average, weight, self.rate[0]), weight)
+            finite = moved.isfinite()
+            self.held.copy_((~finite).sum())
+            average.copy_(torch.where(finite, moved, average))
 
 
 class Captured:
@@ -62,15 +69,39 @@ class Captured:
         self._pairs: list[_Pair] = []
         self._others: list[_Pair] = []
         self._fused: list[tuple[FusedCUDA, Tensor]] = []
+        self._holding: list[tuple[list[Tensor], Tensor, FusedCUDA | None]] = []
+        hold = options.nonfinite == "hold"
         for group in plan.moves.groups:
-            rate = None if group.policy == "copy" else self._rate(group.averages[0][0])
-            due = self._due_on(group.averages[0][0].device) if self._sometimes else None
-            pairs = [_Pair(a, w, rate, due) for a, w in zip(group.averages[0], group.weights, strict=True)]
+            averages, device = group.averages[0], group.averages[0][0].device
+            rate = None if group.policy == "copy" else self._rate(averages[0])
+            due = self._due_on(device) if self._sometimes else None
+            each = torch.zeros(len(averages), dtype=torch.int64, device=device)
+            held = each if hold and rate is not None else [None] * len(averages)
+            pairs = [_Pair(a, w, rate, due, n) for a, w, n in zip(averages, group.weights, held, strict=True)]
             self._pairs += pairs
             if isinstance(group.kernel, FusedCUDA) and rate is not None:
+                group.kernel.prepare(moved=True, hold=hold)
                 self._fused.append((group.kernel, rate))
             else:
                 self._others += pairs
+            if rate is not None:
+                self._holding.append((averages, each, group.kernel if isinstance(group.kernel, FusedCUDA) else None))
+        self._names = {id(stored.average): stored.name for stored in plan.stored}
+
+    def held(self) -> Held:
+        """Return what the last replay held."""
+        counts = [
+            count for _, each, kernel in self._holding for count in (each.sum(), *([kernel.held[0]] if kernel else []))
+        ]
+        elements = sum(average.numel() for averages, _, _ in self._holding for average in averages)
+        return Held([counts], elements, self._held_names)
+
+    def _held_names(self) -> dict[str, int]:
+        found = {}
+        for averages, each, kernel in self._holding:
+            counts = each if kernel is None else each + kernel.held_each()[0]
+            found.update({self._names[id(a)]: n for a, n in zip(averages, counts.tolist(), strict=True) if n})
+        return found
 
     def follows(self, plan: Plan) -> bool:
         """Return whether these are the tensors of a plan, in the memory that a graph would have recorded."""
@@ -162,8 +193,8 @@ def refuse_recording() -> None:
 def _refuse(plan: Plan, options: Options) -> None:
     short = [s.name for s in plan.stored if s.policy == "average" and s.average.dtype in SHORT]
     problem = (
-        f"nonfinite={options.nonfinite!r}, which asks the device and waits; set nonfinite='propagate'"
-        if options.nonfinite != "propagate"
+        f"nonfinite={options.nonfinite!r}, which asks the device and waits; leave nonfinite= out"
+        if looks(options.nonfinite)
         else f"an average in a short dtype ({short[0]}), which is rounded at random; set dtype='float32'"
         if short
         else "a strategy of several tensors, whose moves are not those of a graph; use one without slots"

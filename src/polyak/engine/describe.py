@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from polyak.errors.formatting import counted
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from polyak.engine.options import Options
     from polyak.engine.plan.plan import Plan
@@ -20,9 +22,18 @@ _STEP = 1024
 
 
 def describe(
-    strategy: Strategy, options: Options, n: int, stored: Sequence[Stored], left: Sequence[Entry], plan: Plan | None
+    strategy: Strategy,
+    options: Options,
+    n: int,
+    stored: Sequence[Stored],
+    left: Sequence[Entry],
+    plan: Plan | None,
+    held: Mapping[str, int],
 ) -> str:
-    """Return a line about the whole and one for each tensor, those that are left alone last."""
+    """Return a line about the whole, one about what the last update held, and one for each tensor.
+
+    Those that are left alone come last.
+    """
     groups = [] if plan is None else (plan.offload or plan).moves.groups
     kernels = {id(a): group.kernel.name for group in groups for lane in group.averages for a in lane}
     rows = [("tensor", "kind", "policy", "shape", "stored as", "kernel", "size")]
@@ -35,21 +46,25 @@ def describe(
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     total = sum(s.nbytes for s in stored)
     cadence = "each step" if options.every == 1 else f"one step in {options.every}"
-    slots = f", {_count(len(names), 'slot')} beside each average" if (names := strategy.slots()) else ""
+    slots = f", {counted(len(names), 'slot')} beside each average" if (names := strategy.slots()) else ""
     head = (
-        f"{strategy!r}: {_count(n, 'update')} averaged, {cadence} from step {options.start} on; "
+        f"{strategy!r}: {counted(n, 'update')} averaged, {cadence} from step {options.start} on; "
         f"origin {options.origin}, matched by {options.match}, non-finite weights: {options.nonfinite}; "
-        f"{_count(len(stored), 'tensor')}, {_size(total)}{slots}"
+        f"{counted(len(stored), 'tensor')}, {_size(total)}{slots}"
     )
-    return "\n".join([head, *lines])
+    return "\n".join([head, *_held(stored, held), *lines])
+
+
+def _held(stored: Sequence[Stored], held: Mapping[str, int]) -> list[str]:
+    """Return what the last update held, whole tensors first."""
+    sizes = {s.name: s.average.numel() for s in stored}
+    rows = sorted((held[name] < sizes[name], -held[name], name) for name in held)
+    each = [f"{name} (all {sizes[name]})" if not part else f"{name} ({-n} of {sizes[name]})" for part, n, name in rows]
+    return [f"held by the last update: {', '.join(each)}"] if each else []
 
 
 def _names(thing: Stored | Entry) -> str:
     return thing.name + (f" (= {', '.join(thing.aliases[1:])})" if len(thing.aliases) > 1 else "")
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _size(nbytes: float) -> str:

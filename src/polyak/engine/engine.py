@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from polyak.engine.describe import describe
 from polyak.engine.doubts import doubt_average, doubt_resumed
 from polyak.engine.export import averaged_state_dict, gathered, overwrite_model
 from polyak.engine.history import History, Identity
+from polyak.engine.metrics import metrics
 from polyak.engine.schema import SavedState
 from polyak.engine.settings import Settings, advice, configured, resumed
 from polyak.engine.state import State, dump, parse
@@ -160,7 +162,15 @@ class Engine(AttributeHints, Averager):
     @property
     @override
     def skipped(self) -> int:
-        return self.core.state.skipped
+        state = self.core.state
+        self.core.holds.settle()
+        return state.skipped
+
+    @property
+    @override
+    def held(self) -> Mapping[str, int]:
+        self.core.synchronize()
+        return MappingProxyType(self.core.holds.last())
 
     @property
     @override
@@ -208,7 +218,13 @@ class Engine(AttributeHints, Averager):
     @override
     def describe(self) -> str:
         left = [] if self.core.binding.model is None else self.core.binding.left_alone()
-        return describe(self.core.strategy, self.options, self.n, self.core.state.stored, left, self.core.binding.plan)
+        core = self.core
+        return describe(core.strategy, self.options, self.n, core.state.stored, left, core.binding.plan, self.held)
+
+    @override
+    def metrics(self) -> dict[str, float]:
+        with self.core.lock:
+            return metrics(self.core)
 
     def __repr__(self) -> str:
         return f"<averager {self.core.strategy!r}, n={self.n}, {len(self.core.state.stored)} tensors>"
@@ -307,6 +323,7 @@ class Engine(AttributeHints, Averager):
         refuse_within(self.updater)
         with self.lock:
             self.core.settle()
+            self.core.holds.settle()
             refuse_lost([tensor for s in self.core.state.stored for tensor in s.tensors])
             holding = self.core.binding.holding(self.core.state.stored)
             return dump(self.core.state, holding, self.strategy, self.options)
@@ -341,6 +358,7 @@ class Engine(AttributeHints, Averager):
         core.state, core.binding.plan = received.state, None
         core.settings = received.settings
         core.built = None
+        core.holds.forget()
         self.loads += 1
         self.view.forget()
         self.updater.sources.forget()
@@ -352,6 +370,7 @@ class Engine(AttributeHints, Averager):
         state = self.core.state
         state.progress = Progress(calls=state.progress.calls, step=state.progress.step)
         state.history = History()
+        self.core.holds.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         if any(s.spread for s in self.core.state.stored):

@@ -66,6 +66,7 @@ class History:
         identity: What tells it from other histories.
         lrs: The learning rate that the strategy was given; infinite if it uses none.
         counted: Whether the averager counted the steps: 1, or 0 if they were given.
+        held: How many updates kept the old value of some elements.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class History:
         identity: Identity = Identity(),  # noqa: B008 - it is immutable
         lrs: Iterable[float] = (),
         counted: Iterable[int] = (),
+        held: int = 0,
     ) -> None:
-        self.changes, self.identity = tuple(changes), identity
+        self.changes, self.identity, self.held = tuple(changes), identity, held
+        self._holding = 0
         self.rates = array("d", rates)
         self.strides = array("q", strides)
         self.last = array("q", last)
@@ -111,6 +114,11 @@ class History:
             values.append(value)
         self.last.append(n)
 
+    def hold(self, n: int) -> None:
+        """Note that update number ``n`` kept the old value of some elements; the same one twice is once."""
+        self.held += n != self._holding
+        self._holding = n
+
     @property
     def start(self) -> float:
         """The share of the start in an average of one running tensor."""
@@ -138,4 +146,5 @@ class History:
         lr = None if all(value == NO_LR for value in self.lrs[:runs]) else each(self.lrs)
         counted = each(self.counted).astype(np.bool_) if 0 in self.counted[:runs] else True
         stride = self.strides[0] if runs else 0
-        return Profile(shares.updates, steps, shares.start, stride, Updates(steps, stride, lr, counted, start))
+        updates = Updates(steps, stride, lr, counted, start)
+        return Profile(shares.updates, steps, shares.start, stride, updates, held=self.held)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, WithJsonSchema
 
+from polyak.engine.nonfinite import Nonfinite
 from polyak.errors import ConfigError
 from polyak.errors.formatting import shown
 from polyak.kernels.select import KernelName
@@ -105,8 +106,8 @@ class Options(Frozen):
     """Where the average lives; None: with the model."""
     dtype: Annotated[str, BeforeValidator(_dtype_name), _DTYPE] = "auto"
     """How precisely the average is stored; "auto": as the model, but float32 for shorter floats."""
-    nonfinite: Literal["skip", "raise", "propagate"] = "skip"
-    """What an update does with weights that hold NaN or infinities."""
+    nonfinite: Nonfinite = "hold"
+    """What an update does about NaN and infinities."""
     kernel: KernelName = "auto"
     """What moves the tensors; "auto": the fastest that fits."""
     capturable: bool = False

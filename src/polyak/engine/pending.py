@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from polyak.engine.cadence import Progress, Tick
+    from polyak.engine.nonfinite import Held
     from polyak.engine.plan.plan import Plan
     from polyak.engine.state import State
     from polyak.engine.updates import Updater
@@ -79,12 +80,18 @@ class PendingUpdate(NamedTuple):
         self.state.generators.update = self.clock.n
         return self.state.generators
 
-    def commit(self) -> None:
-        """Count the update; idempotent."""
+    def commit(self, held: Held | None = None) -> None:
+        """Count the update; idempotent.
+
+        Args:
+            held: What it held; None where it holds nothing.
+        """
         lr = self.clock.lr if self.updater.uses_lr else None
         self.state.history.record(self.clock.n, self.rate, self.now.stride, lr=lr, counted=self.now.counted)
         self.state.progress = self.after
         self.plan.settle()
+        if held is not None:
+            self.updater.core.holds.note(self.state, self.clock.n, self.now.step, held)
 
     def skip(self) -> None:
         """Count the update as skipped; idempotent."""

@@ -38,6 +38,7 @@ class _History(NamedTuple):
     identity: Identity
     lrs: list[float]
     counted: list[int]
+    held: int
 
 
 _COLUMNS = {"rates": None, "strides": torch.int64, "last": torch.int64, "lrs": None, "counted": torch.int8}
@@ -60,6 +61,7 @@ def _history(raw: Any) -> _History:  # noqa: ANN401 - a validator takes whatever
         raise ValueError(message)
     _check_columns(columns)
     changes, identity = _changes(named.pop("changes", ())), _identity(named.pop("identity", None))
+    kept = named.pop("held", 0)
     if named:
         message = f"unknown: {_names(named)}; if a newer polyak wrote it, upgrade polyak"
         raise ValueError(message)
@@ -73,7 +75,10 @@ def _history(raw: Any) -> _History:  # noqa: ANN401 - a validator takes whatever
     if any(math.isnan(lr) for lr in lrs) or not {*counted} <= {0, 1}:
         message = "a learning rate is NaN, or whether a step was counted is neither 0 nor 1"
         raise ValueError(message)
-    return _History(rates, strides, last, changes, identity, lrs, counted)
+    if type(kept) is not int or not 0 <= kept <= (last[-1] if last else 0):
+        message = f"it counts {shown(kept)} updates that kept old values; expected as many as there are, or fewer"
+        raise ValueError(message)
+    return _History(rates, strides, last, changes, identity, lrs, counted, kept)
 
 
 def _check_columns(columns: Mapping[str, Any]) -> None:

@@ -84,6 +84,7 @@ def _dumped(history: History) -> dict[str, Any]:
     identity = history.identity
     return {
         **{name: torch.tensor(getattr(history, name), dtype=dtype, device="cpu") for name, dtype in columns.items()},
+        **({"held": history.held} if history.held else {}),
         **({"changes": [*map(list, history.changes)]} if history.changes else {}),
         **({"identity": {"start": identity.start, "marks": [*map(list, identity.marks)]}} if any(identity) else {}),
     }

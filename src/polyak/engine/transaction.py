@@ -16,6 +16,7 @@ from polyak.tensors.modes import Untracked
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from polyak.engine.nonfinite import Held
     from polyak.engine.pending import PendingUpdate, Seen
     from polyak.engine.plan.offload import Offload
     from polyak.engine.plan.tensor_update import TensorUpdate
@@ -41,7 +42,7 @@ class Pass:
     def prepare(self) -> None:
         """Look at the weights; nothing moves yet."""
         (update,) = self.updates
-        self.finite = update.plan.moves.prepare(update.moves, check=update.updater.core.checks)
+        self.finite = update.plan.moves.prepare(update.moves, update.updater.core.options.nonfinite)
 
     def begun(self) -> bool:
         """Return whether anything has moved."""
@@ -55,9 +56,9 @@ class Pass:
 
     def commit(self) -> None:
         """Count the updates; idempotent."""
-        for update in self.updates:
+        for number, update in enumerate(self.updates):
             if self.finite:
-                update.commit()
+                update.commit(self._held(number) if update.updater.core.holding else None)
             else:
                 update.skip()
         self.counted = True
@@ -71,6 +72,9 @@ class Pass:
         (update,) = self.updates
         update.plan.moves.move(update.generators)
 
+    def _held(self, number: int) -> Held:
+        return self.updates[number].plan.moves.held()
+
 
 class Joint(Pass):
     """One pass over the weights for several averagers."""
@@ -81,7 +85,7 @@ class Joint(Pass):
 
     @override
     def prepare(self) -> None:
-        self.finite = self._joint.prepare(check=self.updates[0].updater.core.checks)
+        self.finite = self._joint.prepare(self.updates[0].updater.core.options.nonfinite)
 
     @override
     def begun(self) -> bool:
@@ -90,6 +94,10 @@ class Joint(Pass):
     @override
     def _move(self) -> None:
         self._joint.move([update.rate for update in self.updates], [update.generators for update in self.updates])
+
+    @override
+    def _held(self, number: int) -> Held:
+        return self._joint.held(number)
 
 
 class Background(Pass):
@@ -121,8 +129,12 @@ class Background(Pass):
     def _move(self) -> None:
         (update,) = self.updates
         if not self.begun():
+            core, moves = update.updater.core, self._offload.moves
             self._future = self._offload.start(
-                update.moves, update.generators, update.commit, check=update.updater.core.checks
+                update.moves,
+                update.generators,
+                lambda: update.commit(moves.held() if core.holding else None),
+                core.options.nonfinite,
             )
             update.updater.core.pending = self
         if not update.updater.guards:
@@ -151,6 +163,7 @@ class Background(Pass):
         update.updater.core.pending = None
         if self._future.result():
             update.updater.announce(update)
+            update.updater.core.holds.warn()
             return
         update.refuse()
         update.skip()
@@ -180,6 +193,9 @@ def carry_out(passes: Sequence[Pass], others: Sequence[Seen] = ()) -> None:
         _make(passes, others)
         for update in _skipped(passes):
             update.warn()
+        for one in passes:
+            for update in one.updates:
+                update.updater.core.holds.warn()
 
 
 def whole(act: Callable[[], None]) -> None:

@@ -102,6 +102,7 @@ class Updater:
             whole(make)
             if isinstance(update, PendingUpdate):
                 self.announce(update)
+            self.core.holds.warn()
 
     def advancing(self, step: int | None, lr: float | None) -> tuple[PendingUpdate | Seen, Callable[[], None]]:
         """Prepare an announcement; nothing is changed."""
@@ -119,8 +120,11 @@ class Updater:
             )
             raise MismatchError(message)
         captured, update = self._captured, self.prepare(None, step, lr)
+        progress = self.core.state.progress
 
         def make() -> None:
+            if self.core.holding and progress.n:  # what the replay before held stands on the device until the next
+                self.core.holds.note(self.core.state, progress.n, progress.averaged, captured.held())
             with Untracked():
                 captured.put(None if isinstance(update, Seen) else update.rate)
             update.commit()
@@ -207,3 +211,5 @@ class Updater:
         if self.core.options.capturable and self.core.binding.model is not None:
             self._outdated = self._outdated or (self._captured is not None and self._captured.recorded)
             self._captured = Captured(self.core.current(), self.core.options)
+            if self.core.holding:
+                self.core.holds.follow(self._captured.held())

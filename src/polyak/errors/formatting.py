@@ -55,6 +55,16 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def counted(n: int, what: str) -> str:
+    """Return a number of things.
+
+    Examples:
+        >>> counted(1, "update"), counted(2, "update")
+        ('1 update', '2 updates')
+    """
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
 def type_name(value: object) -> str:
     """Return the name of a value's type; an averager is an averager, whatever class makes it.
 

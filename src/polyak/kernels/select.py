@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from polyak.errors import MissingExtraError
-from polyak.kernels.base import SHORT, Checking, Generators, Kernel, KernelName, Lanes
+from polyak.kernels.base import SHORT, Checking, Generators, Holding, Kernel, KernelName, Lanes
 from polyak.kernels.compiler import CompilerError, works
 from polyak.kernels.cpu import fused as cpu
 from polyak.kernels.cuda import fused as cuda
@@ -29,6 +29,7 @@ __all__ = [
     "Checking",
     "CompilerError",
     "Generators",
+    "Holding",
     "Kernel",
     "KernelName",
     "bind",

@@ -44,9 +44,9 @@ class AdamW(torch.optim.AdamW):
 
     What it does is what ``torch.optim.AdamW(..., fused=True)`` does with the averager attached (``polyak.attach``):
     the same numbers, hooks, schedulers, closures and state dicts. One pass is made of float32 parameters on the CPU
-    with Numba for an averager built with ``nonfinite="propagate"``, whose other
-    settings look at the new weights before they move an average. Whatever does not fit makes the step slower, and no
-    other: ``describe()`` says what it was.
+    with Numba, unless the averager was built with ``nonfinite="skip"`` or ``"raise"``, which look at the new weights
+    before they move an average. Whatever does not fit makes the step slower, and no other: ``describe()`` says what it
+    was.
 
     Args:
         params: As in torch; so are all that are not told here.
@@ -74,7 +74,7 @@ class AdamW(torch.optim.AdamW):
     Examples:
         >>> import polyak, torch
         >>> model = torch.nn.Linear(2, 1)
-        >>> averager = polyak.average(model, "ema", decay=0.9, nonfinite="propagate")
+        >>> averager = polyak.average(model, "ema", decay=0.9)
         >>> optimizer = polyak.optim.AdamW(model.parameters(), lr=3e-4, averager=averager)
         >>> for _ in range(3):
         ...     model(torch.ones(1, 2)).sum().backward()

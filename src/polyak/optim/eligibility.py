@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from polyak.engine import Engine
+from polyak.engine.nonfinite import looks
 from polyak.kernels.cpu.fused import fits_copy
 from polyak.kernels.select import compiles
 from polyak.optim.fused import works
@@ -31,10 +32,10 @@ def of_averager(averager: object) -> str:
             "it was given no averager" if averager is None else f"it was given a {kind}, and one pass moves one average"
         )
     options = averager.options
-    if options.nonfinite != "propagate":
+    if looks(options.nonfinite):
         return (
             f"nonfinite={options.nonfinite!r} looks at the new weights before an average moves; an averager built "
-            'with nonfinite="propagate" moves in the same pass, and takes in a NaN'
+            'with nonfinite="hold", the default, moves in the same pass'
         )
     if options.capturable or options.kernel in {"foreach", "loop"}:
         return f"the averager has kernel={options.kernel!r}, capturable={options.capturable}"

@@ -94,6 +94,7 @@ class AdamWCPU:
         self._starts = np.array([[*map(Tensor.data_ptr, part)] for part in (params, firsts, seconds)], np.uint64)
         self._counters = np.array([*map(Tensor.data_ptr, steps)], np.uint64)
         self._cut = Cut(self._sizes)
+        self._hold, self._held = False, np.zeros(len(self._cut.sizes), np.int64)
         # In a cycle with its work it would keep old moments until garbage is collected.
         me: Any = weakref.proxy(self)
         self._slices = Slices(partial(AdamWCPU._run, me), len(self._cut.bounds))
@@ -136,13 +137,14 @@ class AdamWCPU:
         """Begin anew: nothing was written yet."""
         self._slices.reset()
 
-    def prepare(self, averages: Sequence[Tensor | None], hypers: Sequence[Hyper], rate: float) -> None:
+    def prepare(self, averages: Sequence[Tensor | None], hypers: Sequence[Hyper], rate: float, *, hold: bool) -> None:
         """Work out a step with the gradients that were found to fit; nothing is written.
 
         Args:
             averages: The average of each parameter; None where there is none, or none that ``pairs`` with it.
             hypers: What the parameter groups ask for, in the order of the parameters.
             rate: The rate of the averages.
+            hold: Whether their elements keep the old value where the new one would not be finite.
         """
         moved = [0 if average is None else average.data_ptr() for average in averages]
         param, first, second = self._starts
@@ -154,7 +156,14 @@ class AdamWCPU:
         self._made += 1
         self._counted = [*self.params, *(average for average in averages if average is not None)]
         self._work = places, self._cut.sizes, self._cut.tensors, self._rows(hypers)
-        self._rate = np.float32(rate)
+        self._rate, self._hold = np.float32(rate), hold
+        self._held.fill(0)
+
+    def held(self) -> NDArray[np.int64]:
+        """Return how many elements of each average the step held."""
+        each = np.zeros(len(self.params), np.int64)
+        np.add.at(each, self._cut.tensors, self._held)
+        return each
 
     def begun(self) -> bool:
         """Return whether any tensor was written since ``reset``; waits for what an interrupted call left running."""
@@ -170,7 +179,7 @@ class AdamWCPU:
         self._step(*self._cut.bounds[number], self._slices.done[number : number + 1])
 
     def _step(self, first: int, last: int, done: NDArray[np.bool_]) -> None:
-        self._compiled.step(*self._work, first, last, self._rate, self._like, done)
+        self._compiled.step(*self._work, first, last, self._rate, self._like, self._hold, self._held, done)
 
     def _rows(self, hypers: Sequence[Hyper]) -> NDArray[np.float32]:
         rows = np.empty((len(self._made), len(self._compiled.COLUMNS)), np.float32)

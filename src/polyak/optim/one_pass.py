@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
+from polyak.engine.nonfinite import Held
 from polyak.engine.pending import PendingUpdate, Seen
 from polyak.engine.plan.tensor_update import TensorUpdate
 from polyak.optim.fused import pairs
@@ -26,8 +29,24 @@ class _Pairing(NamedTuple):
 
     plan: Plan
     params: list[int]
+    names: list[str]
     averages: list[Tensor | None]
     rest: TensorUpdate | None
+
+    def held(self, kernel: AdamWCPU) -> Held:
+        """Return what an update held, by the step and by what moves the rest."""
+        each = kernel.held()
+        rest = None if self.rest is None else self.rest.held()
+        elements = sum(average.numel() for average in self.averages if average is not None)
+
+        def names() -> dict[str, int]:
+            own = {name: int(n) for name, n in zip(self.names, each, strict=True) if n}
+            return {**own, **({} if rest is None else rest.names())}
+
+        counts = [torch.tensor(int(each.sum()), device="cpu")]
+        if rest is None:
+            return Held([counts], elements, names)
+        return Held([[*counts, *rest.moves[0]]], elements + rest.elements, names)
 
 
 class OnePass:
@@ -64,9 +83,9 @@ class OnePass:
             if found := _ineligible(update):
                 return found
             pairing = self._paired(update.plan, kernel.params)
-            rate, averages, rest = update.rate, pairing.averages, _rest(update, pairing.rest)
+            rate, averages, rest = update.rate, pairing.averages, _rest(update, pairing, kernel)
         try:
-            kernel.prepare(averages, hypers, rate)
+            kernel.prepare(averages, hypers, rate, hold=self._averager.core.holding)
             kernel()
             rest()
         except BaseException:
@@ -76,6 +95,7 @@ class OnePass:
             raise
         if isinstance(update, PendingUpdate):
             self._averager.updater.announce(update)
+            self._averager.core.holds.warn()
         return ""
 
     def _paired(self, plan: Plan, params: Sequence[Tensor]) -> _Pairing:
@@ -98,25 +118,28 @@ def _pair(plan: Plan, numbers: list[int]) -> _Pairing:
     rest = []
     for stored, live in zip(plan.stored, plan.live, strict=True):
         if stored.policy == "average" and id(live) in stepped and pairs(stored.average, live):
-            own[id(live)] = stored.average
+            own[id(live)] = stored
         else:
             rest.append((stored, live))
     left = lane._replace(stored=[stored for stored, _ in rest], live=[live for _, live in rest])
-    return _Pairing(plan, numbers, [own.get(number) for number in numbers], TensorUpdate([left]) if rest else None)
+    names = [own[number].name if number in own else "" for number in numbers]
+    averages = [own[number].average if number in own else None for number in numbers]
+    return _Pairing(plan, numbers, names, averages, TensorUpdate([left]) if rest else None)
 
 
-def _rest(update: PendingUpdate, others: TensorUpdate | None) -> Callable[[], None]:
+def _rest(update: PendingUpdate, pairing: _Pairing, kernel: AdamWCPU) -> Callable[[], None]:
     """Return a function that makes the rest of an update and counts it; idempotent."""
     moved: list[bool] = []
+    core, others = update.updater.core, pairing.rest
 
     def commit() -> None:
         moved.append(True)
-        update.commit()
+        update.commit(pairing.held(kernel) if core.holding else None)
 
     def move() -> None:
         if others is not None and not moved:
             with Untracked():
-                others.update([update.rate], [update.generators], commit, check=False)
-        update.commit()
+                others.update([update.rate], [update.generators], commit, core.options.nonfinite)
+        commit()
 
     return move

@@ -42,6 +42,8 @@ class Profile:
         start: The share left on the weights that the average started from.
         stride: The optimiser steps that the first update stands for; 0: as many as the second.
         updates: When its updates were made, as far as it is known.
+        held: How many updates kept the old value of some elements, because the new one would not have been finite: the
+            shares of those elements are others.
 
     Source: field notes of every paper on averaging; the identity itself is elementary.
 
@@ -58,6 +60,7 @@ class Profile:
     start: float = 0.0
     stride: int = 0
     updates: Updates | None = field(default=None, repr=False)
+    held: int = 0
 
     def __post_init__(self) -> None:
         if len(self.shares) != len(self.steps):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from polyak.kernels.eager.foreach import copy_all
+from polyak.kernels.eager.operations import copy_all
 from polyak.kernels.layout import dense
 from polyak.tensors.entries import PLAIN, STRIDED
 

@@ -15,7 +15,7 @@ from polyak.engine.averaged_module.attributes import Attributes
 from polyak.engine.averaged_module.build import built, copyable, rewriting, version
 from polyak.engine.averaged_module.copies import Copier
 from polyak.engine.averaged_module.hooks import RootHooks
-from polyak.kernels.eager.foreach import copy_all
+from polyak.kernels.eager.operations import copy_all
 from polyak.tensors.entries import PLAIN, modules_of, walk
 
 if TYPE_CHECKING:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+from polyak.engine.nonfinite import Held, Nonfinite
 from polyak.engine.plan.tensor_update import TensorUpdate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from polyak.engine.plan.groups import Group, Lane
     from polyak.strategy.base import Move
@@ -32,29 +34,31 @@ class Moves:
         self._todo: Sequence[tuple[TensorUpdate, float]] = ()
         self._made, self._prepared = 0, -1
 
-    def prepare(self, moves: Sequence[Move], *, check: bool) -> bool:
+    def prepare(self, moves: Sequence[Move], nonfinite: Nonfinite) -> bool:
         """Begin an update; nothing moves yet.
 
         Args:
             moves: The moves.
-            check: Whether weights that are not finite are refused.
+            nonfinite: What is done about values that are not finite.
 
         Returns:
-            Whether the update can be made; False if the weights are not finite.
+            Whether the update can be made; False if it was looked at the weights, and they are not finite.
         """
         self._made, self._prepared = 0, -1
+        # Only the first move may look: the others read what it has let in.
+        self._rest: Nonfinite = "hold" if nonfinite == "hold" else "propagate"
         if len(moves) == 1 and moves[0][:2] == ("average", "weights"):
             self._todo, self._prepared = [(self._whole, moves[0].rate)], 0
         else:
             self._todo = [(self._update(target, source), rate) for target, source, rate in [(*_COPIED, 1.0), *moves]]
-        return self._whole.prepare(check=check)
+        return self._whole.prepare(nonfinite)
 
     def move(self, generators: OwnGenerators) -> None:
         """Make the moves one after the other, or the rest of them after an interruption."""
         while self._made < len(self._todo):
             update, rate = self._todo[self._made]
             if self._prepared < self._made:
-                update.prepare(check=False)
+                update.prepare(self._rest)
                 self._prepared = self._made
             update.move([rate], [generators])
             self._made += 1
@@ -64,7 +68,7 @@ class Moves:
         return self._made > 0 or (self._prepared == 0 and self._todo[0][0].begun())
 
     def update(
-        self, moves: Sequence[Move], generators: OwnGenerators, commit: Callable[[], None], *, check: bool
+        self, moves: Sequence[Move], generators: OwnGenerators, commit: Callable[[], None], nonfinite: Nonfinite
     ) -> bool:
         """Make a whole update, then commit: all of it, or nothing if it is interrupted before anything has moved.
 
@@ -72,12 +76,12 @@ class Moves:
             moves: The moves.
             generators: What they draw random numbers from.
             commit: Counts the update; may be called twice.
-            check: Whether weights that are not finite are refused.
+            nonfinite: What is done about values that are not finite.
 
         Returns:
             Whether it was done; False if the weights are not finite, and nothing has changed.
         """
-        if not self.prepare(moves, check=check):
+        if not self.prepare(moves, nonfinite):
             return False
         try:
             self.move(generators)
@@ -89,9 +93,15 @@ class Moves:
             raise
         return True
 
-    def replace(self, generators: OwnGenerators) -> None:
+    def held(self) -> Held:
+        """Return what the moves held since ``prepare``."""
+        made = [update.held() for update, _ in self._todo]
+        names = [one.names for one in made]
+        return Held([counts for one in made for counts in one.moves], made[-1].elements, partial(_most, names))
+
+    def replace(self, generators: OwnGenerators, nonfinite: Nonfinite) -> None:
         """Copy the weights over the average, and count nothing."""
-        self._whole.update([1.0], [generators], lambda: None, check=False)
+        self._whole.update([1.0], [generators], lambda: None, "hold" if nonfinite == "hold" else "propagate")
 
     @property
     def groups(self) -> Sequence[Group]:
@@ -112,3 +122,11 @@ class Moves:
             stored, live = [one for one, _ in chosen], [tensor for _, tensor in chosen]
             self._updates[target, source] = TensorUpdate([self._lane._replace(stored=stored, live=live)])
         return self._updates[target, source]
+
+
+def _most(names: Sequence[Callable[[], Mapping[str, int]]]) -> dict[str, int]:
+    """Return how many elements of each tensor were held, by the move that held most."""
+    most: dict[str, int] = {}
+    for name, count in (pair for one in names for pair in one().items()):
+        most[name] = max(count, most.get(name, 0))
+    return most

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polyak.engine.plan.moves import Moves
-from polyak.kernels.eager.foreach import copy_all
+from polyak.kernels.eager.operations import copy_all
 from polyak.kernels.layout import dense
 from polyak.kernels.threads import background
 from polyak.tensors.modes import Untracked
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
+    from polyak.engine.nonfinite import Nonfinite
     from polyak.engine.plan.groups import Lane
     from polyak.strategy.base import Move
     from polyak.tensors.generators import OwnGenerators
@@ -56,7 +57,7 @@ class Offload:
         self._copied: list[torch.cuda.Event] = []
 
     def start(
-        self, moves: Sequence[Move], generators: OwnGenerators, commit: Callable[[], None], *, check: bool
+        self, moves: Sequence[Move], generators: OwnGenerators, commit: Callable[[], None], nonfinite: Nonfinite
     ) -> Future[bool]:
         """Stage the weights as they are now and return the future of their averaging, as ``Moves.update`` tells it.
 
@@ -64,7 +65,7 @@ class Offload:
             moves: What this update does.
             generators: What it draws random numbers from.
             commit: Counts the update; called on the other thread.
-            check: Whether weights that are not finite are refused.
+            nonfinite: What is done about values that are not finite.
         """
         self._stage()
         copied = self._copied
@@ -73,7 +74,7 @@ class Offload:
             for event in copied:
                 event.synchronize()
             with Untracked():
-                return self.moves.update(moves, generators, commit, check=check)
+                return self.moves.update(moves, generators, commit, nonfinite)
 
         return background(move)
 

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
-from polyak.engine.plan.groups import Lane, grouped
-from polyak.kernels.select import Checking
+from polyak.engine.nonfinite import Held, Nonfinite, looks
+from polyak.engine.plan.groups import Group, Lane, grouped
+from polyak.kernels.select import Checking, Holding
 from polyak.tensors.finite import FiniteCheck
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torch import Tensor
+
     from polyak.tensors.generators import OwnGenerators
 
 __all__ = ["TensorUpdate"]
+
+
+class _Part(NamedTuple):
+    """The averages of one lane that one kernel moves, in the kernel's lane number ``place``."""
+
+    kernel: Holding
+    place: int
+    averages: Sequence[Tensor]
+    elements: int
+
+    @classmethod
+    def of(cls, group: Group, lane: int) -> _Part:
+        assert isinstance(group.kernel, Holding)  # noqa: S101 - all that average are
+        place = group.lanes.index(lane)
+        averages = group.averages[place]
+        return cls(group.kernel, place, averages, sum(average.numel() for average in averages))
 
 
 class TensorUpdate:
@@ -30,21 +50,24 @@ class TensorUpdate:
         self._checking = [group.kernel for group in averaged if isinstance(group.kernel, Checking)]
         others = [group for group in averaged if not isinstance(group.kernel, Checking)]
         self._others = FiniteCheck([weight for group in others for weight in group.weights])
+        self._holding = [
+            [_Part.of(group, lane) for group in averaged if lane in group.lanes] for lane in range(len(lanes))
+        ]
 
-    def prepare(self, *, check: bool) -> bool:
+    def prepare(self, nonfinite: Nonfinite) -> bool:
         """Begin an update; nothing moves yet.
 
         Args:
-            check: Whether weights that are not finite are refused.
+            nonfinite: What is done about values that are not finite.
 
         Returns:
-            Whether the update can be made; False if the weights are not finite.
+            Whether the update can be made; False if it was looked at the weights, and they are not finite.
         """
         epochs = [lane.watch.epoch for lane in self._lanes]
         for group in self.groups:
-            group.kernel.prepare(moved=epochs != self._epochs)
+            group.kernel.prepare(moved=epochs != self._epochs, hold=nonfinite == "hold")
         self._epochs = epochs
-        return not check or self._finite()
+        return not looks(nonfinite) or self._finite()
 
     def move(self, rates: Sequence[float], generators: Sequence[OwnGenerators]) -> None:
         """Move every average by the rate of its lane and copy the copied, or the rest of it after an interruption.
@@ -62,7 +85,11 @@ class TensorUpdate:
         return any(group.kernel.position() for group in self.groups)
 
     def update(
-        self, rates: Sequence[float], generators: Sequence[OwnGenerators], commit: Callable[[], None], *, check: bool
+        self,
+        rates: Sequence[float],
+        generators: Sequence[OwnGenerators],
+        commit: Callable[[], None],
+        nonfinite: Nonfinite,
     ) -> bool:
         """Make a whole update, then commit: all of it, or nothing if it is interrupted before anything has moved.
 
@@ -70,12 +97,12 @@ class TensorUpdate:
             rates: The coefficient of this update for each lane.
             generators: What each lane draws random numbers from.
             commit: Counts the update; may be called twice.
-            check: Whether weights that are not finite are refused.
+            nonfinite: What is done about values that are not finite.
 
         Returns:
             Whether it was done; False if the weights are not finite, and nothing has changed.
         """
-        if not self.prepare(check=check):
+        if not self.prepare(nonfinite):
             return False
         try:
             self.move(rates, generators)
@@ -86,6 +113,17 @@ class TensorUpdate:
                 commit()
             raise
         return True
+
+    def held(self, lane: int = 0) -> Held:
+        """Return what a lane held since ``prepare``."""
+        parts = self._holding[lane]
+        counts = [part.kernel.held[part.place] for part in parts]
+        return Held([counts], sum(part.elements for part in parts), partial(self._held_names, lane))
+
+    def _held_names(self, lane: int) -> dict[str, int]:
+        names = {id(stored.average): stored.name for stored in self._lanes[lane].stored}
+        each = [(part, part.kernel.held_each()[part.place].tolist()) for part in self._holding[lane]]
+        return {names[id(a)]: n for part, counts in each for a, n in zip(part.averages, counts, strict=True) if n}
 
     def _finite(self) -> bool:
         finite = all(kernel.finite() for kernel in self._checking) and self._others()

@@ -13,7 +13,7 @@ from llvmlite import ir  # type: ignore[import-untyped]  # it ships no types
 from numba import types
 from numba.extending import intrinsic
 
-from polyak.kernels.cpu.loops import add_product, jit, pointer
+from polyak.kernels.cpu.loops import add_product, finite, jit, pointer
 
 __all__ = ["COLUMNS", "get", "put", "step"]
 
@@ -85,23 +85,42 @@ def _step_piece(param: Any, grad: Any, first: Any, second: Any, row: Any, size: 
 
 
 @jit(inline="always")
-def _follow(average: Any, i: Any, new: Any, rate: Any) -> None:
-    """Move element ``i`` of an average."""
+def _follow(average: Any, i: Any, new: Any, rate: Any, hold: Any) -> Any:
+    """Move element ``i`` of an average; return whether it was held."""
     near = rate < _HALF
     old: Any = _read(average, i, _AVERAGE)
     value = add_product(rate if near else rate - _ONE, new - old, old if near else new)
-    _write(average, i, new if rate == _ONE else value, _AVERAGE)  # a sum would keep a NaN of the average
+    value = new if rate == _ONE else value  # a sum would keep a NaN of the average
+    held = hold and not finite(value)
+    _write(average, i, old if held else value, _AVERAGE)
+    return np.uint32(held)
 
 
 @jit()
 def _average_piece(
-    param: Any, grad: Any, first: Any, second: Any, average: Any, row: Any, size: Any, rate: Any
-) -> None:
+    param: Any, grad: Any, first: Any, second: Any, average: Any, row: Any, size: Any, rate: Any, hold: Any
+) -> int:
+    """Make a step of a piece and move its average; return how many elements were held."""
     whole = size - size % _VECTOR
+    held = np.uint32(0)
     for i in range(whole):
-        _follow(average, i, _moved(param, grad, first, second, i, row, _VECTORS), rate)
+        moved = _moved(param, grad, first, second, i, row, _VECTORS)
+        held = np.uint32(held + _follow(average, i, moved, rate, hold))
     for i in range(whole, size):
-        _follow(average, i, _moved(param, grad, first, second, i, row, _REST), rate)
+        moved = _moved(param, grad, first, second, i, row, _REST)
+        held = np.uint32(held + _follow(average, i, moved, rate, hold))
+    return np.int64(held) - _begin_anew(param, average, size) if held else 0
+
+
+@jit()
+def _begin_anew(param: Any, average: Any, size: Any) -> int:
+    begun = 0
+    for i in range(size):
+        new: Any = _read(param, i, _PARAM)
+        if finite(new) and not finite(_read(average, i, _AVERAGE)):
+            _write(average, i, new, _AVERAGE)
+            begun += 1
+    return begun
 
 
 @jit()
@@ -114,6 +133,8 @@ def step(
     last: int,
     rate: Any,
     like: Any,
+    hold: Any,
+    held: Any,
     done: Any,
 ) -> None:
     """Make a step of pieces ``first`` to ``last``, and move those averages that there are.
@@ -127,6 +148,8 @@ def step(
         last: The piece to stop before.
         rate: The rate of the average, a float32.
         like: An empty array of float32.
+        hold: Whether elements of an average keep their old value where the new one would not be finite.
+        held: How many of these each piece has.
         done: One flag, set at the end.
     """
     for piece in range(first, last):
@@ -139,7 +162,7 @@ def step(
             _step_piece(param, grad, mean, square, row, size)
         else:
             average = pointer(places[4, piece], like)
-            _average_piece(param, grad, mean, square, average, row, size, rate)
+            held[piece] = _average_piece(param, grad, mean, square, average, row, size, rate, hold)
     done[0] = True
 
 

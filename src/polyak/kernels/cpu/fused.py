@@ -17,7 +17,8 @@ from typing_extensions import override
 from polyak.kernels.base import SHORT, Checking, Kernel
 from polyak.kernels.compiler import compiling
 from polyak.kernels.cpu.work_list import WorkList
-from polyak.kernels.eager import foreach
+from polyak.kernels.eager.chunked import Chunked, mixed
+from polyak.kernels.eager.operations import copy_all
 from polyak.kernels.layout import dense
 from polyak.kernels.threads import Slices
 
@@ -91,22 +92,26 @@ class FusedCPU(Checking):
         self._rates = np.zeros(len(lanes), np.float64 if dtype == torch.float64 else np.float32)
         self._seeds = np.zeros(len(lanes), np.uint32)
         self._work = WorkList(lanes, weights)
+        self._held = np.zeros((len(lanes), len(self._work.sizes)), np.int64)
         self._moving = Slices(self._move, len(self._work.bounds))
         self._checking = Slices(self._check, len(self._work.bounds))
+        self._replacing: dict[int, Chunked] = {}
         self._finite = True
-        self.prepare(moved=True)
+        self.prepare(moved=True, hold=False)
         # Compiled when the averager is made, and not in the first update.
         with compiling("numba"):
             self._move_pieces(0, 0, np.zeros(1, np.bool_))
             self._check_pieces(0, 0)
 
     @override
-    def prepare(self, *, moved: bool) -> None:
+    def prepare(self, *, moved: bool, hold: bool) -> None:
         if moved:
             self._work.look()
         self._moving.reset()
         self._checking.reset()
         self._replaced = self._drawn = False
+        self._hold, self._replaced_held = hold, dict[int, Tensor]()
+        self._held.fill(0)
 
     @override
     def finite(self) -> bool:
@@ -119,28 +124,56 @@ class FusedCPU(Checking):
         if not done:
             self._rates[:] = rates
         # As the kernel sees them: a rate next to 1 may be 1 in float32.
-        replaced = [lane for lane, rate in zip(self._lanes, self._rates.tolist(), strict=True) if rate == 1.0]
+        replaced = [number for number, rate in enumerate(self._rates.tolist()) if rate == 1.0]
         if self._short and not self._drawn:
             self._seeds[:] = [0 if rate == 1 else _seed(own) for own, rate in zip(generators, self._rates, strict=True)]
             self._drawn = True
         if len(replaced) < len(self._lanes):
             self._moving.run()
         # A sum would keep a NaN of the average. Twice is once.
-        for lane in replaced:
+        for number in replaced:
             self._replaced = True
-            foreach.copy_all(lane, self._weights)
+            if self._hold:
+                self._replaced_held[number] = self._replace(number)
+            else:
+                copy_all(self._lanes[number], self._weights)
         increment_version(self._work.counted)
 
     @override
     def position(self) -> int:
         return self._moving.finished() + self._replaced
 
+    @property
+    @override
+    def held(self) -> Tensor:
+        held = torch.from_numpy(self._held.sum(1))
+        for number, each in self._replaced_held.items():
+            held[number] = each.sum()
+        return held
+
+    @override
+    def held_each(self) -> Tensor:
+        each = torch.zeros((len(self._lanes), len(self._weights)), dtype=torch.int64, device="cpu")
+        each.index_add_(1, torch.from_numpy(self._work.tensors), torch.from_numpy(self._held))
+        for number, own in self._replaced_held.items():
+            each[number] = own
+        return each
+
+    def _replace(self, lane: int) -> Tensor:
+        """Copy the weights over the averages of a lane; return how many elements of each were held."""
+        if lane not in self._replacing:
+            self._replacing[lane] = Chunked("copy", mixed, self._lanes[lane], self._weights)
+        self._replacing[lane].prepare(moved=False, hold=True)
+        self._replacing[lane]([1.0], [], 0)
+        return self._replacing[lane].held_each()[0]
+
     def _move(self, number: int) -> None:
         self._move_pieces(*self._work.bounds[number], self._moving.done[number : number + 1])
 
     def _move_pieces(self, first: int, last: int, done: NDArray[np.bool_]) -> None:
         work = self._work.targets, self._work.sources, self._work.sizes, first, last
-        self._compiled.move(*work, self._rates, self._seeds, self._average.tag, self._weight.tag, done)
+        kinds = self._average.tag, self._weight.tag
+        self._compiled.move(*work, self._rates, self._seeds, *kinds, self._hold, self._held, done)
 
     def _check(self, number: int) -> None:
         if self._finite and not self._check_pieces(*self._work.bounds[number]):
@@ -148,7 +181,7 @@ class FusedCPU(Checking):
 
     def _check_pieces(self, first: int, last: int) -> bool:
         work = self._work.sources, self._work.sizes, first, last
-        return bool(self._compiled.finite(*work, self._weight.mask))
+        return bool(self._compiled.all_finite(*work, self._weight.mask))
 
 
 class CopyCPU(Kernel):
@@ -162,12 +195,12 @@ class CopyCPU(Kernel):
         self._compiled, self._byte = loops, np.empty(0, np.uint8)
         self._work = WorkList(lanes, weights, in_bytes=True)
         self._copying = Slices(self._copy, len(self._work.bounds))
-        self.prepare(moved=True)
+        self.prepare(moved=True, hold=False)
         with compiling("numba"):
             self._copy_pieces(0, 0, np.zeros(1, np.bool_))
 
     @override
-    def prepare(self, *, moved: bool) -> None:
+    def prepare(self, *, moved: bool, hold: bool) -> None:
         if moved:
             self._work.look()
         self._copying.reset()

@@ -16,10 +16,12 @@ from numba.extending import intrinsic, overload
 from polyak.kernels.cpu.cache import jit
 from polyak.kernels.rounding import rounds_once
 
-__all__ = ["add_product", "copy", "fetch", "finite", "jit", "move", "pointer"]
+__all__ = ["add_product", "all_finite", "copy", "fetch", "finite", "jit", "move", "pointer"]
 
 _AHEAD = 4  # pieces: where they are short, memory takes longer than the work on several
 _LINES = (np.uint64(0), np.uint64(64), np.uint64(128), np.uint64(192))  # bytes: what is asked for of a piece ahead
+_EXPONENTS = {types.uint16: np.uint16(0x7F80), types.int16: np.uint16(0x7C00)}
+"""The bits of the exponent of short floats, all set in what is not finite."""
 _ROUNDS = (np.uint32(0x7FEB352D), np.uint32(0x846CA68B))  # lowbias32, a public-domain hash of 32 bits
 
 
@@ -169,6 +171,51 @@ def _move_piece(average: Any, weight: Any, rate: Any, seed: Any) -> None:
             average[i] = _narrow(value, _noise_for(seed, i, average[i]), average[i])
 
 
+def finite(value: Any) -> Any:
+    """Return whether a float of any of the types above is finite."""
+
+
+@overload(finite, strict=False)
+def _overload_finite(value: Any) -> Any:
+    if value in _EXPONENTS:
+        exponent = _EXPONENTS[value]
+        return lambda value: (np.uint16(value) & exponent) != exponent
+    return lambda value: value - value == type(value)(0)
+
+
+@jit()
+def _hold_piece(average: Any, weight: Any, rate: Any, seed: Any) -> int:
+    """Move a piece as ``_move_piece``, but for elements that would not be finite; return how many these are."""
+    wide = type(rate)
+    near = abs(rate) < wide(0.5)
+    factor = rate if near else rate - wide(1)
+    held = np.uint32(0)
+    for i in range(average.size):
+        kept = average[i]
+        old, new = wide(_wide(kept)), wide(_wide(weight[i]))
+        value: Any = add_product(factor, new - old, old if near else new)
+        moved = _narrow(value, _noise_for(seed, i, kept), kept)
+        fits = finite(moved)
+        average[i] = moved if fits else kept
+        held = np.uint32(held + np.uint32(not fits))
+    return np.int64(held) - _begin_anew(average, weight, rate, seed) if held else 0
+
+
+@jit()
+def _begin_anew(average: Any, weight: Any, rate: Any, seed: Any) -> int:
+    """Replace averages that are not finite themselves by their weights where these are; return how many these are."""
+    wide = type(rate)
+    begun = 0
+    for i in range(average.size):
+        kept = average[i]
+        if not finite(kept):
+            moved = _narrow(wide(_wide(weight[i])), _noise_for(seed, i, kept), kept)
+            if finite(moved):
+                average[i] = moved
+                begun += 1
+    return begun
+
+
 @jit()
 def _fetch_piece(starts: Any, piece: int) -> None:
     for line in _LINES:
@@ -186,6 +233,8 @@ def move(
     seed: Any,
     average: Any,
     weight: Any,
+    hold: Any,
+    held: Any,
     done: Any,
 ) -> None:
     """Move pieces ``first`` to ``last`` of each lane.
@@ -200,6 +249,8 @@ def move(
         seed: 32 random bits for each lane.
         average: An empty array of the type of the averages.
         weight: An empty array of the type of the weights.
+        hold: Whether elements whose new value would not be finite keep their old one.
+        held: How many of these each piece has, lanes × pieces; written where ``hold``.
         done: One flag, set at the end.
     """
     # Forwards: backwards, the processor does not fetch the next piece before it is needed, which costs a tenth.
@@ -212,7 +263,10 @@ def move(
             if rates[lane] == 1:  # it is copied: a sum would keep a NaN of the average
                 continue
             target = carray(pointer(averages[lane, piece], average), (sizes[piece],))
-            _move_piece(target, source, rates[lane], _noise(seed[lane], piece))
+            if hold:
+                held[lane, piece] = _hold_piece(target, source, rates[lane], _noise(seed[lane], piece))
+            else:
+                _move_piece(target, source, rates[lane], _noise(seed[lane], piece))
     done[0] = True
 
 
@@ -228,7 +282,7 @@ def copy(targets: Any, sources: Any, sizes: Any, first: int, last: int, byte: An
 
 
 @jit()
-def finite(weights: Any, sizes: Any, first: int, last: int, masks: Any) -> bool:
+def all_finite(weights: Any, sizes: Any, first: int, last: int, masks: Any) -> bool:
     """Return whether no element of some pieces has all the bits set that the one element of ``masks`` has."""
     mask = masks[0]
     unsigned = type(mask)

@@ -65,6 +65,7 @@ class WorkList:
 
     Attributes:
         counted: Averages whose counters of writes count those of all: what autograd saved is no longer what it was.
+        tensors: The number of each piece's tensor.
         sizes: The elements of each piece.
         bounds: The first piece of each slice and that after its last.
         sources: Where each piece of the weights begins.
@@ -78,7 +79,7 @@ class WorkList:
         self.counted = [*{id(t) if t._base is None else id(t._base): t for t in self._averages}.values()]  # noqa: SLF001 - torch has no public way to read it
         self.sources, self.targets = np.empty(0, np.uint64), np.empty((len(lanes), 0), np.uint64)
         self._cut = Cut([tensor.nbytes if in_bytes else tensor.numel() for tensor in weights])
-        self.sizes, self.bounds = self._cut.sizes, self._cut.bounds
+        self.tensors, self.sizes, self.bounds = self._cut.tensors, self._cut.sizes, self._cut.bounds
 
     def look(self) -> None:
         """Find the tensors anew."""

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from typing_extensions import override
 
 from polyak.errors import RateError
-from polyak.kernels.base import SHORT
+from polyak.kernels.base import SHORT, Checking
 from polyak.kernels.compiler import compiling
 from polyak.kernels.layout import dense
 
@@ -63,7 +64,7 @@ def fits(average: Tensor, weight: Tensor) -> bool:
     )
 
 
-class FusedCUDA:
+class FusedCUDA(Checking):
     """All tensors and lanes of one pair of dtypes in one launch; wide averages equal those of ``loop`` bit for bit.
 
     A call can be captured in a CUDA graph where the rates come as a tensor on the device; a replay reads what that
@@ -93,6 +94,9 @@ class FusedCUDA:
         self._table = torch.zeros((3 + len(lanes), len(weights)), dtype=torch.int64, device=self._device)
         self._rates = torch.zeros(len(lanes), dtype=torch.promote_types(average, torch.float32), device=self._device)
         self._seeds = torch.zeros(len(lanes), dtype=torch.int64, device=self._device) if average in SHORT else None
+        self._held = torch.zeros(len(lanes), dtype=torch.int64, device=self._device)
+        self._counts = torch.zeros((len(lanes), len(self._blocks)), dtype=torch.int32, device=self._device)
+        self._hold = False
         self._found, self.guard = (torch.zeros(1, dtype=torch.int32, device=self._device) for _ in range(2))
         self._moving = {"average": getattr(tl, _FLOATS[average].name), "weight": getattr(tl, _FLOATS[weight].name)}
         self._finding = {"like": getattr(tl, _FLOATS[weight].bits), "exponent": _FLOATS[weight].exponent}
@@ -102,13 +106,16 @@ class FusedCUDA:
         # Compiled and loaded before any graph is captured. As long as the table is empty, nothing moves.
         self._count = min(1, len(self._blocks))
         with compiling("triton"):
-            self._move()
+            for self._hold in (False, True):
+                self._move()
             self.look(self._found)
         self._count = len(self._blocks)
-        self.prepare(moved=True)
+        self.prepare(moved=True, hold=False)
 
-    def prepare(self, *, moved: bool) -> None:
+    @override
+    def prepare(self, *, moved: bool, hold: bool) -> None:
         """Look where the tensors are; send it to the device only where any may have moved."""
+        self._hold = hold
         # Sharing a tensor with another process moves its memory, too.
         anchored = [*map(Tensor.data_ptr, self._anchors)]
         if moved or anchored != self._anchored:
@@ -125,11 +132,13 @@ class FusedCUDA:
         """Write 1 to ``found``, an int32 on the device, where any weight is not finite; else write nothing."""
         self._launch(self._loops.find, found, **self._finding)
 
+    @override
     def finite(self) -> bool:
         """Return whether all weights are finite now; waits for the device."""
         self.look(self._found.zero_())
         return not self._found.item()
 
+    @override
     def __call__(self, rates: Sequence[float] | Tensor, generators: Sequence[Generators], done: int) -> None:
         """Move the averages.
 
@@ -156,13 +165,29 @@ class FusedCUDA:
         # What autograd saved of an average is no longer what it was.
         increment_version(self._averages)
 
+    @property
+    @override
+    def held(self) -> Tensor:
+        return self._held
+
+    @override
+    def held_each(self) -> Tensor:
+        each = torch.zeros((len(self._counts), len(self._weights)), dtype=torch.int64, device=self._device)
+        return each.index_add_(1, self._tensors, self._counts.to(torch.int64)) if self._count else each
+
+    @override
     def position(self) -> int:
         """Return whether it was launched since ``prepare``; asks the device nothing."""
         return self._finished
 
     def _move(self) -> None:
         seeds = self._rates if self._seeds is None else self._seeds  # wide averages are not rounded: never read
-        self._launch(self._loops.move, self._rates, seeds, len(self._rates), self.guard, **self._moving)
+        # By each call, so that a captured graph does it too.
+        if self._hold:
+            self._held.zero_()
+        holding = self._held, self._counts
+        work = self._rates, seeds, len(self._rates), self.guard, *holding
+        self._launch(self._loops.move, *work, hold=self._hold, **self._moving)
         self._finished += 1
 
     def _launch(

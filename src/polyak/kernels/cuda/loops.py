@@ -72,6 +72,12 @@ def _nearest(value: tl.tensor, short: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def _is_finite(value: tl.tensor) -> tl.tensor:
+    wide = value if value.dtype == tl.float64 else value.to(tl.float32)
+    return wide - wide == 0
+
+
+@triton.jit
 def _pointer(
     table: tl.tensor, place: tl.tensor, start: tl.tensor, kind: tl.constexpr, aligned: tl.constexpr
 ) -> tl.tensor:
@@ -81,7 +87,7 @@ def _pointer(
 
 
 @triton.jit
-def _move_block(
+def _move_block(  # noqa: PLR0913, PLR0917 - Triton passes each by itself
     table: tl.tensor,
     count: tl.tensor,
     tensor: tl.tensor,
@@ -90,9 +96,12 @@ def _move_block(
     rates: tl.tensor,
     seeds: tl.tensor,
     lanes: tl.tensor,
+    held: tl.tensor,
+    counts: tl.tensor,
     average: tl.constexpr,
     weight: tl.constexpr,
     block: tl.constexpr,
+    hold: tl.constexpr,
     aligned: tl.constexpr,
 ) -> None:
     place = tl.arange(0, block)
@@ -102,20 +111,30 @@ def _move_block(
         target = _pointer(table, (3 + lane) * count + tensor, start, average, aligned) + place
         rate = tl.load(rates + lane)
         # The sum is made in the type of the rate, as torch's lerp makes it: from the nearer end.
-        old, wide = tl.load(target, mask=inside).to(rate.dtype), new.to(rate.dtype)
+        kept = tl.load(target, mask=inside)
+        old, wide = kept.to(rate.dtype), new.to(rate.dtype)
         near = tl.abs(rate) < _HALF
         moved = tl.fma(tl.where(near, rate, rate - 1), wide - old, tl.where(near, old, wide))
+        if hold:
+            moved = tl.where(_is_finite(kept), moved, wide)
         # A rate of 1 copies: by a sum, a NaN in the average would stay.
         if average == rate.dtype:
-            tl.store(target, tl.where(rate == 1, wide, moved), mask=inside)
+            value = tl.where(rate == 1, wide, moved)
         else:
             noise = _noise(_noise(tl.load(seeds + lane), tl.program_id(0)), place)
-            rounded = tl.where(rate == 1, _nearest(wide, average), _rounded(moved, noise, average))
-            tl.store(target, rounded, mask=inside)
+            value = tl.where(rate == 1, _nearest(wide, average), _rounded(moved, noise, average))
+        if hold:
+            finite = _is_finite(value)
+            value = tl.where(finite, value, kept)
+            missing = tl.sum((inside & ~finite).to(tl.int32), axis=0)
+            tl.store(counts + lane * tl.num_programs(0) + tl.program_id(0), missing)
+            if missing > 0:
+                tl.atomic_add(held + lane, missing.to(tl.int64))
+        tl.store(target, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["count", "lanes"])
-def move(
+def move(  # noqa: PLR0913, PLR0917 - as above
     tensors: tl.tensor,
     blocks: tl.tensor,
     table: tl.tensor,
@@ -124,9 +143,12 @@ def move(
     seeds: tl.tensor,
     lanes: tl.tensor,
     guard: tl.tensor,
+    held: tl.tensor,
+    counts: tl.tensor,
     average: tl.constexpr,
     weight: tl.constexpr,
     block: tl.constexpr,
+    hold: tl.constexpr,
 ) -> None:
     """Move one block of a tensor in each lane: ``average += rate * (weight - average)``.
 
@@ -139,18 +161,53 @@ def move(
         seeds: 32 random bits for each lane; read for short averages.
         lanes: How many lanes there are.
         guard: An int32; where it is not zero, nothing is moved.
+        held: Where ``hold``, an int64 for each lane, to which the elements are added that keep their old value.
+        counts: Where ``hold``, an int32 for each lane and block: how many these are in it.
         average: The type of the averages.
         weight: The type of the weights.
         block: Elements in a block, a power of two.
+        hold: Whether elements whose new value would not be finite keep their old one.
     """
     tensor = tl.load(tensors + tl.program_id(0))
     start = tl.load(blocks + tl.program_id(0)).to(tl.int64) * block
     size = tl.where(tl.load(guard) == 0, tl.load(table + tensor) - start, 0)
     # A whole aligned block needs no mask, and is read 16 bytes at a time.
     if (size >= block) & (tl.load(table + count + tensor) != 0):
-        _move_block(table, count, tensor, start, block, rates, seeds, lanes, average, weight, block, aligned=True)
+        _move_block(
+            table,
+            count,
+            tensor,
+            start,
+            block,
+            rates,
+            seeds,
+            lanes,
+            held,
+            counts,
+            average,
+            weight,
+            block,
+            hold,
+            aligned=True,
+        )
     else:
-        _move_block(table, count, tensor, start, size, rates, seeds, lanes, average, weight, block, aligned=False)
+        _move_block(
+            table,
+            count,
+            tensor,
+            start,
+            size,
+            rates,
+            seeds,
+            lanes,
+            held,
+            counts,
+            average,
+            weight,
+            block,
+            hold,
+            aligned=False,
+        )
 
 
 @triton.jit

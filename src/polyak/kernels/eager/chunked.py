@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from polyak.kernels.eager.foreach import Eager, copy_all, lerp_all
+from polyak.kernels.base import Holding
+from polyak.kernels.eager import holding
+from polyak.kernels.eager.holding import memory, starts
+from polyak.kernels.eager.operations import Eager, copy_all, lerp_all
 from polyak.kernels.eager.scratch import CHUNK, scratch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from polyak.kernels.base import Generators
 
 __all__ = ["Chunked", "loop", "mixed", "stochastic"]
@@ -26,7 +26,7 @@ Move = Callable[[Pairs, float, "Generators"], None]
 """Moves averages towards their weights, ``average += rate * (weight - average)`` in place, by one write each."""
 
 
-class Chunked(Eager):
+class Chunked(Eager, Holding):
     """One lane of tensors, in chunks: small tensors several at a time, large ones in pieces.
 
     Which ones belong together depends on nothing but their shapes: random numbers are drawn alike in any process.
@@ -38,32 +38,66 @@ class Chunked(Eager):
         super().__init__()
         self.name = name
         self._move, self._averages, self._weights = move, averages, weights
+        self._held: dict[int, tuple[list[int], list[Tensor]]] = {}
         # The largest first: where there is too little memory for what it is converted to, nothing has moved yet.
-        pairs = sorted(zip(averages, weights, strict=True), key=lambda pair: -pair[0].numel())
-        self._chunks: list[list[tuple[Tensor, Tensor]]] = []
+        order = sorted(range(len(averages)), key=lambda i: -averages[i].numel())
+        self._chunks: list[list[int]] = []
         room = 0
-        for pair in pairs:
-            size = pair[0].numel()
+        for i in order:
+            size = averages[i].numel()
             if not self._chunks or size > room or not joined:
                 self._chunks.append([])
                 room = CHUNK
-            self._chunks[-1].append(pair)
+            self._chunks[-1].append(i)
             room -= size
 
     @override
+    def prepare(self, *, moved: bool, hold: bool) -> None:
+        super().prepare(moved=moved, hold=hold)
+        self._held.clear()
+
+    @override
     def __call__(self, rates: Sequence[float], generators: Sequence[Generators], done: int) -> None:
-        if rates[0] == 1.0:
+        if rates[0] == 1.0 and not self._hold:
             # lerp with weight 1 is no copy: a NaN in the average would stay. Twice is once.
             self._write(0, self._averages[0])
             copy_all(self._averages, self._weights)
             return
         number = 0
         for chunk in self._chunks:
-            for pairs in [chunk] if len(chunk) > 1 else _pieces(*chunk[0]):
+            chosen = [(self._averages[i], self._weights[i]) for i in chunk]
+            for pairs in [chosen] if len(chosen) > 1 else _pieces(*chosen[0]):
                 if number >= done:
-                    self._write(number, pairs[0][0])
-                    self._move(pairs, rates[0], generators[0])
+                    self._move_chunk(number, chunk, pairs, rates[0], generators)
                 number += 1
+
+    @property
+    @override
+    def held(self) -> Tensor:
+        return self.held_each().sum(1)
+
+    @override
+    def held_each(self) -> Tensor:
+        each = torch.zeros((1, len(self._averages)), dtype=torch.int64, device=self._averages[0].device)
+        for tensors, counts in self._held.values():
+            for i, count in zip(tensors, counts, strict=True):
+                each[0, i] += count
+        return each
+
+    def _move_chunk(
+        self, number: int, tensors: list[int], pairs: Pairs, rate: float, generators: Sequence[Generators]
+    ) -> None:
+        if not self._hold:
+            self._write(number, pairs[0][0])
+            self._move(pairs, rate, generators[0])
+            return
+        short = self._move is stochastic and rate != 1
+        made, counts = stochastic_values(pairs, rate, generators[0]) if short else holding.values(pairs, rate)
+        if counts:
+            self._held[number] = tensors, counts
+        averages = [average for average, _ in pairs]
+        self._write(number, averages[0])
+        copy_all(averages, made)
 
 
 def loop(pairs: Pairs, rate: float, generators: Generators) -> None:
@@ -78,12 +112,7 @@ def mixed(pairs: Pairs, rate: float, generators: Generators) -> None:
     """Move tensors towards weights of another dtype or on another device, converted in memory that is used again."""
     del generators
     averages = [average for average, _ in pairs]
-    memory = _memory(averages, averages[0].dtype, "weights")
-    starts = _starts(averages)
-    # Laid out as the averages, which have no holes.
-    weights = [memory.as_strided(t.shape, t.stride(), start) for t, start in zip(averages, starts, strict=False)]
-    copy_all(weights, [weight for _, weight in pairs])
-    lerp_all(averages, weights, rate)
+    lerp_all(averages, holding.converted(averages, [weight for _, weight in pairs]), rate)
 
 
 def stochastic(pairs: Pairs, rate: float, generators: Generators) -> None:
@@ -92,13 +121,44 @@ def stochastic(pairs: Pairs, rate: float, generators: Generators) -> None:
     Without it steps below the dtype's resolution are lost: a bfloat16 average at decay 0.9999 never moves.
     """
     averages = [average for average, _ in pairs]
-    exact, new = (_memory(averages, torch.float32, use) for use in ("averages", "weights"))
+    exact, _ = _exact(pairs, rate)
+    copy_all(averages, _in_order(_rounded(exact, averages[0].dtype, generators), averages))
+
+
+def stochastic_values(pairs: Pairs, rate: float, generators: Generators) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what ``stochastic`` makes of averages, and how many elements of each are held; see ``holding.values``."""
+    averages = [average for average, _ in pairs]
+    exact, new = _exact(pairs, rate)
+    certain = holding.certain(exact)
+    if not certain:
+        exact.copy_(holding.begun_anew(exact, _flat(averages), new))
+    rounded = _rounded(exact, averages[0].dtype, generators)
+    if certain and holding.certain(rounded):
+        return _in_order(rounded, averages), []
+    counts = holding.held(rounded, _flat(averages).to(rounded.dtype), averages)
+    return _in_order(rounded, averages), counts
+
+
+def _exact(pairs: Pairs, rate: float) -> tuple[Tensor, Tensor]:
+    """Return the new averages and the weights in float32, in scratch memory."""
+    averages = [average for average, _ in pairs]
+    exact, new = (memory(averages, torch.float32, use) for use in ("averages", "weights"))
     copy_all(_in_order(exact, averages), averages)
     copy_all(_in_order(new, averages), [weight for _, weight in pairs])
-    exact.lerp_(new, rate)
+    return exact.lerp_(new, rate), new
+
+
+def _rounded(exact: Tensor, dtype: torch.dtype, generators: Generators) -> Tensor:
+    """Return values that a short dtype can hold, rounded at random; those for bfloat16 in the memory they came in."""
     generator = generators(exact.device)
-    rounded = _cut_bits(exact, generator) if averages[0].dtype == torch.bfloat16 else _choose(exact, generator)
-    copy_all(averages, _in_order(rounded, averages))
+    return _cut_bits(exact, generator) if dtype == torch.bfloat16 else _choose(exact, generator)
+
+
+def _flat(averages: Sequence[Tensor]) -> Tensor:
+    """Return averages in float32, in the order of their elements."""
+    old = memory(averages, torch.float32, "old averages")
+    copy_all(_in_order(old, averages), averages)
+    return old
 
 
 def _pieces(average: Tensor, weight: Tensor) -> list[list[tuple[Tensor, Tensor]]]:
@@ -108,21 +168,12 @@ def _pieces(average: Tensor, weight: Tensor) -> list[list[tuple[Tensor, Tensor]]
     return [[pair] for pair in both]
 
 
-def _memory(like: Sequence[Tensor], dtype: torch.dtype, use: str) -> Tensor:
-    """Return memory for as many elements as some tensors have, used again: new pages take longer than the sums."""
-    return scratch(like[0].device, dtype, sum(tensor.numel() for tensor in like), use)
-
-
-def _starts(like: Sequence[Tensor]) -> Iterator[int]:
-    return accumulate((tensor.numel() for tensor in like), initial=0)
-
-
 def _in_order(memory: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Return pieces of memory of the shapes of some tensors, in the order of their elements, however these lie.
 
     So each element gets the same random number in any layout.
     """
-    return [memory[start : start + t.numel()].view(t.shape) for t, start in zip(like, _starts(like), strict=False)]
+    return [memory[start : start + t.numel()].view(t.shape) for t, start in zip(like, starts(like), strict=False)]
 
 
 def _cut_bits(exact: Tensor, generator: torch.Generator) -> Tensor:

@@ -4,50 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
 from typing_extensions import override
 
-from polyak.kernels.base import Kernel
+from polyak.kernels.base import Holding
+from polyak.kernels.eager.chunked import Chunked, mixed
 from polyak.kernels.eager.coalesce import runs_of
+from polyak.kernels.eager.operations import Eager, copy_all, lerp_all
 from polyak.kernels.eager.scratch import CHUNK, scratch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
     from polyak.kernels.base import Generators, Lanes
 
-__all__ = ["Copy", "Eager", "Foreach", "copy_all", "lerp_all"]
+__all__ = ["Copy", "Foreach"]
 
-
-try:  # torch 2.15 made these public; older versions have only the private names
-    from torch.foreach import copy_ as _foreach_copy_, lerp_ as _foreach_lerp_
-except ImportError:
-    from torch import _foreach_copy_, _foreach_lerp_  # type: ignore[no-redef]  # the same functions under older names
-
-
-class Eager(Kernel):
-    """What kernels of torch's own functions have in common: torch finds the tensors, and counts what is written.
-
-    Averages may share a counter of writes, so that it is compared with what it was just before a write.
-    """
-
-    def __init__(self) -> None:
-        self._last: tuple[int, Tensor, int] | None = None
-
-    @override
-    def prepare(self, *, moved: bool) -> None:
-        self._last = None
-
-    @override
-    def position(self) -> int:
-        if self._last is None:
-            return 0
-        number, written, version = self._last
-        return number + (_version(written) != version)
-
-    def _write(self, number: int, average: Tensor) -> None:
-        """Note that write ``number`` is about to be made, which ``average`` will show."""
-        self._last = number, average, _version(average)
+_LANE = 1 << 32  # chunks: more than any lane has
 
 
 class Copy(Eager):
@@ -65,7 +40,7 @@ class Copy(Eager):
         copy_all(self._averages, self._weights)
 
 
-class Foreach(Eager):
+class Foreach(Eager, Holding):
     """All tensors of one dtype and device, and all lanes, in one call; equals ``loop`` bit for bit."""
 
     name = "foreach"
@@ -76,9 +51,40 @@ class Foreach(Eager):
         self._runs = runs_of(lanes, weights, CHUNK)
         self._fewer = self._runs.lanes
         self._joined = _joined(self._fewer)
+        # What holds makes its values in scratch memory, chunk by chunk.
+        self._chunked = [Chunked(self.name, mixed, lane, weights) for lane in lanes]
+        self._lane = 0
+
+    @override
+    def prepare(self, *, moved: bool, hold: bool) -> None:
+        super().prepare(moved=moved, hold=hold)
+        self._lane = 0
+        for lane in self._chunked:
+            lane.prepare(moved=moved, hold=hold)
+
+    @override
+    def position(self) -> int:
+        if not self._hold:
+            return super().position()
+        return self._lane * _LANE + (self._chunked[self._lane].position() if self._lane < len(self._lanes) else 0)
+
+    @property
+    @override
+    def held(self) -> Tensor:
+        return torch.cat([lane.held for lane in self._chunked])
+
+    @override
+    def held_each(self) -> Tensor:
+        return torch.cat([lane.held_each() for lane in self._chunked])
 
     @override
     def __call__(self, rates: Sequence[float], generators: Sequence[Generators], done: int) -> None:
+        if self._hold:
+            first, chunks = divmod(done, _LANE)
+            for self._lane in range(first, len(self._lanes)):  # noqa: B020 - it is where an interruption finds it
+                self._chunked[self._lane]([rates[self._lane]], generators, chunks if self._lane == first else 0)
+            self._lane = len(self._lanes)
+            return
         replaced = [lane for lane, rate in zip(self._lanes, rates, strict=True) if rate == 1.0]
         for number, lane in enumerate(replaced):
             self._write(number, lane[0])
@@ -98,17 +104,3 @@ class Foreach(Eager):
 def _joined(lanes: Lanes) -> list[Tensor]:
     # Tensor by tensor: a weight is still in the cache when it is read for the next lane.
     return [average for of_one in zip(*lanes, strict=True) for average in of_one]
-
-
-def _version(tensor: Tensor) -> int:
-    return tensor._version  # noqa: SLF001 - torch has no public way to read it
-
-
-def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each source over its target, whatever their devices and dtypes, in one call."""
-    _foreach_copy_(list(targets), list(sources))
-
-
-def lerp_all(averages: list[Tensor], weights: list[Tensor], rate: float | list[float]) -> None:
-    """Move each average towards its weight by one rate, or each by its own, in one call."""
-    _foreach_lerp_(averages, weights, rate)
