@@ -88,7 +88,7 @@ def test_the_command_shows_a_table_and_writes_numbers_and_picture(says, tmp_path
     assert found.keys() == {"machine", "memory", "versions", "settings", "rows", "notes"}
     assert found["settings"]["models"] == "('tiny:net',)"
     rows = {one["subject"]: one for one in found["rows"]}
-    assert list(rows) == ["polyak auto", "polyak, defaults", "timm-v3", "torch", "flat lerp_", "flat add"]
+    assert list(rows) == ["polyak auto", "polyak propagate", "timm-v3", "torch", "flat lerp_", "flat add"]
     for one in rows.values():
         assert one["milliseconds"].keys() == {"low", "first", "median", "third", "high", "count"}
         assert one["milliseconds"]["median"] > 0

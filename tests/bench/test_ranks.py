@@ -67,7 +67,7 @@ def test_the_command_tells_time_and_bytes_on_each_number_of_ranks(tmp_path, monk
     assert "slowest rank, ms" in out
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     asked = [("polyak auto", "1 rank"), ("polyak auto", "2 ranks")]
-    asked += [("polyak, defaults", "1 rank"), ("polyak, defaults", "2 ranks")]
+    asked += [("polyak propagate", "1 rank"), ("polyak propagate", "2 ranks")]
     assert [(one["setting"], one["subject"]) for one in rows] == asked
     for one in rows:
         assert one["reference"] == "1 rank"

@@ -21,9 +21,8 @@ class Cell:
 
     Attributes:
         error: The largest difference, as a share of the largest value of the tensor it is in; None: not comparable.
-        speed: The library's time per update over polyak's, above 1 polyak is faster; in the column float64
-            the time of polyak with its defaults over that without the search for NaN.
-        milliseconds: polyak's time per update in this comparison, without that search.
+        speed: The library's time per update over polyak's, above 1 polyak is faster.
+        milliseconds: polyak's time per update in this comparison.
         remark: What a reader must know, in a word or two.
     """
 

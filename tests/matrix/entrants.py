@@ -18,13 +18,6 @@ if TYPE_CHECKING:
     from .subjects import Library, Setup
 
 DEFAULTS: dict[str, Any] = {}
-UNGUARDED = {"nonfinite": "propagate"}
-"""No other library looks for NaN, so beside them polyak does not either; what that costs is measured by itself."""
-
-
-def beside(setup: Setup) -> dict[str, Any]:
-    """Return the options with which polyak means the same as a library, NaN included."""
-    return {**setup.ours, **UNGUARDED}
 
 
 def learning_rate(step: int) -> float:
@@ -47,7 +40,7 @@ class Entrants:
         self._averagers: dict[str, polyak.Averager] = {}
         self._theirs: dict[str, tuple[Library, Any]] = {}
         able = [setup for setup in self.setups.values() if not isinstance(setup, str)]
-        for options in (DEFAULTS, UNGUARDED, *map(beside, able)):
+        for options in (DEFAULTS, *(setup.ours for setup in able)):
             self._enter_polyak(strategy, options)
         for library in LIBRARIES:
             setup = self.setups[library.distribution]

@@ -8,7 +8,7 @@ import torch
 
 from .architectures import build, shake, tied_names
 from .cell import AT_ODDS, EXACT, Cell, needed, settled
-from .entrants import DEFAULTS, UNGUARDED, Entrants, beside, key, learning_rate
+from .entrants import DEFAULTS, Entrants, key, learning_rate
 from .exact import Exact, furthest
 from .race import race
 from .subjects import REFERENCES
@@ -42,13 +42,12 @@ def measure(strategy: str, architecture: str, steps: int) -> list[Cell]:
         error, where = differences[reference]
         twice = error > AT_ODDS and where in tied
         remark = "tied twice" if twice else "no buffers" if entrants.unbuffered(reference) else ""
-        factor, milliseconds = race(entrants.updates[reference], entrants.updates[key(beside(setup))])
+        factor, milliseconds = race(entrants.updates[reference], entrants.updates[key(setup.ours)])
         return Cell(strategy, architecture, reference, error, factor, milliseconds, remark)
 
     # Everything is compared before anything races on.
     error, _ = furthest(exact.averages, entrants.ours(DEFAULTS))
     able = {name: setup for name, setup in entrants.setups.items() if not isinstance(setup, str)}
-    differences = {name: furthest(entrants.theirs(name), entrants.ours(beside(setup))) for name, setup in able.items()}
-    price, milliseconds = race(entrants.updates[key(DEFAULTS)], entrants.updates[key(UNGUARDED)])
-    first = Cell(strategy, architecture, EXACT, error, price, milliseconds)
+    differences = {name: furthest(entrants.theirs(name), entrants.ours(setup.ours)) for name, setup in able.items()}
+    first = Cell(strategy, architecture, EXACT, error)
     return [first, *(cell(reference, setup) for reference, setup in entrants.setups.items())]

@@ -15,7 +15,6 @@ import polyak
 
 from .architectures import build, size
 from .cell import SETTINGS, Cell, needed, settled
-from .entrants import UNGUARDED, beside
 from .subjects import LIBRARIES, REFERENCES
 
 _ROOMY = Console(width=1000)
@@ -27,10 +26,9 @@ Strategies run with {settings} where they have these settings, and with their de
   float32 itself resolves 1.2e-07; 0 is the same in every bit. Compared is what the library promises:
   parameters only where it has *no buffers*.
 - **The factor** is the library's time per update over polyak's: above 1 polyak is faster. It is the median over
-  rounds in which the two make one update each in turn, in one thread on the CPU. The libraries do not look for NaN
-  and infinities in the weights, so here polyak does not either (`nonfinite="propagate"`).
+  rounds in which the two make one update each in turn, in one thread on the CPU. polyak runs as it comes.
 - **The column float64** is polyak with its defaults against the sum of all weights in float64, each with the share
-  that the strategy states for it. Its factor is what the default search for NaN adds to polyak's own time.
+  that the strategy states for it.
 - **tied twice**: the library moves a tensor that has two names twice per update; polyak moves it once, on purpose.
 - A cell without numbers says why the library cannot do it. torch's `AveragedModel` takes a function of your own, with
   which it could do any strategy whose rate depends on the number of updates alone; it ships none for these.
@@ -142,13 +140,13 @@ def _calls(cells: Sequence[Cell]) -> str:
         for library in LIBRARIES:
             setup = library.setup(strategy)
             if not isinstance(setup, str):
-                ours = _polyak_call(strategy, beside(setup))
+                ours = _polyak_call(strategy, setup.ours)
                 lines.append(_line(f"`{name}`", library.distribution, f"`{library.said(setup)}`", f"`{ours}`"))
     return "\n".join([*lines, "", "Where timm warms up it is given the step: `update(model, step=step)`."])
 
 
 def _polyak_call(strategy: polyak.Strategy, options: dict[str, str]) -> str:
-    shown = {**strategy.model_dump(exclude_defaults=True), **{k: v for k, v in options.items() if k not in UNGUARDED}}
+    shown = {**strategy.model_dump(exclude_defaults=True), **options}
     settings = (f"{key}={value!r}" for key, value in shown.items())
     return f"polyak.average({', '.join(['model', repr(strategy.name), *settings])})"
 

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from polyak.bench.settings import Settings
 
-__all__ = ["DECAY", "DEFAULTS", "REFERENCE", "Entrant", "entrants", "libraries", "polyaks", "start"]
+__all__ = ["DECAY", "PROPAGATE", "REFERENCE", "Entrant", "entrants", "libraries", "polyaks", "start"]
 
 DECAY = 0.9
 """The cost of an update does not depend on it, and at 0.9 an average that does not move is seen at once."""
-DEFAULTS = "polyak, defaults"
-"""The row with ``nonfinite="skip"``, which reads the weights once more to look for NaN; no other library looks."""
+PROPAGATE = "polyak propagate"
+"""The row with ``nonfinite="propagate"``, which lets NaN in as other libraries do. All others are polyak as it comes."""
 REFERENCE = "timm-v3"
 
 
@@ -54,14 +54,14 @@ def entrants(settings: Settings) -> list[Entrant]:
 
 
 def polyaks(settings: Settings) -> list[Entrant]:
-    """Return polyak with each strategy and kernel, not looking for NaN, and once as it is by default."""
+    """Return polyak as it comes with each strategy and kernel, and once letting NaN in."""
     chosen = settings.chosen_strategies()
     named = [(strategy, kernel) for strategy in chosen for kernel in settings.chosen_kernels(strategy)]
     ours = [
         _polyak(f"polyak {kernel}" if strategy == "ema" else f"polyak {strategy} {kernel}", strategy, kernel=kernel)
         for strategy, kernel in named
     ]
-    return [*ours, _polyak(DEFAULTS, chosen[0], nonfinite="skip")]
+    return [*ours, _polyak(PROPAGATE, chosen[0], nonfinite="propagate")]
 
 
 def libraries(settings: Settings) -> list[Entrant]:
@@ -74,7 +74,7 @@ def libraries(settings: Settings) -> list[Entrant]:
 
 
 def start(
-    model: nn.Module, strategy: str, dtype: torch.dtype | None = None, *, kernel: str = "auto", nonfinite: str
+    model: nn.Module, strategy: str, dtype: torch.dtype | None = None, *, kernel: str = "auto", nonfinite: str = "hold"
 ) -> polyak.Averager:
     """Return polyak's average of a model."""
     fields = polyak.strategies()[strategy].model_fields
@@ -84,7 +84,7 @@ def start(
     return polyak.average(model, strategy, **options)
 
 
-def _polyak(name: str, strategy: str, *, kernel: str = "auto", nonfinite: str = "propagate") -> Entrant:
+def _polyak(name: str, strategy: str, *, kernel: str = "auto", nonfinite: str = "hold") -> Entrant:
     def make(model: nn.Module, dtype: torch.dtype | None) -> polyak.Averager:
         return start(model, strategy, dtype, kernel=kernel, nonfinite=nonfinite)
 

@@ -36,7 +36,7 @@ def plan(  # noqa: PLR0913, PLR0917 - typer makes an option of each
     dtype: Annotated[str, typer.Option(help="Dtype of the averages.")] = "float32",
     device: Annotated[str, typer.Option(help="Where they live: cuda, with the model, or cpu, on the host.")] = "cuda",
     averages: Annotated[int, typer.Option(help="How many there are, as in a bank.")] = 1,
-    unchecked: Annotated[bool, typer.Option("--unchecked", help='As with nonfinite="propagate".')] = False,  # noqa: FBT002 - a flag
+    checked: Annotated[bool, typer.Option("--checked", help='As with nonfinite="skip".')] = False,  # noqa: FBT002 - a flag
     step: Annotated[float | None, typer.Option(help="Seconds that a training step takes.")] = None,
     tokens: Annotated[
         float | None, typer.Option(parser=_count, help="Tokens in a step of all ranks, in place of --step: 4M.")
@@ -51,7 +51,7 @@ def plan(  # noqa: PLR0913, PLR0917 - typer makes an option of each
     with errors_reported():
         job = Job(params, ranks, replicas, weights, step, tokens)
         hardware = Hardware(memory * 1e9, link * 1e9, host * 1e9, node, flops * 1e12)
-        cost = budget(job, hardware, dtype=dtype, device=device, averages=averages, checked=not unchecked)
+        cost = budget(job, hardware, dtype=dtype, device=device, averages=averages, checked=checked)
     show(Listing(("each rank", "figure", "what it is"), _rows(cost, on_host=device == "cpu"), wraps=2))
     for line in _cadence(cost):
         typer.echo(line)

@@ -130,7 +130,7 @@ def resumed(state: SavedState, own: Settings, knows: Callable[[str], bool]) -> t
     """Return the settings that go on from a state, and in words which of them are not the saved ones.
 
     If the averager was built with the original settings, changes made later by ``configure()`` are restored. A setting
-    that was built otherwise keeps the averager's own value.
+    that was built otherwise keeps the averager's own value, but for ``nonfinite``: its default goes on as the state did.
 
     Args:
         state: The state.
@@ -154,6 +154,8 @@ def resumed(state: SavedState, own: Settings, knows: Callable[[str], bool]) -> t
     theirs, mine = {**state.config, **saved}, own.values()
     built, theirs_built = own.built(), _before(theirs, changes)
     alike = {key for key in mine if key in theirs and built[key] == theirs_built[key]}
+    if built["nonfinite"] == Options().nonfinite and "nonfinite" in theirs:
+        alike.add("nonfinite")
     taken = {key: theirs[key] for key in alike if theirs[key] != mine[key] and key in _changing(own)}
     try:
         settings = own.replaced(taken)

@@ -115,7 +115,7 @@ def budget(
     dtype: str = "float32",
     device: str = "cuda",
     averages: int = 1,
-    checked: bool = True,
+    checked: bool = False,
 ) -> Budget:
     """Return the cost of averaging for each rank.
 

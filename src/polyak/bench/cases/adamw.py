@@ -46,7 +46,7 @@ def adamw(subject: Subject, settings: Settings) -> list[Row]:
 
 
 def _averager(model: nn.Module) -> polyak.Averager:
-    return polyak.average(model, "ema", decay=0.999, nonfinite="propagate")
+    return polyak.average(model, "ema", decay=0.999)
 
 
 def _apart(model: nn.Module) -> Callable[[], object]:

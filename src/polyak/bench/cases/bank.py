@@ -47,7 +47,7 @@ def _one(subject: Subject, settings: Settings, kernel: str, count: int) -> list[
 
 def _wanted(kernel: str, count: int) -> dict[str, dict[str, Any]]:
     decays = (0.9 + 0.01 * number for number in range(count))
-    same = {"strategy": "ema", "kernel": kernel, "nonfinite": "propagate"}
+    same = {"strategy": "ema", "kernel": kernel}
     return {f"average {decay:g}": {**same, "decay": decay} for decay in decays}
 
 

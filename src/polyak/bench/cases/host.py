@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from polyak.bench.cases.common import absent_rows, compared_with, rows_of
-from polyak.bench.entrants import DEFAULTS, entrants
+from polyak.bench.entrants import PROPAGATE, entrants
 from polyak.bench.field import Field, shake
 from polyak.bench.host import without_kernels
 from polyak.bench.race import race
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["host"]
 
-_OFF = ("timm-v1", "timm-v2", "torch-swa", "torch-ema", "polyak loop", DEFAULTS)
+_OFF = ("timm-v1", "timm-v2", "torch-swa", "torch-ema", "polyak loop", PROPAGATE)
 """These move tensor by tensor or read the weights themselves: host and kernels cannot be told apart from outside."""
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from polyak.bench.cases.common import absent_rows, compared_with, rows_of
-from polyak.bench.entrants import DEFAULTS, entrants
+from polyak.bench.entrants import PROPAGATE, entrants
 from polyak.bench.field import Field, moved_bytes
 from polyak.bench.libraries import LIBRARIES
 from polyak.bench.limit import passes
@@ -41,7 +41,7 @@ def _one(subject: Subject, settings: Settings, setting: str) -> list[Row]:
     device = settings.place
     able = [one for one in entrants(settings) if one.name not in LIBRARIES or LIBRARIES[one.name].typed]
     short = subject._replace(model=copy.deepcopy(subject.model).to(weights))
-    field = Field(short.model, [one for one in able if one.name != DEFAULTS], stored)
+    field = Field(short.model, [one for one in able if one.name != PROPAGATE], stored)
     field.check()
     calls = {**field.updates, **passes(moved_bytes(short.model, stored), device)}
     samples = race(calls, settings.seconds / len(PAIRS), device, f"{setting}, {subject.name}")

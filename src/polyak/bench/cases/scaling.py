@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from polyak.bench.cases.common import absent_rows, compared_with, rows_of
-from polyak.bench.entrants import DEFAULTS, REFERENCE, libraries, polyaks
+from polyak.bench.entrants import PROPAGATE, REFERENCE, libraries, polyaks
 from polyak.bench.field import Field, moved_bytes
 from polyak.bench.limit import passes
 from polyak.bench.memory import available
@@ -94,7 +94,7 @@ def _affordable(values: int, settings: Settings) -> tuple[list[Entrant], str]:
 
 
 def _chosen(settings: Settings) -> list[Entrant]:
-    ours = [one for one in polyaks(settings) if one.name != DEFAULTS]
+    ours = [one for one in polyaks(settings) if one.name != PROPAGATE]
     return [*ours, *(one for one in libraries(settings) if one.name == REFERENCE)]
 
 
