@@ -177,7 +177,7 @@ def test_a_step_that_goes_back_counts_anew_and_never_backwards():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_broken_step_is_skipped_whole_counted_and_said_once(value):
     model = Conv()
-    averager = _used(model)
+    averager = _used(model, nonfinite="skip")
     before = average_bits(averager)
     model.head.bias.data[0] = value
     with pytest.warns(polyak.PolyakWarning, match=r"step 3 \(in head\.bias\)"):

@@ -161,15 +161,18 @@ def test_wrong_banks_are_refused_with_the_name_of_the_average(averages, says):
 
 
 @pytest.mark.filterwarnings("ignore:the weights hold NaN:polyak.PolyakWarning")
+@pytest.mark.filterwarnings("ignore:1 element of the average:polyak.PolyakWarning")
 def test_weights_that_are_not_finite_are_refused_by_those_that_refuse_them():
     model = mlp()
-    bank = polyak.bank(model, {"skip": "ema", "also": "ema", "all": {"name": "ema", "nonfinite": "propagate"}})
+    members = {name: {"name": "ema", "nonfinite": name} for name in ("skip", "propagate", "hold")}
+    bank = polyak.bank(model, {**members, "also": members["skip"]})
     bank.update()
     model[0].weight.data[0, 0] = torch.nan
     bank.update()
-    assert [(bank[name].n, bank[name].skipped) for name in bank] == [(1, 1), (1, 1), (2, 0)]
-    assert bank["all"].averages["0.weight"][0, 0].isnan()
+    assert [(bank[name].n, bank[name].skipped) for name in bank] == [(1, 1), (2, 0), (2, 0), (1, 1)]
+    assert bank["propagate"].averages["0.weight"][0, 0].isnan()
     assert bank["skip"].averages["0.weight"].isfinite().all()
+    assert bank["hold"].averages["0.weight"].isfinite().all()
 
 
 def test_an_average_that_raises_leaves_all_others_as_they_were():
@@ -231,7 +234,7 @@ def test_averages_of_other_cadences_find_new_data():
 
 def test_a_tensor_that_an_average_leaves_alone_cannot_stop_it():
     model = mlp()
-    bank = polyak.bank(model, {"part": {"name": "ema", "include": "0.*"}, "all": "ema"})
+    bank = polyak.bank(model, {"part": {"name": "ema", "include": "0.*"}, "all": "ema"}, nonfinite="skip")
     model[2].weight.data[0, 0] = torch.nan
     with pytest.warns(polyak.PolyakWarning, match=r"in 2\.weight"):
         bank.update()

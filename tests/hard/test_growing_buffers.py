@@ -171,7 +171,7 @@ def test_a_mask_of_infinities_that_appears_later_is_copied():
 
 def test_an_update_that_is_skipped_leaves_a_new_buffer_for_the_next_one():
     model = Cache()
-    averager = polyak.average(model, "ema", decay=0.5)
+    averager = polyak.average(model, "ema", decay=0.5, nonfinite="skip")
     with torch.no_grad():
         model.linear.weight.fill_(torch.nan)
     with pytest.warns(polyak.PolyakWarning, match="NaN"):

@@ -1,4 +1,4 @@
-"""Non-finite weights: one NaN step is left out as a whole, counted, and warned about once."""
+"""``nonfinite="skip"`` and ``"raise"``: one NaN step is left out as a whole, counted, and warned about once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def poison(model: nn.Module, value: float) -> None:
 @pytest.mark.parametrize("strategy", ["ema", "ema_v1", "ema_v2", "ema_v3", "ema_debiased", "swa"])
 def test_one_nan_step_does_not_poison_the_average_for_ever(value, strategy):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
-    averager = polyak.average(model, strategy)
+    averager = polyak.average(model, strategy, nonfinite="skip")
     averager.update()
     healthy = model[1].weight[0, 0].item()
     before = {name: tensor.clone() for name, tensor in averager.averages.items()}
@@ -61,7 +61,7 @@ def test_propagate_averages_what_it_gets():
 def test_large_finite_weights_whose_sum_overflows_are_not_skipped():
     sizes = {"large": (40_000, 1e38), "small": (9, 3e38)}
     model = nn.ParameterDict({name: nn.Parameter(torch.full((size,), value)) for name, (size, value) in sizes.items()})
-    averager = polyak.average(model, "swa")
+    averager = polyak.average(model, "swa", nonfinite="skip")
     averager.update()
     assert (averager.n, averager.skipped) == (1, 0)
 
@@ -96,7 +96,7 @@ def poisoned_start(**options):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     healthy = model[1].weight[0, 0].item()
     poison(model, torch.nan)
-    averager = polyak.average(model, **options)
+    averager = polyak.average(model, **{"nonfinite": "skip", **options})
     poison(model, healthy)
     return model, averager
 
@@ -135,7 +135,7 @@ def test_a_start_that_is_not_finite_is_replaced_in_each_average_of_a_bank_and_af
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     healthy = model[1].weight[0, 0].item()
     poison(model, torch.nan)
-    bank = polyak.bank(model, {"a": {"name": "ema", "decay": 0.5}, "b": "ema_v2", "mean": "swa"})
+    bank = polyak.bank(model, {"a": {"name": "ema", "decay": 0.5}, "b": "ema_v2", "mean": "swa"}, nonfinite="skip")
     saved = bank.state_dict()
     poison(model, healthy)
     bank.load_state_dict(saved)

@@ -92,7 +92,7 @@ SPACE = {
 def _built(model, strategy, decay, **options):
     settings = {} if strategy == "swa" else {"decay": decay}
     settings |= {"use_warmup": True} if strategy == "ema_v3" else {}
-    return polyak.average(model, strategy, dtype="float64", **settings, **options)
+    return polyak.average(model, strategy, dtype="float64", nonfinite="skip", **settings, **options)
 
 
 def _compare(averager, reference, due, every, *, counted):

@@ -57,10 +57,10 @@ def test_an_unchanged_model_is_walked_once(kind, wrap, walks):
 
 
 @pytest.mark.parametrize("kind", ZOO.values(), ids=str)
-def test_an_update_synchronises_once_to_skip_and_never_to_propagate(kind):
+def test_an_update_waits_once_to_skip_and_never_by_default(kind):
     # item() and bool() of a tensor are what makes the host wait for its device.
     model = kind.build()
-    for nonfinite, most in (("skip", 1), ("raise", 1), ("propagate", 0)):
+    for nonfinite, most in (("skip", 1), ("raise", 1), ("hold", 0), ("propagate", 0)):
         averager = polyak.average(model, nonfinite=nonfinite)
         averager.update()
         with _Operations() as operations:
@@ -77,8 +77,10 @@ def test_an_update_of_many_tensors_is_a_handful_of_operations():
     assert sum(operations.counts.values()) <= 2, operations.counts
 
 
-@pytest.mark.parametrize("kernel", ["fused", "foreach"])
-@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+@pytest.mark.parametrize(
+    ("kernel", "nonfinite"),
+    [("fused", "hold"), *((kernel, policy) for kernel in ("fused", "foreach") for policy in ("skip", "propagate"))],
+)
 def test_python_does_the_same_work_for_ten_tensors_and_for_a_thousand(kernel, nonfinite):
     counts = []
     for layers in (5, 500):

@@ -133,7 +133,7 @@ def an_update_communicates_at_most_one_byte(rank):
     shard = fsdp if dist.get_world_size() == 2 else models.hsdp
     dimensions = 1 if dist.get_world_size() == 2 else 2
     model = shard(built())
-    for nonfinite, expected in (("propagate", 0), ("skip", dimensions), ("raise", dimensions)):
+    for nonfinite, expected in (("hold", 0), ("propagate", 0), ("skip", dimensions), ("raise", dimensions)):
         averager = polyak.average(model, "ema", nonfinite=nonfinite)
         averager.update()
         with Collectives() as collectives:
@@ -146,8 +146,8 @@ def an_update_communicates_at_most_one_byte(rank):
 def all_ranks_decide_alike_about_weights_that_are_not_finite(rank):
     model = fsdp(built())
     skips, raises = (polyak.average(model, "ema", nonfinite=what) for what in ("skip", "raise"))
-    slots = polyak.average(model, Delayed())
-    bank = polyak.bank(model, {"a": "ema", "b": "swa"})
+    slots = polyak.average(model, Delayed(), nonfinite="skip")
+    bank = polyak.bank(model, {"a": "ema", "b": "swa"}, nonfinite="skip")
     before = bits(skips)
     last = dist.get_world_size() - 1
     if rank == last:
@@ -162,6 +162,27 @@ def all_ranks_decide_alike_about_weights_that_are_not_finite(rank):
         bank.update()
     assert (skips.n, skips.skipped, raises.n, slots.skipped, bank["a"].skipped) == (0, 1, 0, 1, 1)
     same(bits(skips), before)
+
+
+def a_rank_holds_its_own_elements_and_asks_no_other(rank):
+    model = fsdp(built())
+    before = bits(polyak.average(model, "ema"))
+    held = {"ema": polyak.average(model, "ema"), "slots": polyak.average(model, Delayed())}
+    last = dist.get_world_size() - 1
+    if rank == last:
+        model.up.weight._local_tensor.data[-1, 0] = torch.nan
+    for averager in held.values():
+        with Collectives() as collectives:
+            if rank == last:
+                with pytest.warns(polyak.PolyakWarning, match=r"1 of up\.weight"):
+                    averager.update()
+            else:
+                averager.update()
+        assert collectives.names == []
+        assert averager.n == 1
+        assert dict(averager.held) == ({"up.weight": 1} if rank == last else {})
+        same(bits(averager), before)  # constant weights, and those that are held
+        polyak.distributed.verify_in_sync(averager)
 
 
 def replicas_round_alike_at_random(rank):
@@ -400,6 +421,7 @@ ALL = [
     training_with_evaluations_equals_training_without,
     an_update_communicates_at_most_one_byte,
     all_ranks_decide_alike_about_weights_that_are_not_finite,
+    a_rank_holds_its_own_elements_and_asks_no_other,
     replicas_round_alike_at_random,
     a_model_sharded_after_the_averager_was_built_is_refused,
     what_cannot_be_had_of_shards_is_refused_with_the_way_out,

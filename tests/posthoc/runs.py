@@ -88,10 +88,11 @@ def quietly(*args, **settings):
         return synthesize(*args, **settings)
 
 
-def counted(folder, steps=100, *, averager="ema", every=10, values=None, **settings):
+def counted(folder, steps=100, *, averager="ema", every=10, values=None, nonfinite="hold", **settings):
     """Record a run whose single weight is the number of the step, and return its averager; values: of each step."""
     model = {"w": torch.zeros(1, dtype=torch.float64)}
-    made = polyak.bank(model, averager) if isinstance(averager, dict) else polyak.average(model, averager)
+    make = polyak.bank if isinstance(averager, dict) else polyak.average
+    made = make(model, averager, nonfinite=nonfinite)
     with Recorder(made, folder, every=every, **settings):
         for step in range(1, steps + 1):
             model["w"].fill_(step if values is None else values[step - 1])

@@ -286,7 +286,7 @@ def test_a_compiler_whose_kernels_are_wrong_is_not_used(monkeypatch):
 def test_no_update_compiles_anything(options, many_slices):
     model = torch.nn.Sequential(mlp(), torch.nn.BatchNorm1d(2), torch.nn.Linear(40, 30))
     bank = polyak.bank(model, {"a": {"name": "ema", "decay": 0.5}, "b": "swa", "c": "tail"}, **options)
-    functions = [loops.move, loops.finite, loops.copy]
+    functions = [loops.move, loops.all_finite, loops.copy]
     before = [len(function.signatures) for function in functions]
     for _ in drifting(model, 3):
         bank.update()

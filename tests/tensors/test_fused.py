@@ -71,7 +71,7 @@ def test_what_is_copied_is_copied_bit_for_bit(dtype, many_slices):
     kernel = KERNELS["compiled copy"]([averages], weights)
     before = averages[0]._version
     for value in (1, 0):
-        kernel.prepare(moved=False)
+        kernel.prepare(moved=False, hold=False)
         kernel([0.5], [_generator], 0)
         assert [*map(bits, averages)] == [*map(bits, weights)]
         assert kernel.position() > 0
@@ -163,7 +163,7 @@ def test_rounding_draws_from_its_own_generator_only_and_not_to_replace():
     drawn = own.get_state()
     fused([1.0], [lambda _: own], 0)
     assert torch.equal(own.get_state(), drawn)
-    fused.prepare(moved=False)
+    fused.prepare(moved=False, hold=False)
     fused([0.3], [lambda _: own], 0)
     assert not torch.equal(own.get_state(), drawn)
     assert torch.equal(torch.get_rng_state(), state)
@@ -241,7 +241,7 @@ def test_an_error_on_another_thread_is_raised_once(many_slices, monkeypatch):
         patch.setattr(fused._moving, "_work", fail)
         with pytest.raises(MemoryError):
             fused([0.5], [_generator], 0)
-    fused.prepare(moved=False)
+    fused.prepare(moved=False, hold=False)
     fused([0.5], [_generator], 0)
     assert fused._lanes[0][0].eq(0.5).all()
 

@@ -245,22 +245,79 @@ def nothing_moves_while_the_guard_is_not_zero(on, dtype):
     assert _same(averages, [tensor.to(dtype) for tensor in weights])
 
 
+def _held(old, weight, rate):
+    """Return what becomes of a wide average, and how many elements keep their old value."""
+    weight = weight.to(old.dtype)
+    moved = weight if rate == 1 else torch.lerp(old, weight, rate)
+    moved = torch.where(old.isfinite(), moved, weight)
+    return torch.where(moved.isfinite(), moved, old), int((~moved.isfinite()).sum())
+
+
+def _strange(tensors, seed):
+    values = [math.nan, math.inf, -math.inf, 3.3e38, -3.3e38]
+    for number, tensor in enumerate(tensors):
+        for place, value in enumerate(values):
+            if tensor.numel():
+                where = (seed + 7 * place + number) % tensor.numel()
+                tensor[np.unravel_index(where, tensor.shape)] = value
+    return tensors
+
+
+@_check(*[(average, weight) for average in WIDE for weight in WIDE + SHORT])
+def what_would_not_be_finite_is_held(on, average, weight):
+    rates = [0.0, 0.3, 0.7, 1.0]
+    lanes = [_strange(_tensors(on, average, seed), seed) for seed in range(4)]
+    weights = _strange(_tensors(on, weight, 9), 3)
+    expected = [
+        [_held(*pair, rate) for pair in zip(lane, weights, strict=True)]
+        for lane, rate in zip(lanes, rates, strict=True)
+    ]
+    kernel = cuda.FusedCUDA(lanes, weights)
+    for _ in range(2):  # counts are of the last call
+        kernel.prepare(moved=False, hold=True)
+        kernel(rates, [_generator] * 4, 0)
+        assert all(_same(lane, [value for value, _ in values]) for lane, values in zip(lanes, expected, strict=True))
+        assert kernel.held_each().tolist() == [[count for _, count in values] for values in expected]
+        assert kernel.held.tolist() == [sum(count for _, count in values) for values in expected]
+        expected = [
+            [_held(*pair, rate) for pair in zip(lane, weights, strict=True)]
+            for lane, rate in zip(lanes, rates, strict=True)
+        ]
+
+
+@_check(*[(dtype, rate) for dtype in SHORT for rate in (0.3, 1.0)])
+def short_averages_hold_and_draw_as_without_strange_weights(on, dtype, rate):
+    average, weight = torch.linspace(1, 3, 5000, device=on).to(dtype), torch.linspace(2, 4, 5000, device=on)
+    clean, held = average.clone(), average.clone()
+    cuda.FusedCUDA([[clean]], [weight])([rate], [_generator], 0)
+    weight[[0, 2047, 4999]] = torch.tensor([math.nan, math.inf, -math.inf], device=on)
+    held[5] = math.nan
+    kernel = cuda.FusedCUDA([[held]], [weight])
+    kernel.prepare(moved=False, hold=True)
+    kernel([rate], [_generator], 0)
+    assert kernel.held.tolist() == [3]
+    clean[[0, 2047, 4999]] = average[[0, 2047, 4999]]
+    assert abs(held[5] - weight[5]) < 0.02
+    clean[5] = held[5]
+    assert torch.equal(held, clean)
+
+
 @_check()
 def tensors_that_moved_are_followed(on):
     average, weight = torch.zeros(5000, device=on), torch.nn.Parameter(torch.ones(5000, device=on))
     kernel = cuda.FusedCUDA([[average]], [weight])
     weight.data = torch.full((5000,), 2.0, device=on)
-    kernel.prepare(moved=True)
+    kernel.prepare(moved=True, hold=False)
     kernel([0.5], [_generator], 0)
     assert (average == 1.0).all()
     before, average.data = average.data, average.clone()
-    kernel.prepare(moved=False)
+    kernel.prepare(moved=False, hold=False)
     kernel([0.5], [_generator], 0)
     assert (average == 1.5).all()
     assert (before == 1.0).all()
     # Back in memory that is not aligned.
     weight.data = torch.full((5001,), 3.5, device=on)[1:]
-    kernel.prepare(moved=True)
+    kernel.prepare(moved=True, hold=False)
     kernel([0.5], [_generator], 0)
     assert (average == 2.5).all()
 
@@ -283,7 +340,7 @@ def a_number_is_sent_again_after_a_tensor_took_its_place(on):
     kernel = cuda.FusedCUDA([average], weights)
     for rate in [0.25, 0.25, torch.tensor([0.5], device=on), 0.25, 0.125]:
         expected = _looped(average, weights, float(rate))
-        kernel.prepare(moved=False)
+        kernel.prepare(moved=False, hold=False)
         kernel(rate if isinstance(rate, torch.Tensor) else [rate], [_generator], 0)
         assert _same(average, expected)
 
@@ -384,16 +441,18 @@ def _widths(ptx, access):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("average", WIDE + SHORT, ids=str)
 @pytest.mark.parametrize("weight", WIDE + SHORT, ids=str)
-def test_moving_compiles_and_writes_sixteen_bytes_at_a_time(compiled, capability, average, weight):
+@pytest.mark.parametrize("hold", [False, True], ids=["propagate", "hold"])
+def test_moving_compiles_and_writes_sixteen_bytes_at_a_time(compiled, capability, average, weight, hold):
     import triton.language as tl
 
     from polyak.kernels.cuda import loops
 
     rate = "*fp64" if average == torch.float64 else "*fp32"
     pointers = {"tensors": "*i32", "blocks": "*i32", "table": "*i64", "guard": "*i32"}
+    pointers |= {"held": "*i64", "counts": "*i32"}
     pointers |= {"rates": rate, "seeds": "*i64" if average in SHORT else rate}
     kinds = {"average": tl.dtype(NAMES[average]), "weight": tl.dtype(NAMES[weight])}
-    code = compiled(capability, loops.move, pointers, **kinds, block=cuda._BLOCK)
+    code = compiled(capability, loops.move, pointers, **kinds, hold=hold, block=cuda._BLOCK)
     assert code["cubin"]
     assert max(_widths(code["ptx"], "ld")) == max(_widths(code["ptx"], "st")) == 16
     assert "fma.rn.f64" in code["ptx"] if average == torch.float64 else "fma.rn.f32" in code["ptx"]
@@ -482,7 +541,7 @@ def test_an_update_waits_for_nothing_and_launches_at_most_five_kernels(dtype):
     generator = _generator("cuda")
 
     def update(rate):
-        kernel.prepare(moved=True)
+        kernel.prepare(moved=True, hold=False)
         kernel([rate], [lambda _: generator], 0)
 
     update(0.1)

@@ -38,11 +38,11 @@ def test_runs_equal_the_loop_bit_for_bit(shapes, dtype, rate, lanes):
     rates = [rate / (lane + 1) for lane in range(lanes)]
     with torch.no_grad():
         kernel = bind("foreach", joined, weights)
-        kernel.prepare(moved=True)
+        kernel.prepare(moved=True, hold=False)
         kernel(rates, [_generator] * lanes, 0)
         for averages, own in zip(alone, rates, strict=True):
             loop = bind("loop", [averages], weights)
-            loop.prepare(moved=True)
+            loop.prepare(moved=True, hold=False)
             loop([own], [_generator], 0)
     for ours, theirs in zip(joined, alone, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -21,7 +21,7 @@ __all__ = ["DECAY", "PROPAGATE", "REFERENCE", "Entrant", "entrants", "libraries"
 DECAY = 0.9
 """The cost of an update does not depend on it, and at 0.9 an average that does not move is seen at once."""
 PROPAGATE = "polyak propagate"
-"""The row with ``nonfinite="propagate"``, which lets NaN in as other libraries do. All others are polyak as it comes."""
+"""The row with ``nonfinite="propagate"``, which lets NaN in as other libraries do; all others are as polyak comes."""
 REFERENCE = "timm-v3"
 
 

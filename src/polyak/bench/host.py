@@ -9,7 +9,7 @@ import torch
 
 from polyak.kernels import threads
 from polyak.kernels.cuda import fused as cuda
-from polyak.kernels.eager import foreach
+from polyak.kernels.eager import operations
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,8 +29,8 @@ def without_kernels() -> Iterator[None]:
     theirs = [(torch, f"_foreach_{name}") for name in _FOREACH] + [(public, name) for name in _FOREACH]
     ours = [
         (torch, "cat"),
-        (foreach, "_foreach_lerp_"),
-        (foreach, "_foreach_copy_"),
+        (operations, "_foreach_lerp_"),
+        (operations, "_foreach_copy_"),
         (threads.Slices, "run"),
         (cuda.FusedCUDA, "_launch"),
     ]

@@ -177,12 +177,14 @@ def members(group: ProcessGroup | None) -> list[int] | None:
 
 
 def _about(averager: Averager) -> dict[str, object]:
+    engine = cast("Engine", averager)
     return {
         "strategy": repr(averager.strategy),
         "updates": averager.n,
-        "last step": cast("Engine", averager).progress.averaged,
+        "last step": engine.progress.averaged,
         "rate": averager.rate,
-        "skipped": averager.skipped,
+        # What a rank held of its own part is no other rank's.
+        **({} if engine.options.nonfinite == "hold" else {"skipped": averager.skipped}),
     }
 
 

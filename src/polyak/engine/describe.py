@@ -49,7 +49,7 @@ def describe(
     slots = f", {counted(len(names), 'slot')} beside each average" if (names := strategy.slots()) else ""
     head = (
         f"{strategy!r}: {counted(n, 'update')} averaged, {cadence} from step {options.start} on; "
-        f"origin {options.origin}, matched by {options.match}, non-finite weights: {options.nonfinite}; "
+        f"origin {options.origin}, matched by {options.match}, non-finite values: {options.nonfinite}; "
         f"{counted(len(stored), 'tensor')}, {_size(total)}{slots}"
     )
     return "\n".join([head, *_held(stored, held), *lines])

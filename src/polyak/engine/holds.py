@@ -108,7 +108,7 @@ class Holds:
 
     def _count(self, read: _Read) -> None:
         self._counted = read.n
-        most = max((sum(count.item() for count in counts) for counts in read.counts), default=0)
+        most = max((sum(int(count.numpy(force=True)) for count in counts) for counts in read.counts), default=0)
         if most:
             read.state.history.hold(read.n)
             read.state.skipped += most == read.held.elements

@@ -130,7 +130,8 @@ def resumed(state: SavedState, own: Settings, knows: Callable[[str], bool]) -> t
     """Return the settings that go on from a state, and in words which of them are not the saved ones.
 
     If the averager was built with the original settings, changes made later by ``configure()`` are restored. A setting
-    that was built otherwise keeps the averager's own value, but for ``nonfinite``: its default goes on as the state did.
+    that was built otherwise keeps the averager's own value. Where ``nonfinite`` was left at its default, that of the
+    state goes on.
 
     Args:
         state: The state.

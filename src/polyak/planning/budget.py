@@ -102,7 +102,7 @@ class Budget:
         Examples:
             >>> cost = budget(Job(70e9, ranks=64, tokens=262144), device="cpu")
             >>> cost.every(0.01), cost.every(0.5)
-            (18, 1)
+            (15, 1)
         """
         share = given_positive("share", share)
         return None if self.step is None else max(1, math.ceil(self.seconds / (share * self.step)))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Size, Tensor
 
     from polyak.engine.averager import Averager
+    from polyak.engine.nonfinite import Nonfinite
     from polyak.tensors.entries import Model
 
 __all__ = [
@@ -193,9 +194,11 @@ def block_means(engines: Mapping[str, Engine], wanted: bool | None) -> Engine | 
         )
         raise ConfigError(message)
     own = fastest.options
+    # What the averages have looked at, or hold, is looked at no second time.
+    nonfinite: Nonfinite = "hold" if own.nonfinite == "hold" else "propagate" if fastest.core.checks else "skip"
     options = Options(
         every=own.every, origin="first", buffers=own.buffers, include=own.include, exclude=own.exclude,
-        match=own.match, nonfinite="propagate" if fastest.core.checks else "skip",
+        match=own.match, nonfinite=nonfinite,
     )  # fmt: skip
     return Engine(model_of(fastest), SWA(), options)
 

@@ -13,7 +13,8 @@ from llvmlite import ir  # type: ignore[import-untyped]  # it ships no types
 from numba import types
 from numba.extending import intrinsic
 
-from polyak.kernels.cpu.loops import add_product, finite, jit, pointer
+from polyak.kernels.cpu.floats import finite
+from polyak.kernels.cpu.loops import add_product, jit, pointer
 
 __all__ = ["COLUMNS", "get", "put", "step"]
 

@@ -91,8 +91,7 @@ class Chunked(Eager, Holding):
             self._write(number, pairs[0][0])
             self._move(pairs, rate, generators[0])
             return
-        short = self._move is stochastic and rate != 1
-        made, counts = stochastic_values(pairs, rate, generators[0]) if short else holding.values(pairs, rate)
+        made, counts = holding.values(pairs, rate, lambda copies: self._move(copies, rate, generators[0]))
         if counts:
             self._held[number] = tensors, counts
         averages = [average for average, _ in pairs]
@@ -121,44 +120,13 @@ def stochastic(pairs: Pairs, rate: float, generators: Generators) -> None:
     Without it steps below the dtype's resolution are lost: a bfloat16 average at decay 0.9999 never moves.
     """
     averages = [average for average, _ in pairs]
-    exact, _ = _exact(pairs, rate)
-    copy_all(averages, _in_order(_rounded(exact, averages[0].dtype, generators), averages))
-
-
-def stochastic_values(pairs: Pairs, rate: float, generators: Generators) -> tuple[list[Tensor], list[Tensor]]:
-    """Return what ``stochastic`` makes of averages, and how many elements of each are held; see ``holding.values``."""
-    averages = [average for average, _ in pairs]
-    exact, new = _exact(pairs, rate)
-    certain = holding.certain(exact)
-    if not certain:
-        exact.copy_(holding.begun_anew(exact, _flat(averages), new))
-    rounded = _rounded(exact, averages[0].dtype, generators)
-    if certain and holding.certain(rounded):
-        return _in_order(rounded, averages), []
-    counts = holding.held(rounded, _flat(averages).to(rounded.dtype), averages)
-    return _in_order(rounded, averages), counts
-
-
-def _exact(pairs: Pairs, rate: float) -> tuple[Tensor, Tensor]:
-    """Return the new averages and the weights in float32, in scratch memory."""
-    averages = [average for average, _ in pairs]
     exact, new = (memory(averages, torch.float32, use) for use in ("averages", "weights"))
     copy_all(_in_order(exact, averages), averages)
     copy_all(_in_order(new, averages), [weight for _, weight in pairs])
-    return exact.lerp_(new, rate), new
-
-
-def _rounded(exact: Tensor, dtype: torch.dtype, generators: Generators) -> Tensor:
-    """Return values that a short dtype can hold, rounded at random; those for bfloat16 in the memory they came in."""
+    exact.lerp_(new, rate)
     generator = generators(exact.device)
-    return _cut_bits(exact, generator) if dtype == torch.bfloat16 else _choose(exact, generator)
-
-
-def _flat(averages: Sequence[Tensor]) -> Tensor:
-    """Return averages in float32, in the order of their elements."""
-    old = memory(averages, torch.float32, "old averages")
-    copy_all(_in_order(old, averages), averages)
-    return old
+    rounded = _cut_bits(exact, generator) if averages[0].dtype == torch.bfloat16 else _choose(exact, generator)
+    copy_all(averages, _in_order(rounded, averages))
 
 
 def _pieces(average: Tensor, weight: Tensor) -> list[list[tuple[Tensor, Tensor]]]:

@@ -1,7 +1,7 @@
 """New values of a chunk of averages, those held that would not be finite, in plain torch.
 
-One write follows. On a CPU the sum of the new values decides whether any needs a second look; on other devices, where to
-ask would mean to wait, each value is looked at.
+One write follows. On a CPU the sum of the new values decides whether any needs a second look; on other devices, where
+to ask would mean to wait, each value is looked at.
 """
 
 from __future__ import annotations
@@ -9,63 +9,59 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from polyak.kernels.base import SHORT
-from polyak.kernels.eager.operations import copy_all, lerp_all
+from polyak.kernels.eager.operations import copy_all
 from polyak.kernels.eager.scratch import scratch
 from polyak.kernels.layout import dense
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["begun_anew", "certain", "converted", "held", "memory", "starts", "values"]
+__all__ = ["converted", "memory", "starts", "values"]
 
 
-def values(pairs: Sequence[tuple[Tensor, Tensor]], rate: float) -> tuple[list[Tensor], list[Tensor]]:
-    """Return what becomes of averages, of any dtype, and how many elements of each are held.
+def values(
+    pairs: Sequence[tuple[Tensor, Tensor]], rate: float, move: Callable[[Sequence[tuple[Tensor, Tensor]]], None]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what becomes of averages, and how many elements of each are held.
 
     Args:
         pairs: Averages of one dtype and device, and their weights.
         rate: The rate; 1 copies.
+        move: Moves copies of the averages, in place.
 
     Returns:
         The new values, in scratch memory, and a count for each average; no counts where nothing is held.
     """
     averages, weights = [average for average, _ in pairs], [weight for _, weight in pairs]
-    dtype = averages[0].dtype
-    new = memory(averages, dtype, "values")
+    new = memory(averages, averages[0].dtype, "values")
     parts = _places(new, averages)
     if rate == 1:
         copy_all(parts, weights)
     else:
         copy_all(parts, averages)
-        lerp_all(parts, converted(averages, weights), rate)
-    if certain(new):
-        return parts, []
-    old, wanted = (memory(averages, dtype, use) for use in ("averages", "weights"))
+        move([*zip(parts, weights, strict=True)])
+    return parts, ([] if _certain(new) else _hold(new, averages, weights))
+
+
+def _certain(new: Tensor) -> bool:
+    """Return whether new values are known to be finite without waiting for a device."""
+    return new.is_cpu and bool(np.isfinite(new.sum(dtype=torch.float32 if new.dtype in SHORT else None).numpy()))
+
+
+def _hold(new: Tensor, averages: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Put what the averages hold in the place of new values that are not finite; return how many there are of each."""
+    old, wanted = (memory(averages, new.dtype, use) for use in ("averages", "weights"))
     copy_all(_places(old, averages), averages)
     copy_all(_places(wanted, averages), weights)
-    new.copy_(begun_anew(new, old, wanted))
-    return parts, held(new, old, averages)
-
-
-def certain(new: Tensor) -> bool:
-    """Return whether new values are known to be finite without waiting for a device."""
-    return new.is_cpu and bool(new.sum(dtype=torch.float32 if new.dtype in SHORT else None).isfinite())
-
-
-def begun_anew(new: Tensor, old: Tensor, weights: Tensor) -> Tensor:
-    """Return new values, but weights where the old ones were not finite."""
-    return torch.where(old.isfinite(), new, weights)
-
-
-def held(new: Tensor, old: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Put the old value in the place of each new one that is not finite; return how many there are of each tensor."""
-    finite = new.isfinite()
-    new.copy_(torch.where(finite, new, old))
-    return [(~part).sum() for part in torch.split(finite, [tensor.numel() for tensor in like])]
+    begun = torch.where(old.isfinite(), new, wanted)
+    finite = begun.isfinite()
+    new.copy_(torch.where(finite, begun, old))
+    return [(~part).sum() for part in torch.split(finite, [tensor.numel() for tensor in averages])]
 
 
 def memory(like: Sequence[Tensor], dtype: torch.dtype, use: str) -> Tensor:
