@@ -105,8 +105,8 @@ class Moves:
 
     @property
     def groups(self) -> Sequence[Group]:
-        """The groups of tensors that the move of the average towards the weights consists of."""
-        return self._whole.groups
+        """The groups of tensors that the move of the average towards the weights consists of, then those of others."""
+        return [group for update in (self._whole, *self._updates.values()) for group in update.groups]
 
     def _update(self, target: str, source: str) -> TensorUpdate:
         if (target, source) not in self._updates:

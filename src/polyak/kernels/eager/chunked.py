@@ -87,14 +87,16 @@ class Chunked(Eager, Holding):
     def _move_chunk(
         self, number: int, tensors: list[int], pairs: Pairs, rate: float, generators: Sequence[Generators]
     ) -> None:
-        if not self._hold:
-            self._write(number, pairs[0][0])
-            self._move(pairs, rate, generators[0])
+        averages = [average for average, _ in pairs]
+        if not self._hold or holding.needless(pairs):
+            self._write(number, averages[0])
+            if rate == 1.0:
+                copy_all(averages, [weight for _, weight in pairs])
+            else:
+                self._move(pairs, rate, generators[0])
             return
         made, counts = holding.values(pairs, rate, lambda copies: self._move(copies, rate, generators[0]))
-        if counts:
-            self._held[number] = tensors, counts
-        averages = [average for average, _ in pairs]
+        self._held[number] = tensors, counts
         self._write(number, averages[0])
         copy_all(averages, made)
 

@@ -1,7 +1,7 @@
-"""New values of a chunk of averages, those held that would not be finite, in plain torch.
+"""What plain torch does for elements that keep their old value because the new one would not be finite.
 
-One write follows. On a CPU the sum of the new values decides whether any needs a second look; on other devices, where
-to ask would mean to wait, each value is looked at.
+On a CPU a look at the lengths of weights and averages mostly shows that there are none, and nothing more is done. Where
+there may be some, and on devices of which to ask would mean to wait, new values are made beside the averages.
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from polyak.kernels.base import SHORT
-from polyak.kernels.eager.operations import copy_all
+from polyak.kernels.eager.operations import copy_all, longest
 from polyak.kernels.eager.scratch import scratch
 from polyak.kernels.layout import dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["converted", "memory", "starts", "values"]
+__all__ = ["converted", "memory", "needless", "starts", "values"]
+
+_KNOWN = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128})
+"""Dtypes of which torch takes lengths."""
 
 
 def values(
@@ -35,7 +36,7 @@ def values(
         move: Moves copies of the averages, in place.
 
     Returns:
-        The new values, in scratch memory, and a count for each average; no counts where nothing is held.
+        The new values, in scratch memory, and a count for each average.
     """
     averages, weights = [average for average, _ in pairs], [weight for _, weight in pairs]
     new = memory(averages, averages[0].dtype, "values")
@@ -45,12 +46,20 @@ def values(
     else:
         copy_all(parts, averages)
         move([*zip(parts, weights, strict=True)])
-    return parts, ([] if _certain(new) else _hold(new, averages, weights))
+    return parts, _hold(new, averages, weights)
 
 
-def _certain(new: Tensor) -> bool:
-    """Return whether new values are known to be finite without waiting for a device."""
-    return new.is_cpu and bool(np.isfinite(new.sum(dtype=torch.float32 if new.dtype in SHORT else None).numpy()))
+def needless(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Return whether all new values are known to be finite, whatever the rate, without waiting for a device.
+
+    No element is larger than the length of its tensor, and between numbers below a quarter of the largest one all
+    arithmetic is finite.
+    """
+    average, weight = pairs[0]
+    if not (average.is_cpu and weight.is_cpu) or weight.dtype not in _KNOWN:
+        return False
+    most = torch.finfo(average.dtype).max / 4
+    return all(bool(longest(each).numpy() <= most) for each in zip(*pairs, strict=True))
 
 
 def _hold(new: Tensor, averages: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:

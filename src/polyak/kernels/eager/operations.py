@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -12,12 +13,16 @@ from polyak.kernels.base import Kernel
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Eager", "copy_all", "lerp_all"]
+__all__ = ["Eager", "copy_all", "lerp_all", "longest"]
 
 try:  # torch 2.15 made these public; older versions have only the private names
-    from torch.foreach import copy_ as _foreach_copy_, lerp_ as _foreach_lerp_
+    from torch.foreach import copy_ as _foreach_copy_, lerp_ as _foreach_lerp_, norm as _foreach_norm
 except ImportError:
-    from torch import _foreach_copy_, _foreach_lerp_  # type: ignore[no-redef]  # the same functions under older names
+    from torch import (  # type: ignore[no-redef]  # the same functions under older names
+        _foreach_copy_,
+        _foreach_lerp_,
+        _foreach_norm,
+    )
 
 
 class Eager(Kernel):
@@ -59,3 +64,9 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 def lerp_all(averages: list[Tensor], weights: list[Tensor], rate: float | list[float]) -> None:
     """Move each average towards its weight by one rate, or each by its own, in one call."""
     _foreach_lerp_(averages, weights, rate)
+
+
+def longest(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the largest Euclidean length of tensors of one dtype, in float32 or more; NaN if one holds a NaN."""
+    lengths = torch.stack(_foreach_norm(list(tensors))).max()
+    return lengths.to(torch.promote_types(lengths.dtype, torch.float32))
