@@ -1326,7 +1326,7 @@ MEANT = {
     "a new count": (lambda: setattr(_averager(), "n", 5), ["'n' cannot be set; it can only be read"]),
     "a setting of the strategy": (lambda: _averager().decay, ["averager.strategy.decay"]),
     "an average of a bank": (lambda: _bank().short, ["bank['short']"]),
-    "a config file": (lambda: polyak.average(mlp(), "average.toml"), ["polyak.AveragerConfig.from_file(path)"]),
+    "a config file": (lambda: polyak.average(mlp(), "average.toml"), ["the config file 'average.toml' cannot be read"]),
     "an optimiser": (lambda: polyak.average(mlp(), "lookahead"), ["which no strategy does"]),
 }
 

@@ -46,7 +46,7 @@ def _compare(averager, folder):
 def _dies(act, victim, folder):
     """Kill a rank by its number in the group that there is now; the others do something and look who is named."""
     model = fsdp(built()).eval()
-    averager = polyak.average(model, "ema", decay=0.5, buffers="skip")
+    averager = polyak.average(model, "ema", decay=0.5, buffers="skip", nonfinite="skip")
     averager.update()
     with torch.no_grad():
         model(torch.arange(6))
@@ -97,7 +97,7 @@ def killed(rank, folder, acts, ports):
 
 def late(rank, folder):
     """Who is only late is not called dead, and learns that it was."""
-    averager = polyak.average(fsdp(built()), "ema", decay=0.5)
+    averager = polyak.average(fsdp(built()), "ema", decay=0.5, nonfinite="skip")
     _impatient()
     if rank:
         time.sleep(2.5 * PATIENCE)

@@ -9,7 +9,7 @@ import torch
 
 from polyak.kernels import threads
 from polyak.kernels.cuda import fused as cuda
-from polyak.kernels.eager import operations
+from polyak.kernels.eager import holding, operations
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,6 +31,7 @@ def without_kernels() -> Iterator[None]:
         (torch, "cat"),
         (operations, "_foreach_lerp_"),
         (operations, "_foreach_copy_"),
+        (holding, "needless"),
         (threads.Slices, "run"),
         (cuda.FusedCUDA, "_launch"),
     ]

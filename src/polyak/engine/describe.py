@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from polyak.errors.formatting import counted
+from polyak.kernels.trial import Trial
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from polyak.engine.options import Options
+    from polyak.engine.plan.groups import Group
     from polyak.engine.plan.plan import Plan
     from polyak.strategy.base import Strategy
     from polyak.tensors.entries import Entry
@@ -52,7 +54,17 @@ def describe(
         f"origin {options.origin}, matched by {options.match}, non-finite values: {options.nonfinite}; "
         f"{counted(len(stored), 'tensor')}, {_size(total)}{slots}"
     )
-    return "\n".join([head, *_held(stored, held), *lines])
+    return "\n".join([head, *_held(stored, held), *_tried(groups), *lines])
+
+
+def _tried(groups: Sequence[Group]) -> list[str]:
+    """Return how the kernels were chosen, a line for each group in which they were tried."""
+    return [
+        f"chosen by trial for {counted(len(group.weights), 'tensor')}: {group.kernel.name}; "
+        + ", ".join(f"{name} takes {longer:.2f} times as long" for name, longer in group.kernel.tried.items())
+        for group in groups
+        if isinstance(group.kernel, Trial) and group.kernel.tried
+    ]
 
 
 def _held(stored: Sequence[Stored], held: Mapping[str, int]) -> list[str]:

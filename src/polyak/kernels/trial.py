@@ -33,7 +33,8 @@ class Trial(Checking):
         others: Makes each other one.
 
     Attributes:
-        name: The kernel that is called, and once it was chosen how much longer the others took.
+        name: The kernel that is called.
+        tried: Once it was chosen, how many times as long each other one took.
     """
 
     def __init__(self, first: Checking, others: Sequence[Callable[[], Holding]]) -> None:
@@ -41,7 +42,7 @@ class Trial(Checking):
         self._kernels: list[Holding] = [first]
         self._times: list[list[float]] = [[]]
         self._now: Holding = first
-        self.name = first.name
+        self.name, self.tried = first.name, dict[str, float]()
         self._hold = False
         self._chosen = False
 
@@ -90,8 +91,8 @@ class Trial(Checking):
         self._chosen = True
         best = min(self._kernels, key=self._rated)
         others = [kernel for kernel in self._kernels if kernel is not best]
-        tried = ", ".join(f"{kernel.name} {self._best(kernel) / self._best(best):.2f}×" for kernel in others)
-        self.name = f"{best.name} (tried: {tried})"
+        self.tried = {kernel.name: self._best(kernel) / self._best(best) for kernel in others}
+        self.name = best.name
         return best
 
     def _rated(self, kernel: Holding) -> float:

@@ -141,7 +141,7 @@ def budget(
     Examples:
         >>> cost = budget(Job(70e9, ranks=64))
         >>> round(cost.averages / 1e9, 2), round(1e3 * cost.seconds, 1)  # GB, ms
-        (4.38, 5.2)
+        (4.38, 3.9)
     """
     job, hardware = _checked(job), Hardware() if hardware is None else _plain(hardware, Hardware, "memory")
     averages, dtype = given_integer("averages", averages, 1), _dtype("dtype", dtype)

@@ -71,7 +71,7 @@ class Foreach(Eager, Holding):
     @property
     @override
     def held(self) -> Tensor:
-        return torch.cat([lane.held for lane in self._chunked])
+        return torch.stack([lane.held[0] for lane in self._chunked])
 
     @override
     def held_each(self) -> Tensor:
