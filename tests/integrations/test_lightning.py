@@ -519,8 +519,17 @@ def test_a_command_line_carries_the_average(tmp_path, monkeypatch):
         assert (averaging.averager.n, averaging.averager.strategy) == (3, polyak.EMA(decay=0.5))
 
 
+@pytest.mark.slow
 def test_two_ranks_average_in_sync_and_resume_exactly(tmp_path):
     torchrun("lightning_ddp.py", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of torch 2.6 trains on no CPU")
+@pytest.mark.parametrize("kind", ["full", "distributed"])
+def test_shards_are_saved_whole_and_resumed_exactly_also_on_one_rank(tmp_path, kind):
+    torchrun("lightning_fsdp2.py", tmp_path, kind, 2)
+    torchrun("lightning_fsdp2.py", tmp_path, kind, 1, ranks=1)
 
 
 # Bad input

@@ -535,5 +535,6 @@ def test_an_optimiser_of_another_model_is_refused(tmp_path):
         trainer.train()
 
 
+@pytest.mark.slow
 def test_two_ranks_average_in_sync_and_resume_exactly(tmp_path):
     torchrun("transformers_ddp.py", tmp_path)

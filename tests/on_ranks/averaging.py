@@ -244,9 +244,6 @@ def what_cannot_be_had_of_shards_is_refused_with_the_way_out(rank):
     with pytest.raises(polyak.ConfigError, match=r"polyak\.distributed\.save"):
         polyak.save(averager, "average.pt")
     state = averager.state_dict()
-    plain = {name: models.whole(tensor) for name, tensor in state["slots"]["average"].items()}
-    with pytest.raises(polyak.StateError, match=r"(?s)bn.weight is a whole tensor, expected a DTensor.*dcp\.load"):
-        averager.load_state_dict({**state, "slots": {"average": plain}})
     with pytest.raises(polyak.StateError, match=r"bn.weight is a DTensor .* expected a whole tensor"):
         polyak.average(built(), "ema", decay=0.5).load_state_dict(state)
     assert "(9, 5)" in averager.describe()
@@ -334,6 +331,24 @@ def a_state_resumes_exactly(rank):
     trained(model, 4, between=update)
     same(bits(averager), bits(other))
     assert (other.n, other.profile().shares.tolist()) == (4, averager.profile().shares.tolist())
+
+
+def a_state_is_gathered_whole_and_loaded_in_any_layout(rank):
+    model = fsdp(built())
+    averager = polyak.average(model, Delayed(), dtype="float64")
+    trained(model, 3, between=lambda step: averager.update())
+    state = [averager.state_dict(full=True)]
+    assert (state == [{}]) == (rank > 0)
+    dist.broadcast_object_list(state)
+    for layout in (fsdp, models.ddp, lambda model: model):
+        other = polyak.average(layout(built()), Delayed(), dtype="float64")
+        other.load_state_dict(state[0])
+        assert other.n == 3
+        for slot, tensors in averager.state_dict()["slots"].items():
+            for name, tensor in tensors.items():
+                assert torch.equal(models.whole(tensor), models.whole(other.state_dict()["slots"][slot][name]))
+    one = polyak.average(built(), "swa")
+    assert one.state_dict(full=True)["slots"].keys() == {"average"}
 
 
 def a_mapping_of_dtensors_is_averaged(rank):
@@ -428,6 +443,7 @@ ALL = [
     the_average_goes_into_sharded_models,
     applied_restores_whatever_happens,
     a_state_resumes_exactly,
+    a_state_is_gathered_whole_and_loaded_in_any_layout,
     a_mapping_of_dtensors_is_averaged,
     one_rank_is_enough_for_one_rank,
     evaluating_the_wrapper_of_ddp_writes_no_other_ranks_statistics,

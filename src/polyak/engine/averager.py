@@ -227,15 +227,23 @@ class Averager(Protocol):
             DistributedError: If a rank is gone.
         """
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, full: bool = False) -> dict[str, Any]:
         """Return all that an exact resume needs: copies of tensors and plain types, fit for ``weights_only=True``.
 
+        Args:
+            full: Whether the tensors of a sharded model, otherwise DTensors of this rank's parts, are gathered on the
+                CPU of rank 0. All ranks call it, and the others get ``{}``. Averagers of any layout and number of
+                ranks load it.
+
         Raises:
+            DistributedError: If a rank is gone.
             StateError: If a signal handler calls it in the middle of an update, or the memory of an average was freed.
         """
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume exactly where the state was taken. No tensor is stored in a shorter dtype than it had.
+
+        A sharded averager takes its parts of whole tensors; give all ranks the same state.
 
         Raises:
             StateError: If ``state`` belongs to another model or strategy, is incomplete, or has a newer format.

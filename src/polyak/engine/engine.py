@@ -18,7 +18,7 @@ from polyak.engine.cadence import Progress
 from polyak.engine.core import Core
 from polyak.engine.describe import describe
 from polyak.engine.doubts import doubt_average, doubt_resumed
-from polyak.engine.export import averaged_state_dict, gathered, overwrite_model
+from polyak.engine.export import averaged_state_dict, gathered, overwrite_model, whole_state
 from polyak.engine.history import History, Identity
 from polyak.engine.metrics import metrics
 from polyak.engine.schema import SavedState
@@ -319,14 +319,15 @@ class Engine(AttributeHints, Averager):
         return gathered(state) if full else state
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, full: bool = False) -> dict[str, Any]:
         refuse_within(self.updater)
         with self.lock:
             self.core.settle()
             self.core.holds.settle()
             refuse_lost([tensor for s in self.core.state.stored for tensor in s.tensors])
             holding = self.core.binding.holding(self.core.state.stored)
-            return dump(self.core.state, holding, self.strategy, self.options)
+            state = dump(self.core.state, holding, self.strategy, self.options)
+        return whole_state(state) if full else state
 
     @override
     @explained("A state is loaded whole or not at all: averager.load_state_dict(state)")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from polyak.engine.plan.plan import Plan
 
-__all__ = ["averaged_state_dict", "gathered", "overwrite_model"]
+__all__ = ["averaged_state_dict", "gathered", "overwrite_model", "whole_state"]
 
 
 def overwrite_model(plan: Plan, holding: Sequence[Tensor]) -> None:
@@ -148,8 +148,18 @@ def gathered(state: dict[str, Any]) -> dict[str, Any]:
         return state
     meshes = [value.device_mesh for value in spread]
     first = first_rank(meshes) == torch.distributed.get_rank()
-    with answered("gather the average", "All ranks call averaged_state_dict(full=True).", ranks=ranks_of(meshes)):
+    with answered("gather the average", "All ranks call it with full=True.", ranks=ranks_of(meshes)):
         for key, value in state.items():
             whole = value.full_tensor() if isinstance(value, kind) else value
             state[key] = whole.cpu() if first and isinstance(whole, Tensor) else whole if first else None
     return state if first else {}
+
+
+def whole_state(state: dict[str, Any]) -> dict[str, Any]:
+    """Return an averager's state with whole tensors on the CPU of rank 0, and ``{}`` on the others.
+
+    Raises:
+        DistributedError: If a rank is gone.
+    """
+    slots = {slot: gathered(tensors) for slot, tensors in state["slots"].items()}
+    return {**state, "slots": slots} if slots["average"] else {}

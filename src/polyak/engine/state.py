@@ -188,8 +188,10 @@ def _spread_otherwise(tensor: Tensor, own: Stored) -> str:
     kind = dtensor()
     whole: Any = tensor
     spread = Spread.of(whole) if kind is not None and isinstance(whole, kind) else None
-    if spread is None or own.spread is None:
-        return "" if spread is own.spread else f"{described(spread)}, expected {described(own.spread)}"
+    if spread is None:
+        return ""  # a sharded averager takes its part of it
+    if own.spread is None:
+        return f"{described(spread)}, expected {described(own.spread)}"
     # Strides say only how a whole one would lie.
     if (spread.mesh, spread.placements) != (own.spread.mesh, own.spread.placements):
         return f"{described(spread)}, expected {described(own.spread)}"
@@ -199,7 +201,8 @@ def _spread_otherwise(tensor: Tensor, own: Stored) -> str:
 
 
 def _received(tensor: Tensor, own: Stored) -> Tensor:
-    tensor = tensor if own.spread is None else tensor.to_local()  # type: ignore[attr-defined]  # a DTensor
+    if own.spread is not None:
+        tensor = own.spread.part(tensor)
     # A float32 average is never cut down to a shorter dtype, whatever this averager would have chosen.
     wide = torch.promote_types(tensor.dtype, own.average.dtype) if own.policy == "average" else own.average.dtype
     return torch.empty_like(own.average, dtype=wide).copy_(tensor)

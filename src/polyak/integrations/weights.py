@@ -11,21 +11,40 @@ from torch import Tensor
 from polyak.errors import StateError
 from polyak.errors.formatting import listed
 from polyak.tensors.entries import identity
+from polyak.tensors.sharding.placement import Spread
 from polyak.tensors.wrappers import dtensor
 from polyak.tensors.writing import overwrite, writable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch import nn
+
     from polyak.engine import Engine
     from polyak.engine.averager import Averager
 
-__all__ = ["copied", "is_sharded", "raw_weights", "restore"]
+__all__ = ["copied", "is_sharded", "is_spread", "load_whole", "raw_weights", "restore"]
 
 
 def is_sharded(averager: Averager) -> bool:
     """Return whether each rank holds only a part of the average."""
     return any(stored.spread is not None for stored in cast("Engine", averager).stored)
+
+
+def is_spread(tensor: object) -> bool:
+    """Return whether a tensor is this rank's part of a larger one."""
+    kind = dtensor()
+    return kind is not None and isinstance(tensor, kind)
+
+
+def load_whole(module: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
+    """Load a state dict of whole tensors, which all ranks have, into a module that may be sharded."""
+    own = module.state_dict()
+    spread = {name: Spread.of(tensor) for name, tensor in own.items() if is_spread(tensor)}
+    parts = {
+        name: spread[name].wrap(spread[name].part(value)) if name in spread else value for name, value in state.items()
+    }
+    module.load_state_dict(parts, strict=strict)
 
 
 def raw_weights(averager: Averager) -> dict[str, Tensor]:
@@ -70,14 +89,13 @@ def copied(state: Mapping[str, Any]) -> dict[str, Any]:
     Sharded tensors stay where they are.
     """
     copies: dict[object, Tensor] = {}
-    kind = dtensor()
     result: dict[str, Any] = copy.copy(cast("dict[str, Any]", state))  # with its attributes
     for name, value in state.items():
         if not isinstance(value, Tensor):
             continue
         memory = identity(value)
         if memory not in copies:
-            whole = kind is None or not isinstance(value, kind)
-            copies[memory] = value.detach().to("cpu", copy=True) if whole else value.detach().clone()
+            kept = value.detach()
+            copies[memory] = kept.clone() if is_spread(value) else kept.to("cpu", copy=True)
         result[name] = copies[memory]
     return result

@@ -11,13 +11,14 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from polyak.config import AveragerConfig  # noqa: TC001 - as above
+from polyak.engine.export import gathered
 from polyak.errors import AppliedError, ConfigError
 from polyak.errors.calls import warn_user
 from polyak.errors.formatting import shown
 from polyak.integrations.lightning.foreign import continued, updates_of
 from polyak.integrations.lightning.steps import Steps
 from polyak.integrations.settings import chosen
-from polyak.integrations.weights import copied
+from polyak.integrations.weights import copied, is_spread, load_whole
 from polyak.strategy.base import Strategy  # noqa: TC001 - as above
 from polyak.tensors.wrappers import root_of
 
@@ -220,7 +221,7 @@ class AveragingCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"averaged": False} if self.averager is None else self.averager.state_dict()
+        return {"averaged": False} if self.averager is None else self.averager.state_dict(full=True)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -230,7 +231,8 @@ class AveragingCallback(Callback):
             if not (self.evaluate and self.averager.n):
                 return
             strategy = trainer.strategy
-            checkpoint[_RAW] = copied(type(strategy).lightning_module_state_dict(strategy))
+            # Whole: of sharded models rank 0 writes this key alone.
+            checkpoint[_RAW] = gathered(copied(type(strategy).lightning_module_state_dict(strategy)))
         own = checkpoint.get("callbacks", {}).get(self.state_key)
         if own and "slots" in own:  # the same tensors: a file holds them once
             _share(own["slots"]["average"], checkpoint["state_dict"])
@@ -245,8 +247,7 @@ class AveragingCallback(Callback):
         if not checkpoint.get("callbacks", {}).get(self.state_key):
             self._take_foreign(checkpoint)
         if _RAW in checkpoint:
-            raw = {"state_dict": checkpoint[_RAW]}
-            trainer.strategy.load_model_state_dict(raw, strict=pl_module.strict_loading)
+            load_whole(pl_module, checkpoint[_RAW], strict=pl_module.strict_loading)
         self._take(pl_module)
 
     @override
@@ -306,5 +307,5 @@ class AveragingCallback(Callback):
 def _share(slots: dict[str, Any], state: Mapping[str, Any]) -> None:
     for name, tensor in slots.items():
         same = state.get(name)
-        if same is not None and (same.dtype, same.shape) == (tensor.dtype, tensor.shape):
+        if same is not None and not is_spread(same) and (same.dtype, same.shape) == (tensor.dtype, tensor.shape):
             slots[name] = same

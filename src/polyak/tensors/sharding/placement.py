@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 if TYPE_CHECKING:
@@ -42,6 +43,17 @@ class Spread(NamedTuple):
         return DTensor.from_local(
             local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
         )
+
+    def part(self, whole: Any) -> Tensor:  # noqa: ANN401 - as above, or a plain tensor
+        """Return this rank's part of a DTensor of this layout, or of a whole tensor that all ranks have."""
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if isinstance(whole, DTensor):
+            return whole.to_local()
+        # Torch 2.6 has no way to cut a tensor without asking rank 0 for it.
+        alone = {"src_data_rank": None} if "src_data_rank" in signature(distribute_tensor).parameters else {}
+        moved = whole.to(self.mesh.device_type)
+        return distribute_tensor(moved, self.mesh, self.placements, **alone).to_local()
 
     @property
     def replicas(self) -> Hashable:
