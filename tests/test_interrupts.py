@@ -311,7 +311,7 @@ def test_a_signal_handler_gets_the_state_before_or_after_an_update_or_an_error(b
             return self
 
     moments = set()
-    for k in range(1, 1200, 5):
+    for k in range(1, 2400, 7):
         averager = trained(build)
         before, count = seen(averager.state_dict()), len(handled)
         handler = Handler(k)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
+from polyak.kernels.openmp import on_team
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -103,6 +105,8 @@ class Slices:
         left = np.flatnonzero(~self.done).tolist()
         slices = iter(left)
         threads = min(torch.get_num_threads(), len(left))
+        if threads > 1 and on_team(lambda: self._take(slices), threads):
+            return
         if threads > 1:
             _POOL.need(threads - 1)
             # Known before they begin: an interruption that struck in between would leave them behind.

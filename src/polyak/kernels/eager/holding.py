@@ -59,7 +59,7 @@ def needless(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
     if not (average.is_cpu and weight.is_cpu) or weight.dtype not in _KNOWN:
         return False
     most = torch.finfo(average.dtype).max / 4
-    return all(bool(longest(each).numpy() <= most) for each in zip(*pairs, strict=True))
+    return all(float(longest(each).numpy()) <= most for each in zip(*pairs, strict=True))
 
 
 def _hold(new: Tensor, averages: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
