@@ -64,7 +64,8 @@ def fit(folder, distributed, *callbacks, epochs=2, **settings):
     trainer = Trainer(
         max_epochs=epochs, accelerator="cpu", devices=int(sys.argv[3]), strategy=strategy, logger=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-        callbacks=[averaging, *callbacks], enable_checkpointing=bool(callbacks), num_sanity_val_steps=0, use_distributed_sampler=False,
+        callbacks=[averaging, *callbacks], enable_checkpointing=bool(callbacks), num_sanity_val_steps=0,
+        use_distributed_sampler=False,
     )  # fmt: skip
     batches = torch.utils.data.DataLoader(torch.randn(16, 4, generator=torch.Generator().manual_seed(1)), batch_size=4)
     trainer.fit(model, batches, batches, **settings)
