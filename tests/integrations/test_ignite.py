@@ -263,6 +263,16 @@ def test_a_config_file_is_taken_by_its_path_or_name(tmp_path):
         assert (averager.options.every, averager.strategy) == (2, polyak.EMA(decay=0.5))
 
 
+def test_a_logger_gets_numbers_of_the_average_at_its_own_events():
+    program, told = Program(), []
+    program.trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(every=4), lambda: told.append(program.averaging.metrics())
+    )
+    program.run()
+    assert [one["polyak/n"] for one in told] == [4, 8, 12]
+    assert all(one["polyak/distance"] > 0 for one in told)
+
+
 # Bad input
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
 import subprocess
 import sys
@@ -460,6 +461,20 @@ def test_validate_without_fit_sees_the_weights_as_they_are(tmp_path):
     trainer_of(tmp_path, averaging).validate(model, loader(8, 2), verbose=False)
     assert averaging.averager is None
     assert equal(model.validated[0], before)
+
+
+def test_loggers_get_numbers_of_the_average_at_their_own_steps(tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    averaging = AveragingCallback("ema", decay=DECAY, log=True)
+    model, _, _ = fitted(tmp_path, averaging=averaging, logger=CSVLogger(tmp_path), log_every_n_steps=4)
+    (file,) = tmp_path.rglob("metrics.csv")
+    told = [row for row in csv.DictReader(file.open()) if row["polyak/n"]]
+    assert [float(row["polyak/n"]) for row in told] == [4, 8, 12]
+    average = model.record.ema(DECAY, steps=model.record.steps[:8])
+    apart = [(model.record.steps[7][name].double() - average[name]).square().sum() for name in average]
+    assert float(told[1]["polyak/distance"]) == pytest.approx(float(sum(apart)) ** 0.5, rel=1e-5)
+    assert {*told[0]} >= {f"polyak/{name}" for name in ("rate", "half_life", "skipped", "held")}
 
 
 def test_a_second_fit_begins_anew_and_leaves_no_hooks(tmp_path):

@@ -348,6 +348,23 @@ def test_a_scheduler_on_plateau_follows_the_metric_of_the_average(tmp_path):
     assert told == [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
 
 
+LOGGED = {f"polyak/{name}" for name in ("rate", "distance", "half_life", "n", "skipped", "held")}
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_the_trainers_own_logs_of_the_loss_get_numbers_of_the_average(tmp_path, log):
+    options = {"decay": DECAY, "log": log}
+    trainer, _, record = trained(tmp_path, options=options, logging_steps=2, eval_strategy="steps", eval_steps=3)
+    for entry in trainer.state.log_history:
+        assert LOGGED & {*entry} == (LOGGED if log and "loss" in entry else set())
+    if log:
+        told = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert [entry["polyak/n"] for entry in told] == [2, 4, 6]
+        average = record.ema(DECAY, steps=record.steps[:4])
+        apart = [(record.steps[3][name].double() - average[name]).square().sum() for name in average]
+        assert told[1]["polyak/distance"] == pytest.approx(float(sum(apart)) ** 0.5, rel=1e-5)
+
+
 def test_a_second_training_begins_anew_and_leaves_no_hooks(tmp_path):
     trainer, averaging, _ = trained(tmp_path)
     optimizer, first = trainer.optimizer.optimizer, averaging.averager

@@ -10,6 +10,7 @@ from polyak.errors import AppliedError, ArgumentError, ConfigError
 from polyak.errors.calls import warn_user
 from polyak.errors.extras import require
 from polyak.errors.formatting import shown
+from polyak.integrations.metrics import logged
 from polyak.integrations.settings import chosen
 from polyak.optim.attach import attach
 from polyak.tensors.wrappers import root_of
@@ -125,6 +126,14 @@ class AveragingHandler:
         # No event handlers: one on EXCEPTION_RAISED would hide exceptions from everyone else.
         run.averaging = self  # type: ignore[attr-defined]  # asked for above
         evaluator.run = run
+
+    def metrics(self, *_: Any) -> dict[str, float]:
+        """Return numbers of the average for a logger, at its own events: ``output_transform=averaging.metrics``.
+
+        They are ``polyak/rate``, ``polyak/distance`` (of weights and average), ``polyak/half_life``, ``polyak/n``,
+        ``polyak/skipped`` and ``polyak/held``.
+        """
+        return logged(self.averager)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averager's state, for ``Checkpoint``.

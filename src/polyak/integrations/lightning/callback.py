@@ -17,6 +17,7 @@ from polyak.errors.calls import warn_user
 from polyak.errors.formatting import shown
 from polyak.integrations.lightning.foreign import continued, updates_of
 from polyak.integrations.lightning.steps import Steps
+from polyak.integrations.metrics import logged
 from polyak.integrations.settings import chosen
 from polyak.integrations.weights import copied, is_spread, load_whole
 from polyak.strategy.base import Strategy  # noqa: TC001 - as above
@@ -54,7 +55,9 @@ class AveragingCallback(Callback):
             a trainer does; the others keep their averages in their own states.
         at_end: What the module holds after ``fit``: "average", so that ``trainer.test`` sees it, or "raw". Without
             ``evaluate`` it is always the raw weights.
-        log: Whether ``averager.metrics()`` is logged.
+        log: Whether ``polyak/rate``, ``polyak/distance`` (of weights and average), ``polyak/half_life``, ``polyak/n``,
+            ``polyak/skipped`` and ``polyak/held`` are logged, every ``log_every_n_steps``; behind ``<name>/`` with a
+            name.
         **options: Options of ``polyak.average``, and the strategy's settings.
 
     Attributes:
@@ -90,7 +93,8 @@ class AveragingCallback(Callback):
             message = f"at_end={shown(at_end)} is unknown; expected 'average' or 'raw'"
             raise ConfigError(message)
         self._config = chosen(strategy, options, "AveragingCallback()")
-        self.name, self.evaluate, self.at_end, self.log = name, evaluate, at_end, log
+        self.name, self.evaluate, self.at_end = name, evaluate, at_end
+        self._logs = log  # Lightning puts a method of that name on callbacks
         self.averager = None
         self._steps: Steps | None = None
         self._swap: AbstractContextManager[None] | None = None
@@ -143,8 +147,12 @@ class AveragingCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._steps is not None:
-            self._steps.batch_ends()
+        if self._steps is None or self.averager is None:
+            return
+        self._steps.batch_ends()
+        if self._logs and self.averager.n and _logs_now(trainer):
+            prefix = "" if self.name is None else f"{self.name}/"
+            pl_module.log_dict({f"{prefix}{key}": value for key, value in logged(self.averager).items()})
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -302,6 +310,12 @@ class AveragingCallback(Callback):
                     "validation; keep one, or give AveragingCallback(..., evaluate=False)"
                 )
                 raise ConfigError(message)
+
+
+def _logs_now(trainer: Trainer) -> bool:
+    """Return whether the trainer gives its loggers what this batch logs: the numbers cost a pass over the weights."""
+    connector = trainer._logger_connector  # noqa: SLF001 - Lightning tells it in no public way
+    return bool(trainer.loggers) and bool(getattr(connector, "should_update_logs", True))
 
 
 def _share(slots: dict[str, Any], state: Mapping[str, Any]) -> None:

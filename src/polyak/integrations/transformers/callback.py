@@ -14,6 +14,7 @@ from polyak.errors import ConfigError
 from polyak.errors.calls import warn_user
 from polyak.errors.formatting import shown
 from polyak.integrations import folder
+from polyak.integrations.metrics import logged
 from polyak.integrations.weights import is_sharded, raw_weights, restore
 from polyak.optim.attach import attach
 from polyak.tensors.entries import walk
@@ -42,7 +43,7 @@ class AveragingCallback(TrainerCallback):
         trainer: The trainer, whose class has the ``AveragingMixin``.
         config: The average.
         checkpoint: Which weights ``model.safetensors`` of a checkpoint holds, "average" or "raw".
-        log: Whether the trainer's own logs get ``averager.metrics()``.
+        log: Whether the trainer's own logs get numbers of the average.
 
     Attributes:
         averager: The averager of the last training. None before the first.
@@ -111,6 +112,12 @@ class AveragingCallback(TrainerCallback):
         # Sharded weights are in the files that the trainer itself resumes from.
         if writes and self.checkpoint == "average" and not (self._in_model or is_sharded(self.averager)):
             folder.save_weights(raw_weights(self.averager), place / "weights")
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the trainer logs together with its loss."""
+        if not self.log or self.averager is None or self._in_model:
+            return {}
+        return logged(self.averager)
 
     def take_best(self) -> None:
         """Keep the best model, which the trainer has loaded; load its average where its file holds raw weights."""

@@ -96,6 +96,12 @@ class AveragingMixin(_Base):
             super().save_model(*args, **kwargs)
 
     @override
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.averaging is not None and "loss" in logs:  # not those of evaluations, nor the summary at the end
+            logs = {**logs, **self.averaging.metrics()}
+        super().log(logs, *args, **kwargs)
+
+    @override
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.averaging is not None:
@@ -139,7 +145,8 @@ def average_trainer(
             ``.yml`` or ``.json``).
         checkpoint: Which weights a checkpoint's model file holds. With "raw", the average is in the folder ``polyak``
             alone; evaluations and the model after ``train()`` are the same.
-        log: Whether the trainer's logs get ``averager.metrics()``.
+        log: Whether the trainer's logs of the loss get ``polyak/rate``, ``polyak/distance`` (of weights and average),
+            ``polyak/half_life``, ``polyak/n``, ``polyak/skipped`` and ``polyak/held``.
         **options: Options of ``polyak.average``, and the strategy's settings.
 
     Returns:
