@@ -131,7 +131,7 @@ def test_a_broken_plugin_is_left_out_with_its_reason_and_harms_no_other(site, di
 @pytest.mark.parametrize("distribution", ["breaks-hook", "breaks-argument"])
 def test_a_misspelt_hook_is_told_the_hooks_there_are(site, distribution):
     distribute(site, distribution, BROKEN[distribution][0])
-    assert "The hooks are polyak_strategies, polyak_updated." in fate(Registry(), distribution).error
+    assert "The hooks are polyak_merges, polyak_strategies, polyak_updated." in fate(Registry(), distribution).error
 
 
 @pytest.mark.parametrize(("distribution", "case"), BROKEN.items(), ids=BROKEN)

@@ -32,6 +32,7 @@ from polyak.errors import (
     StateError as StateError,
     UnboundError as UnboundError,
     UnknownAverageError as UnknownAverageError,
+    UnknownMergeError as UnknownMergeError,
     UnknownStrategyError as UnknownStrategyError,
     WriteError as WriteError,
 )

@@ -81,3 +81,19 @@ def test_diff_lists_the_farthest_first_and_draws(says, tmp_path):
     assert lines[1].split() == ["b.weight", "2", "4", "-1.000000", "2"]
     assert "only in the first: c" in lines
     assert (tmp_path / "far.png").stat().st_size > 1000
+
+
+def test_merges_by_name_with_settings(says, tmp_path):
+    for name, value in {"base": 1.0, "a": 2.0, "b": 4.0}.items():
+        torch.save({"w": torch.full((4,), value)}, tmp_path / f"{name}.pt")
+    status, out, err = says("merge task_arithmetic a.pt b.pt -o o.pt --base base.pt --set lam=0.5 --weights 1,2")
+    assert (status, err) == (0, "")
+    assert torch.load(tmp_path / "o.pt")["w"].tolist() == [4.5] * 4
+    assert "made      polyak merge of polyak" in says("inspect o.pt")[1]
+    status, out, err = says("merge tis a.pt b.pt -o o2.pt")
+    assert (status, out) == (2, "")
+    assert "Did you mean 'ties'" in err
+    status, out, err = says("merges")
+    assert (status, err) == (0, "")
+    for name in ("linear", "ties", "dare", "geometric_median"):
+        assert f"\n{name} " in out

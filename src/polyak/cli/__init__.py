@@ -13,6 +13,7 @@ from polyak import AveragerConfig, __version__
 from polyak.cli.bench import bench
 from polyak.cli.convert import convert
 from polyak.cli.files import average, diff, inspect
+from polyak.cli.merge import list_merges, merge
 from polyak.cli.plan import plan
 from polyak.cli.posthoc import snapshots, sweep, synthesize
 from polyak.cli.profile import profile
@@ -46,6 +47,8 @@ def _options(
 app.command("average")(average)
 app.command("inspect")(inspect)
 app.command("diff")(diff)
+app.command("merge")(merge)
+app.command("merges")(list_merges)
 app.command("profile")(profile)
 app.command("convert")(convert)
 app.command("snapshots")(snapshots)
@@ -68,7 +71,7 @@ def _plugins() -> None:
     names = registry()
     typer.echo(versions())
     if names.plugins:
-        show(list_plugins(names.plugins, names.strategies()))
+        show(list_plugins(names.plugins, names.strategies(), names.merges()))
     else:
         typer.echo("No plugins are installed.")
 

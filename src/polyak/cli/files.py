@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from polyak.cli.arguments import settings
+from polyak.cli.merge import numbers
 from polyak.cli.outputs import check_picture, picture
 from polyak.cli.reporting import errors_reported
 from polyak.cli.tables import Listing, show, size
@@ -152,11 +153,7 @@ def _weights(weights: str | None, strategy: str | None, words: list[str], wsm: s
         return WSM.model_validate({"decay": wsm})
     if weights is None:
         return "uniform"
-    try:
-        return [float(part) for part in weights.split(",")]
-    except ValueError as error:
-        message = f"--weights: got {weights!r}; expected numbers with commas between, as in 0.2,0.3,0.5"
-        raise ConfigError(message) from error
+    return numbers(weights)
 
 
 def _described(checkpoint: Checkpoint) -> list[tuple[str, str]]:

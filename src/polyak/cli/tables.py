@@ -17,7 +17,7 @@ from polyak.engine.options import Options
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from polyak.registry import Plugin, Strategies
+    from polyak.registry import Merges, Plugin, Strategies
     from polyak.strategy.base import Strategy
 
 __all__ = ["Listing", "list_plugins", "list_strategies", "show", "size", "versions"]
@@ -58,14 +58,14 @@ def list_strategies(strategies: Strategies) -> Listing:
     return Listing(("strategy", "offered by", "source", "settings"), rows, wraps=2)
 
 
-def list_plugins(plugins: Iterable[Plugin], strategies: Strategies) -> Listing:
+def list_plugins(plugins: Iterable[Plugin], strategies: Strategies, merges: Merges) -> Listing:
     """Return a row for each entry point: what it offers, or why it is not there."""
     rows = []
     for plugin in plugins:
-        own = [key for key in strategies if strategies.distribution(key) == plugin.distribution]
+        own = [key for named in (strategies, merges) for key in named if named.distribution(key) == plugin.distribution]
         offers = [key for key in own if key.rpartition(":")[2] in plugin.offers]
         state = "loaded" if not plugin.error else "disabled" if plugin.error.startswith("disabled") else "failed"
-        what = plugin.error or (f"offers {', '.join(offers)}" if offers else "offers no strategy")
+        what = plugin.error or (f"offers {', '.join(offers)}" if offers else "offers nothing")
         rows.append((plugin.name, plugin.distribution, plugin.version, plugin.target, state, what))
     return Listing(("plugin", "distribution", "version", "target", "state", "what"), rows, wraps=5)
 

@@ -26,6 +26,7 @@ __all__ = [
     "StateError",
     "UnboundError",
     "UnknownAverageError",
+    "UnknownMergeError",
     "UnknownStrategyError",
     "WriteError",
 ]
@@ -63,8 +64,12 @@ class UnknownStrategyError(ConfigError, KeyError):
     """A strategy name that no plugin offers, or that two plugins offer."""
 
 
+class UnknownMergeError(ConfigError, KeyError):
+    """A merge name that no plugin offers, or that two plugins offer."""
+
+
 class PluginError(PolyakError, RuntimeError):
-    """A plugin that failed to load or offers what is no strategy."""
+    """A plugin that failed to load or offers what is no strategy and no merge."""
 
 
 class MissingExtraError(PolyakError, ImportError):

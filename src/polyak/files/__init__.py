@@ -6,7 +6,9 @@ from polyak.files.average import Averaged, average
 from polyak.files.checkpoint import Checkpoint, open_checkpoint as open  # noqa: A004 - as gzip.open
 from polyak.files.difference import Difference, TensorDifference, diff
 from polyak.files.line import Line, path
+from polyak.files.merge import Merged, merge, merges
 from polyak.files.weights import WSM, wsm
+from polyak.merges.base import Merge
 
 __all__ = [
     "WSM",
@@ -14,9 +16,13 @@ __all__ = [
     "Checkpoint",
     "Difference",
     "Line",
+    "Merge",
+    "Merged",
     "TensorDifference",
     "average",
     "diff",
+    "merge",
+    "merges",
     "open",
     "path",
     "wsm",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from polyak.files.plan import Integers, Match
     from polyak.files.weights import Weights
 
-__all__ = ["Averaged", "average"]
+__all__ = ["Averaged", "average", "check_choice", "dtype_edits"]
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,9 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
         (0.125, 0.125, 0.75) tensor([1.6250, 1.6250])
     """
     chosen = as_chosen(weights)
-    _check("match", match, ("same", "common"))
-    _check("integers", integers, ("last", "equal", "first"))
-    _check("nonfinite", nonfinite, ("raise", "propagate"))
+    check_choice("match", match, ("same", "common"))
+    check_choice("integers", integers, ("last", "equal", "first"))
+    check_choice("nonfinite", nonfinite, ("raise", "propagate"))
     kind = as_dtype(dtype)
     request = Request.of(out, threads, shard_size, integers, hashes=hashes)
     with opened(files, key) as found:
@@ -165,7 +165,12 @@ def dtype_edits(model: Checkpoint, dtype: torch.dtype | None) -> dict[str, dict[
     return {"config.json": dict.fromkeys(names, str(dtype).removeprefix("torch."))} if dtype and names else {}
 
 
-def _check(option: str, given: object, known: tuple[str, ...]) -> None:
+def check_choice(option: str, given: object, known: tuple[str, ...]) -> None:
+    """Refuse what is no choice.
+
+    Raises:
+        ConfigError: If it is none.
+    """
     if given not in known:
         message = f"{option}: got {shown(given)}; expected {' or '.join(map(repr, known))}"
         raise ConfigError(message)

@@ -41,7 +41,7 @@ class Combine(Protocol):
     """Makes the output of the inputs; one object for each thread, since it may hold memory."""
 
     whole: bool
-    """Whether it needs whole tensors."""
+    """Whether it needs whole tensors, which it gets in float64."""
 
     def __call__(self, piece: Piece, sources: Sequence[Tensor], out: Tensor) -> int:
         """Fill ``out``; return -1, or the index of the first input with a NaN or an infinity."""
@@ -160,12 +160,14 @@ class _Worker:
         count = piece.end - piece.begin
         sizes = [count * stored.dtype.itemsize for stored in piece.entry.sources]
         rooms = [-(-size // 64) * 64 for size in sizes]
-        if sum(rooms) > len(self._memory):
-            self._memory = torch.empty(sum(rooms), dtype=torch.uint8, device="cpu")
+        widens = self._combine.whole and piece.entry.combined  # the memory of one file serves all, one after the other
+        need = max(rooms) if widens else sum(rooms)
+        if need > len(self._memory):
+            self._memory = torch.empty(need, dtype=torch.uint8, device="cpu")
         found, at = [], 0
         for index, stored in enumerate(piece.entry.sources):
             tensor = self._memory[at : at + sizes[index]].view(stored.dtype)
-            at += rooms[index]
+            at += 0 if widens else rooms[index]
             fill(stored, piece.begin, tensor)
             self._settings.progress(sizes[index])
             if self._lanes:
@@ -173,7 +175,10 @@ class _Worker:
                 with self._lanes[index].turn(number):
                     for file, offset, first, last in spans(stored, piece.begin, piece.end):
                         self._digests[index][file].feed(offset, data[first:last])
-            found.append(tensor)
+            found.append(tensor.to(torch.float64, copy=True) if widens else tensor)
+        for lane in self._lanes[len(found) :]:  # files that this tensor is not read from
+            with lane.turn(number):
+                pass
         return found
 
     def _room(self, count: int, dtype: torch.dtype) -> Tensor:

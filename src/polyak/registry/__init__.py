@@ -1,37 +1,34 @@
-"""Names to strategies: the built-ins and what plugins offer, all through one hook."""
+"""Names to strategies and merges: the built-ins and what plugins offer, all through one hook."""
 
 from __future__ import annotations
 
 import logging
 import os
-from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 from threading import RLock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from polyak.errors import PluginError, UnknownStrategyError
-from polyak.errors.formatting import brief, listed, shown
+from polyak.errors import PluginError, UnknownMergeError, UnknownStrategyError
 from polyak.errors.hints import strategy_habit
+from polyak.merges import BUILT_IN as MERGES, Merge
 from polyak.registry import hookspecs
-from polyak.registry.offers import Offer, Plugin, Strategies, checked, normal
-from polyak.strategy import BUILT_IN
+from polyak.registry.catalog import BUILT_IN, Catalog, Kind
+from polyak.registry.offers import Merges, Offer, Plugin, Strategies, normal
+from polyak.strategy import BUILT_IN as STRATEGIES
+from polyak.strategy.base import Strategy
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
     from polyak.engine.averager import Averager
-    from polyak.strategy.base import Strategy
     from polyak.strategy.clock import Clock
 
-__all__ = ["Offer", "Plugin", "Registry", "Strategies", "registry", "strategies"]
+__all__ = ["Merges", "Offer", "Plugin", "Registry", "Strategies", "registry", "strategies"]
 
 _log = logging.getLogger("polyak")
-_BUILT_IN = "polyak"
-_SIMILAR = 0.6  # of two names; less is a guess
-_LONGEST = 60  # letters of a name for which similar ones are looked up
 
 
 _LOCK = RLock()
@@ -39,11 +36,24 @@ _LOADING: list[Registry] = []
 
 
 class _BuiltIns:
-    """The built-in strategies come through the same hook as everyone else's."""
+    """The built-in classes come through the same hooks as everyone else's."""
 
     @hookspecs.hookimpl
     def polyak_strategies(self) -> list[type[Strategy]]:
-        return [*BUILT_IN]
+        return [*STRATEGIES]
+
+    @hookspecs.hookimpl
+    def polyak_merges(self) -> list[type[Merge]]:
+        return [*MERGES]
+
+
+_STRATEGIES: Kind[Strategy] = Kind(
+    "strategy", "polyak_strategies", Strategy, "polyak.Strategy that define rate()", UnknownStrategyError,
+    strategy_habit,
+)  # fmt: skip
+_MERGES: Kind[Merge] = Kind(
+    "merge", "polyak_merges", Merge, "polyak.files.Merge that define merge()", UnknownMergeError, lambda _: ""
+)
 
 
 class Registry:
@@ -68,12 +78,13 @@ class Registry:
         self.manager = pluggy.PluginManager(hookspecs.GROUP)
         self.manager.add_hookspecs(hookspecs)
         self.plugins: list[Plugin] = []
-        self._offers: list[Offer] = []
+        self._strategies, self._merges = Catalog(_STRATEGIES), Catalog(_MERGES)
+        self._catalogs: tuple[Catalog[Any], ...] = (self._strategies, self._merges)
         self._added: dict[str, object] = {}
         self._strict = os.environ.get("POLYAK_STRICT_PLUGINS", "") not in {"", "0"} if strict is None else strict
         named = os.environ.get("POLYAK_DISABLE_PLUGINS", "").split(",")
         self._disabled = {normal(name) for name in (named if disabled is None else disabled)}
-        self._admit(_BuiltIns(), _BUILT_IN)
+        self._admit(_BuiltIns(), BUILT_IN)
         _LOADING.append(self)
         try:
             for point in entry_points(group=hookspecs.GROUP) if points is None else points:
@@ -87,16 +98,18 @@ class Registry:
         One that was added before under the same distribution is replaced, so that a cell can run again.
 
         Raises:
-            PluginError: If ``plugin`` offers what is no strategy, or misspells a hook.
+            PluginError: If ``plugin`` offers what is no strategy and no merge, or misspells a hook.
         """
-        known, former = self._offers, self._added.get(distribution)
+        known, former = [catalog.offers for catalog in self._catalogs], self._added.get(distribution)
         if former is not None and former is not plugin:
             self.manager.unregister(former)
-            self._offers = [offer for offer in known if offer.distribution != distribution]
+            for catalog in self._catalogs:
+                catalog.offers = [offer for offer in catalog.offers if offer.distribution != distribution]
         problem = self._admit(plugin, distribution)
         if problem:
             if former is not None and former is not plugin:
-                self._offers = known
+                for catalog, offers in zip(self._catalogs, known, strict=True):
+                    catalog.offers = offers
                 self.manager.register(former, f"{distribution} ({id(former)})")
             message = f"the plugin {distribution!r} cannot be used: {problem}"
             raise PluginError(message)
@@ -109,12 +122,14 @@ class Registry:
         if {normal(point.name), normal(distribution)} & self._disabled:
             self.plugins.append(plugin._replace(error="disabled by POLYAK_DISABLE_PLUGINS"))
             return
-        known = len(self._offers)
+        known = [len(catalog.offers) for catalog in self._catalogs]
         try:
             problem = self._admit(point.load(), distribution)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - however a plugin fails, the host goes on
             problem = f"{type(error).__name__}: {error}"
-        self.plugins.append(plugin._replace(error=problem, offers=tuple(o.name for o in self._offers[known:])))
+        pairs = zip(self._catalogs, known, strict=True)
+        offers = tuple(offer.name for catalog, before in pairs for offer in catalog.offers[before:])
+        self.plugins.append(plugin._replace(error=problem, offers=offers))
         if problem:
             message = f"the plugin {point.name!r} of {distribution} {version} cannot be used: {problem}"
             if self._strict:
@@ -122,7 +137,7 @@ class Registry:
             _log.warning(message)
 
     def _admit(self, plugin: object, distribution: str) -> str:
-        """Register a plugin and collect its strategies; return what is wrong with it."""
+        """Register a plugin and collect what it offers; return what is wrong with it."""
         if self.manager.is_registered(plugin):
             return "another entry point has loaded it already"
         # A name of our own: pluggy would refuse two plugins whose classes are called the same.
@@ -135,38 +150,32 @@ class Registry:
             if self.manager.is_registered(plugin):
                 self.manager.unregister(plugin)
             return _said(error)
-        self._offers += offers
+        for catalog, own in zip(self._catalogs, offers, strict=True):
+            catalog.offers = [*catalog.offers, *own]
         return ""
 
-    def _offers_of(self, plugin: object, distribution: str) -> list[Offer]:
+    def _offers_of(self, plugin: object, distribution: str) -> list[list[Offer[Any]]]:
         if not self.manager.get_hookcallers(plugin):
             message = "it implements no hook; mark its functions with @polyak.hookimpl"
             raise PluginError(message)
         others = [other for other in self.manager.get_plugins() if other is not plugin]
-        offers: list[Offer] = []
-        for answer in self.manager.subset_hook_caller("polyak_strategies", others)():
-            if not isinstance(answer, (list, tuple)):
-                message = f"polyak_strategies() returned {answer!r}; expected a list of strategy classes"
-                raise PluginError(message)
-            offers += [checked(cls, distribution) for cls in answer]
-        names = [o.name for o in (*self._offers, *offers) if o.distribution == distribution]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            message = f"{distribution} offers {', '.join(map(repr, twice))} more than once"
-            raise PluginError(message)
-        return offers
+        return [
+            catalog.answered(self.manager.subset_hook_caller(catalog.kind.hook, others)(), distribution)
+            for catalog in self._catalogs
+        ]
 
     def strategies(self) -> Strategies:
-        """Return all names that can be chosen."""
-        return Strategies({self._key(offer): offer for offer in self._offers})
+        """Return all names of strategies that can be chosen."""
+        return Strategies(self._strategies.named())
+
+    def merges(self) -> Merges:
+        """Return all names of merges that can be chosen."""
+        return Merges(self._merges.named())
 
     def called(self, strategy: Strategy) -> str:
         """Return the name by which a strategy's class is chosen; its own where nobody offers the class."""
-        return next((self._key(offer) for offer in self._offers if offer.strategy is type(strategy)), strategy.name)
-
-    def _key(self, offer: Offer) -> str:
-        first, *others = self._offering(offer.name)
-        alone = first is offer if first.distribution == _BUILT_IN else not others
-        return offer.name if alone else f"{offer.distribution}:{offer.name}"
+        known = (offer for offer in self._strategies.offers if offer.cls is type(strategy))
+        return next(map(self._strategies.key, known), strategy.name)
 
     def resolve(self, name: str) -> type[Strategy]:
         """Return the strategy class of a name, or of ``"dist:name"``.
@@ -174,20 +183,19 @@ class Registry:
         Raises:
             UnknownStrategyError: If no plugin offers the name, or two do.
         """
-        distribution, colon, short = name.rpartition(":")
-        wanted = normal(distribution)
-        rivals = [o for o in self._offering(short) if not colon or normal(o.distribution) == wanted]
-        if not rivals:
-            raise UnknownStrategyError(self._unknown(name))
-        if len(rivals) > 1 and rivals[0].distribution != _BUILT_IN:
-            choices = " or ".join(repr(f"{o.distribution}:{o.name}") for o in rivals)
-            message = f"the strategy {name!r} is offered by {len(rivals)} plugins; choose {choices}"
-            raise UnknownStrategyError(message)
-        return rivals[0].strategy
+        return self._strategies.resolve(name, self.plugins)
+
+    def resolve_merge(self, name: str) -> type[Merge]:
+        """Return the merge class of a name, or of ``"dist:name"``.
+
+        Raises:
+            UnknownMergeError: If no plugin offers the name, or two do.
+        """
+        return self._merges.resolve(name, self.plugins)
 
     def knows(self, name: str) -> bool:
-        """Return whether somebody offers a name."""
-        return bool(self._offering(name))
+        """Return whether somebody offers a strategy of a name."""
+        return bool(self._strategies.of(name))
 
     def updated(self, averager: Averager, clock: Clock) -> None:
         """Tell the plugins that listen of an averaged update."""
@@ -197,25 +205,6 @@ class Registry:
     def listens(self) -> bool:
         """Whether any plugin wants to hear of updates."""
         return bool(self.manager.hook.polyak_updated.get_hookimpls())
-
-    def _offering(self, name: str) -> list[Offer]:
-        # The built-ins were registered first, so they come first.
-        return [offer for offer in self._offers if offer.name == name]
-
-    def _unknown(self, name: str) -> str:
-        known = list(self.strategies())
-        forms = _forms(name) if len(name) <= _LONGEST else ()
-        near = [match for form in forms for match in get_close_matches(form, known, 1, _SIMILAR)]
-        hint = strategy_habit(name) or (f" Did you mean {near[0]!r}?" if near else "")
-        failed = "".join(
-            f"\n  plugin {p.name} ({p.distribution} {p.version}): {p.error}" for p in self.plugins if p.error
-        )
-        because = f"\nThese plugins are not there:{failed}" if failed else ""
-        return brief(f"no strategy is called {shown(name)}.{hint} Known: {listed(known)}.{because}")
-
-
-def _forms(name: str) -> tuple[str, ...]:
-    return name, name.rpartition(":")[2], name.lower()
 
 
 def _said(error: Exception) -> str:

@@ -8,10 +8,11 @@ import pluggy
 
 if TYPE_CHECKING:
     from polyak.engine.averager import Averager
+    from polyak.merges.base import Merge
     from polyak.strategy.base import Strategy
     from polyak.strategy.clock import Clock
 
-__all__ = ["GROUP", "hookimpl", "polyak_strategies", "polyak_updated"]
+__all__ = ["GROUP", "hookimpl", "polyak_merges", "polyak_strategies", "polyak_updated"]
 
 GROUP = "polyak"
 """The entry-point group, and pluggy's project name."""
@@ -45,6 +46,28 @@ def polyak_strategies() -> list[type[Strategy]]:
         ...     return [Root]
         >>> polyak_strategies()[0]().rate(polyak.Clock(n=4, step=4))
         0.5
+    """
+    raise NotImplementedError  # pragma: no cover - pluggy reads the signature only
+
+
+@hookspec
+def polyak_merges() -> list[type[Merge]]:
+    """Return the merge classes that a plugin offers, for ``polyak.files.merge`` and ``polyak merge``.
+
+    Called once, when names are first resolved. Names and clashes are as for strategies.
+
+    Examples:
+        >>> from typing import Literal
+        >>> import polyak
+        >>> class First(polyak.files.Merge):
+        ...     '''The first input, as it is.'''
+        ...     name: Literal["first"] = "first"
+        ...     elementwise = True
+        ...     def merge(self, tensors, base, about):
+        ...         return tensors[0]
+        >>> @polyak.hookimpl
+        ... def polyak_merges() -> list[type[polyak.files.Merge]]:
+        ...     return [First]
     """
     raise NotImplementedError  # pragma: no cover - pluggy reads the signature only
 

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from inspect import isabstract
-from typing import NamedTuple
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
-from polyak.errors import PluginError, UnknownStrategyError
+from polyak.errors import ConfigError, UnknownMergeError, UnknownStrategyError
 from polyak.errors.formatting import listed, shown
+from polyak.merges.base import Merge
 from polyak.strategy.base import Strategy
 
-__all__ = ["Offer", "Plugin", "Strategies", "checked", "normal"]
+__all__ = ["Merges", "Named", "Offer", "Plugin", "Strategies", "normal"]
+
+C = TypeVar("C")
 
 
-class Offer(NamedTuple):
-    """One strategy class and the distribution that offers it."""
+class Offer(NamedTuple, Generic[C]):
+    """One class and the distribution that offers it."""
 
     name: str
-    strategy: type[Strategy]
+    cls: type[C]
     distribution: str
 
 
 class Plugin(NamedTuple):
-    """What became of one entry point: ``error`` is empty where it loaded, and ``offers`` names its strategies."""
+    """What became of one entry point: ``error`` is empty where it loaded, and ``offers`` names its classes."""
 
     name: str
     distribution: str
@@ -33,22 +35,21 @@ class Plugin(NamedTuple):
     offers: tuple[str, ...] = ()
 
 
-class Strategies(Mapping[str, type[Strategy]]):
+class Named(Mapping[str, type[C]]):
     """All names that can be chosen, with their classes.
 
     A name that two plugins offer is listed as ``"dist:name"`` for each of them.
-
-    Examples:
-        >>> import polyak
-        >>> polyak.strategies()["swa"], polyak.strategies().distribution("swa")
-        (<class 'polyak.strategy.swa.SWA'>, 'polyak')
     """
 
-    def __init__(self, offers: Mapping[str, Offer]) -> None:
+    _word: ClassVar[str] = "class"
+    _words: ClassVar[str] = "classes"
+    _unknown: ClassVar[type[ConfigError]] = ConfigError
+
+    def __init__(self, offers: Mapping[str, Offer[C]]) -> None:
         self._offers = dict(offers)
 
-    def __getitem__(self, name: str) -> type[Strategy]:
-        return self._offer(name).strategy
+    def __getitem__(self, name: str) -> type[C]:
+        return self._offer(name).cls
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._offers)
@@ -57,16 +58,16 @@ class Strategies(Mapping[str, type[Strategy]]):
         return len(self._offers)
 
     def __repr__(self) -> str:
-        return f"<strategies: {', '.join(f'{name} ({offer.distribution})' for name, offer in self._offers.items())}>"
+        return f"<{self._words}: {', '.join(f'{name} ({offer.distribution})' for name, offer in self._offers.items())}>"
 
     def distribution(self, name: str) -> str:
         """Return the distribution that offers a name."""
         return self._offer(name).distribution
 
-    def _offer(self, name: str) -> Offer:
+    def _offer(self, name: str) -> Offer[C]:
         if name not in self._offers:
-            message = f"no strategy is called {shown(name)}. Known: {listed(self._offers)}"
-            raise UnknownStrategyError(message)
+            message = f"no {self._word} is called {shown(name)}. Known: {listed(self._offers)}"
+            raise self._unknown(message)
         return self._offers[name]
 
 
@@ -75,19 +76,25 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
-def checked(cls: object, distribution: str) -> Offer:
-    """Return the offer of a class, or say why it is no strategy that can be named.
+class Strategies(Named[Strategy]):
+    """All strategies that can be chosen, by name.
 
-    Raises:
-        PluginError: If the offer is no strategy class.
+    Examples:
+        >>> import polyak
+        >>> polyak.strategies()["swa"], polyak.strategies().distribution("swa")
+        (<class 'polyak.strategy.swa.SWA'>, 'polyak')
     """
-    if not isinstance(cls, type) or not issubclass(cls, Strategy) or isabstract(cls):
-        message = (
-            f"polyak_strategies() offers {cls!r}; expected classes derived from polyak.Strategy that define rate()"
-        )
-        raise PluginError(message)
-    name = cls.model_fields["name"].default
-    if not isinstance(name, str) or not name or ":" in name:
-        message = f"{cls.__name__} has the name {name!r}; declare it as  name: Literal['my_name'] = 'my_name'"
-        raise PluginError(message)
-    return Offer(name, cls, distribution)
+
+    _word, _words, _unknown = "strategy", "strategies", UnknownStrategyError
+
+
+class Merges(Named[Merge]):
+    """All merges that can be chosen, by name.
+
+    Examples:
+        >>> from polyak import files
+        >>> files.merges().distribution("ties")
+        'polyak'
+    """
+
+    _word, _words, _unknown = "merge", "merges", UnknownMergeError

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 else:
     ModelMetaclass = type(BaseModel)
 
-__all__ = ["Frozen", "line", "nearest"]
+__all__ = ["Frozen", "line", "nearest", "similar"]
 
 _NUMBER = r"[-+]?\d*\.?\d+(e[-+]?\d+)?"
 _LONGEST = 40  # letters of a name for which similar ones are looked up
@@ -177,15 +177,16 @@ def line(detail: ErrorDetails, hint: Callable[[str], str]) -> str:
     allowed = re.findall(r"'([^']*)'", detail["ctx"]["expected"]) if kind == "literal_error" else []
     text = isinstance(detail["input"], str) and re.fullmatch(_NUMBER, detail["input"])
     unquoted = " Write it without quotes." if text and kind != "literal_error" else ""
-    return f"{where}: {detail['msg']} (got {got}).{unquoted}{_similar(detail['input'], allowed)}"
+    return f"{where}: {detail['msg']} (got {got}).{unquoted}{similar(detail['input'], allowed)}"
 
 
 def nearest(key: str, known: Collection[str]) -> str:
     """Return a hint at the setting that was probably meant; empty where none is near."""
-    return habit(key, known) or _similar(key, known)
+    return habit(key, known) or similar(key, known)
 
 
-def _similar(got: object, known: Collection[str]) -> str:
+def similar(got: object, known: Collection[str]) -> str:
+    """Return a hint at the most similar name; empty if none is near."""
     key = got if isinstance(got, str) else ""
     near = get_close_matches(key, list(known), n=1, cutoff=0.5) if len(key) <= _LONGEST else []
     return f" Did you mean {near[0]!r}?" if near else ""

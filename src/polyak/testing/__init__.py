@@ -9,6 +9,7 @@ from polyak.config import AveragerConfig
 from polyak.config.chosen import AnyStrategy, plain_mapping, written
 from polyak.registry import registry
 from polyak.testing.laws import LAWS
+from polyak.testing.merges import check_merge
 from polyak.testing.rates import Case, learning_rate
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from polyak.strategy.base import Strategy
 
-__all__ = ["check_strategies", "check_strategy", "learning_rate"]
+__all__ = ["check_merge", "check_strategies", "check_strategy", "learning_rate"]
 
 
 def check_strategy(

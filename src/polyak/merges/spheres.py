@@ -1,0 +1,114 @@
+"""Interpolation along great circles."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from typing_extensions import override
+
+from polyak.merges.base import Merge
+from polyak.merges.weighted import added, weighted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+    from polyak.merges.about import About
+
+__all__ = ["NuSlerp", "Slerp"]
+
+
+class Slerp(Merge):
+    """Spherical interpolation: ``(sin((1 - t) W) a + sin(t W) b) / sin W``, with W the angle between a and b.
+
+    Source: Shoemake, "Animating rotation with quaternion curves" (1985); mergekit's ``slerp``.
+
+    Often confused with: ``nuslerp``, whose t comes from weights, and which may work on distances from a base.
+    """
+
+    source: ClassVar[str] = "Shoemake 1985; mergekit's slerp"
+    inputs: ClassVar[tuple[int, int | None]] = (2, 2)
+    weighing: ClassVar[Literal["mean", "sum", "none"]] = "none"
+    symmetric: ClassVar[bool] = False
+
+    name: Literal["slerp"] = "slerp"
+    t: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """The position: 0 is the first input, 1 the second."""
+    scope: Literal["tensor", "model"] = "tensor"
+    """Whether the angle is that of each tensor, or that of whole models."""
+    straight: Annotated[float, Field(gt=0, le=1)] = 0.9995
+    """The size of the cosine from which on the straight line is taken."""
+
+    @override
+    def in_pieces(self) -> bool:
+        return self.scope == "model"
+
+    @override
+    def measures(self) -> bool:
+        return self.scope == "model"
+
+    @override
+    def measure(self, tensors: Sequence[Tensor], base: Tensor | None, about: About) -> tuple[float, float, float]:
+        a, b = (tensor.reshape(-1) for tensor in tensors)
+        return torch.dot(a, a).item(), torch.dot(b, b).item(), torch.dot(a, b).item()
+
+    @override
+    def gather(self, measured: Iterable[tuple[float, float, float]]) -> tuple[float, ...]:
+        return tuple(map(math.fsum, zip(*measured, strict=True)))
+
+    @override
+    def merge(self, tensors: Sequence[Tensor], base: Tensor | None, about: About) -> Tensor:
+        first, second, product = about.statistics or self.measure(tensors, base, about)
+        size = math.sqrt(first) * math.sqrt(second)
+        cosine = max(-1.0, min(1.0, product / size)) if size else 1.0
+        shares = 1.0 - self.t, self.t
+        if abs(cosine) <= self.straight:
+            angle = math.acos(cosine)
+            shares = math.sin((1.0 - self.t) * angle) / math.sin(angle), math.sin(self.t * angle) / math.sin(angle)
+        return weighted(tensors, shares)
+
+
+class NuSlerp(Merge):
+    """Spherical interpolation by weights: as ``slerp`` with ``t = w_2 / (w_1 + w_2)``.
+
+    With a base it is taken of what the inputs changed.
+
+    Source: mergekit's ``nuslerp``, of which ``scope="row"`` is ``nuslerp_row_wise``.
+
+    Often confused with: ``slerp``, which takes the straight line for small angles already.
+    """
+
+    source: ClassVar[str] = "mergekit's nuslerp"
+    base: ClassVar[Literal["required", "optional", "none"]] = "optional"
+    inputs: ClassVar[tuple[int, int | None]] = (2, 2)
+
+    name: Literal["nuslerp"] = "nuslerp"
+    scope: Literal["tensor", "row"] = "tensor"
+    """Whether the angle is that of each tensor, or that of each row: the values along the last dimension."""
+
+    _LEAST: ClassVar[float] = 1e-8  # of a sine
+
+    @override
+    def merge(self, tensors: Sequence[Tensor], base: Tensor | None, about: About) -> Tensor:
+        changes = [tensor if base is None else tensor - base for tensor in tensors]
+        shape = changes[0].shape
+        rows = [x.reshape(1, -1) if self.scope == "tensor" or x.ndim == 0 else x for x in changes]
+        total = about.weights[0] + about.weights[1]
+        t = about.weights[1] / total if total else 0.5
+        made = self._between(rows[0], rows[1], t).reshape(shape)
+        return made if base is None else added(base, made, 1.0)
+
+    def _between(self, a: Tensor, b: Tensor, t: float) -> Tensor:
+        sizes = a.norm(dim=-1, keepdim=True) * b.norm(dim=-1, keepdim=True)
+        cosine = torch.where(sizes > 0, (a * b).sum(-1, keepdim=True) / sizes.clamp(min=1e-300), torch.ones_like(sizes))
+        angle = cosine.clamp(-1.0, 1.0).acos()
+        sine = angle.sin()
+        curved = sine.abs() >= self._LEAST
+        divisor = torch.where(curved, sine, torch.ones_like(sine))
+        first = torch.where(curved, ((1.0 - t) * angle).sin() / divisor, torch.full_like(sine, 1.0 - t))
+        second = torch.where(curved, (t * angle).sin() / divisor, torch.full_like(sine, t))
+        return first * a + second * b
