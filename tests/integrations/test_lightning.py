@@ -501,6 +501,20 @@ def test_a_checkpoint_within_a_validation_and_by_hand_holds_both(tmp_path):
     assert equal({n: found["current_model_state"][n] for n in model.now()}, model.record.steps[-1])
 
 
+@pytest.mark.parametrize("at_end", ["average", "raw"])
+def test_a_checkpoint_by_hand_after_the_fit_holds_the_average(tmp_path, at_end):
+    averaging = AveragingCallback("ema", decay=DECAY, at_end=at_end)
+    model, _, trainer = fitted(tmp_path, averaging=averaging)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    found = torch.load(tmp_path / "after.ckpt", weights_only=True)
+    average = model.record.ema(DECAY)
+    assert near(found["state_dict"], average)
+    assert near(found["callbacks"]["AveragingCallback"]["slots"]["average"], average)
+    assert ("current_model_state" in found) is (at_end == "raw")
+    if at_end == "raw":
+        assert equal({n: found["current_model_state"][n] for n in model.now()}, model.record.steps[-1])
+
+
 def test_the_search_for_a_learning_rate_leaves_no_trace(tmp_path):
     finder = LearningRateFinder(num_training_steps=5, update_attr=False)
     model, averaging, trainer = fitted(tmp_path, finder)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping  # noqa: TC003 - LightningCLI reads the types of arguments
-from contextlib import contextmanager
+from collections.abc import Mapping  # noqa: TC003 - LightningCLI reads the types of arguments
 from pathlib import Path  # noqa: TC003 - as above
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -11,21 +10,21 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from polyak.config import AveragerConfig  # noqa: TC001 - as above
-from polyak.engine.export import gathered
-from polyak.errors import AppliedError, ConfigError
+from polyak.errors import ConfigError
 from polyak.errors.calls import warn_user
 from polyak.errors.formatting import shown
+from polyak.integrations.lightning import checkpoints
+from polyak.integrations.lightning.evaluation import Evaluation
 from polyak.integrations.lightning.foreign import continued, updates_of
+from polyak.integrations.lightning.questions import is_fitting, logs_now, refuse_others
 from polyak.integrations.lightning.steps import Steps
 from polyak.integrations.metrics import logged
 from polyak.integrations.settings import chosen
-from polyak.integrations.weights import copied, is_spread, load_whole
+from polyak.integrations.weights import copied
 from polyak.strategy.base import Strategy  # noqa: TC001 - as above
 from polyak.tensors.wrappers import root_of
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from lightning.pytorch import LightningModule, Trainer
 
     from polyak.engine import Engine
@@ -33,9 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AveragingCallback"]
 
-_RAW = "current_model_state"  # Lightning's own name
 _ENDS = ("average", "raw")
-_OWN = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")
 
 
 class AveragingCallback(Callback):
@@ -97,7 +94,7 @@ class AveragingCallback(Callback):
         self._logs = log  # Lightning puts a method of that name on callbacks
         self.averager = None
         self._steps: Steps | None = None
-        self._swap: AbstractContextManager[None] | None = None
+        self._evaluation: Evaluation | None = None
         self._loaded: dict[str, Any] | None = None
         self._foreign: tuple[dict[str, Any], int] | None = None
         self._resumed = self._restored = self._in_model = False
@@ -116,14 +113,13 @@ class AveragingCallback(Callback):
         if stage != "fit":
             return
         if self.averager is not None and cast("Engine", self.averager).model is not root_of(pl_module):
-            message = (
-                f"this AveragingCallback has averaged another {type(pl_module).__name__}; make a new callback for each "
-                "model"
-            )
+            other = f"this AveragingCallback has averaged another {type(pl_module).__name__}"
+            message = f"{other}; make a new callback for each model"
             raise ConfigError(message)
-        self._refuse_others(trainer)
+        if self.evaluate:
+            refuse_others(self, trainer.callbacks)
         self._stop()
-        self.averager = self._loaded = self._foreign = None
+        self.averager = self._evaluation = self._loaded = self._foreign = None
         self._resumed = self._restored = self._in_model = False
 
     @override
@@ -132,16 +128,21 @@ class AveragingCallback(Callback):
         self.averager = averager = self._config.build(pl_module)
         self._take(pl_module)
         self._steps = Steps(averager, trainer.optimizers)
+        self._evaluation = Evaluation(averager)
         if self.evaluate:
-            self._save_average_of(trainer)
-
-    @override
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin(trainer, pl_module)
+            checkpoints.save_average(trainer.strategy, averager, self._is_ready)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin(trainer, pl_module)
+        # Begin anew where a checkpoint without an average was loaded, perhaps behind on_fit_start.
+        if self.averager is None or self._restored or not trainer.ckpt_path:
+            return
+        if not self._resumed:  # it holds weights alone, of which callbacks are not told
+            self._take_foreign({})
+        self.averager.load_state_dict(self._config.build(pl_module).state_dict())
+        self._restored = True
+
+    on_sanity_check_start = on_train_start  # whichever comes first
 
     @override
     def on_train_batch_end(
@@ -150,7 +151,7 @@ class AveragingCallback(Callback):
         if self._steps is None or self.averager is None:
             return
         self._steps.batch_ends()
-        if self._logs and self.averager.n and _logs_now(trainer):
+        if self._logs and self.averager.n and logs_now(trainer):
             prefix = "" if self.name is None else f"{self.name}/"
             pl_module.log_dict({f"{prefix}{key}": value for key, value in logged(self.averager).items()})
 
@@ -158,10 +159,10 @@ class AveragingCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not before: the last checkpoints are written when training ends, and need the raw weights.
         self._stop()
-        vars(trainer.strategy).pop("lightning_module_state_dict", None)
-        if self.evaluate and self.at_end == "average" and self.averager is not None and self.averager.n:
+        if self.at_end == "average" and self.averager is not None and self._is_ready():
             self.averager.copy_to()
             self._in_model = True
+            checkpoints.save_module(trainer.strategy)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -172,60 +173,26 @@ class AveragingCallback(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.evaluate and self._steps is not None and self.averager is not None and self.averager.n:
-            self._enter()
+        if self._steps and self._evaluation and self._is_ready():
+            self._evaluation.enter()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave()
+        if self._evaluation:
+            self._evaluation.leave()
 
-    def _enter(self) -> None:
-        if self.averager is not None and self._swap is None:
-            swap = self.averager.applied()
-            swap.__enter__()
-            self._swap = swap
-
-    def _leave(self) -> None:
-        if self._swap is not None:
-            swap, self._swap = self._swap, None
-            swap.__exit__(None, None, None)
+    def _is_ready(self) -> bool:
+        """Return whether there is an average to evaluate that the module does not hold for good already."""
+        return self.evaluate and self.averager is not None and self.averager.n > 0 and not self._in_model
 
     def _stop(self) -> None:
-        self._leave()
+        if self._evaluation is not None:
+            self._evaluation.leave()
         if self._steps is not None:
             self._steps.remove()
             self._steps = None
 
     # Saving
-
-    def _save_average_of(self, trainer: Trainer) -> None:
-        """Let the strategy give the average as the module's state, in checkpoints of weights alone too."""
-        strategy = trainer.strategy
-        own = type(strategy).lightning_module_state_dict
-
-        def lightning_module_state_dict() -> dict[str, Any]:
-            if self.averager is None or not self.averager.n or self._in_model:
-                return cast("dict[str, Any]", own(strategy))
-            with self.averager.applied():
-                return copied(own(strategy))
-
-        strategy.lightning_module_state_dict = lightning_module_state_dict
-
-    @contextmanager
-    def _raw(self) -> Iterator[None]:
-        """Return a context in which the module holds its own weights."""
-        was_in = self._swap is not None
-        self._leave()
-        try:
-            if self.averager is not None and self.averager.is_applied:
-                message = (
-                    "saving a checkpoint inside applied() would save the average as the raw weights; leave it first"
-                )
-                raise AppliedError(message)
-            yield
-        finally:
-            if was_in:
-                self._enter()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -233,29 +200,22 @@ class AveragingCallback(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self.averager is None or self._in_model:
+        if self._evaluation is None or self._in_model:
             return
-        with self._raw():
-            if not (self.evaluate and self.averager.n):
-                return
-            strategy = trainer.strategy
-            # Whole: of sharded models rank 0 writes this key alone.
-            checkpoint[_RAW] = gathered(copied(type(strategy).lightning_module_state_dict(strategy)))
-        own = checkpoint.get("callbacks", {}).get(self.state_key)
-        if own and "slots" in own:  # the same tensors: a file holds them once
-            _share(own["slots"]["average"], checkpoint["state_dict"])
+        with self._evaluation.raw():
+            if self._is_ready():
+                checkpoints.add_raw(checkpoint, trainer.strategy, self.state_key)
 
     # Resuming: before on_fit_start, or behind it where the strategy restores after its setup
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._resumed = str(getattr(trainer.state.fn, "value", trainer.state.fn)) == "fit"
+        self._resumed = is_fitting(trainer)
         if not self._resumed:
             return
         if not checkpoint.get("callbacks", {}).get(self.state_key):
             self._take_foreign(checkpoint)
-        if _RAW in checkpoint:
-            load_whole(pl_module, checkpoint[_RAW], strict=pl_module.strict_loading)
+        checkpoints.load_raw(checkpoint, pl_module)
         self._take(pl_module)
 
     @override
@@ -270,10 +230,8 @@ class AveragingCallback(Callback):
         updates = updates_of(checkpoint)
         if self.evaluate and updates:
             self._foreign = copied(checkpoint["state_dict"]), updates
-            message = (
-                f"the checkpoint holds an average of Lightning's own ({updates} updates); it goes on by "
-                f"{self._config.strategy!r}"
-            )
+            own = f"an average of Lightning's own ({updates} updates)"
+            message = f"the checkpoint holds {own}; it goes on by {self._config.strategy!r}"
         else:
             message = "the checkpoint holds no average; the average begins anew from its weights"
         warn_user(message)
@@ -289,37 +247,3 @@ class AveragingCallback(Callback):
             self.averager.load_state_dict(self._loaded)
             self._restored = True
         self._foreign = self._loaded = None
-
-    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew where a checkpoint without an average was loaded, perhaps behind on_fit_start."""
-        if self.averager is None or self._restored or not trainer.ckpt_path:
-            return
-        if not self._resumed:  # it holds weights alone, of which callbacks are not told
-            self._take_foreign({})
-        self.averager.load_state_dict(self._config.build(pl_module).state_dict())
-        self._restored = True
-
-    def _refuse_others(self, trainer: Trainer) -> None:
-        if not self.evaluate:
-            return
-        for other in trainer.callbacks:
-            both = isinstance(other, AveragingCallback) and other.evaluate and other is not self
-            if both or type(other).__name__ in _OWN:
-                message = (
-                    f"{type(other).__name__} and AveragingCallback would both put an average into the model for "
-                    "validation; keep one, or give AveragingCallback(..., evaluate=False)"
-                )
-                raise ConfigError(message)
-
-
-def _logs_now(trainer: Trainer) -> bool:
-    """Return whether the trainer gives its loggers what this batch logs: the numbers cost a pass over the weights."""
-    connector = trainer._logger_connector  # noqa: SLF001 - Lightning tells it in no public way
-    return bool(trainer.loggers) and bool(getattr(connector, "should_update_logs", True))
-
-
-def _share(slots: dict[str, Any], state: Mapping[str, Any]) -> None:
-    for name, tensor in slots.items():
-        same = state.get(name)
-        if same is not None and not is_spread(same) and (same.dtype, same.shape) == (tensor.dtype, tensor.shape):
-            slots[name] = same
