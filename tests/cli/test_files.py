@@ -97,3 +97,19 @@ def test_merges_by_name_with_settings(says, tmp_path):
     assert (status, err) == (0, "")
     for name in ("linear", "ties", "dare", "geometric_median"):
         assert f"\n{name} " in out
+
+
+def test_a_soup_by_a_function_of_a_module(says, tmp_path):
+    for value in (100.0, 190.0, 900.0):
+        torch.save({"weight": torch.full((1, 3), value)}, tmp_path / f"{value:.0f}.pt")
+    command = "soup 100.pt 190.pt 900.pt --evaluate task:far --mode min --work work -o soup.pt --plot soup.png"
+    status, out, err = says(command)
+    assert (status, err) == (0, "")
+    assert "soup of 2: 5, +35 better than the best file alone" in out
+    assert "evaluated 5 times" in out
+    assert torch.load(tmp_path / "soup.pt")["weight"].tolist() == [[145.0] * 3]
+    assert (tmp_path / "soup.png").exists()
+    assert "evaluated 0 times" in says(command)[1]
+    status, _, err = says("soup 100.pt 190.pt --evaluate task:breaks --work work -o other.pt")
+    assert status == 2
+    assert "task:breaks raised KeyError" in err

@@ -17,6 +17,7 @@ from polyak.cli.merge import list_merges, merge
 from polyak.cli.plan import plan
 from polyak.cli.posthoc import snapshots, sweep, synthesize
 from polyak.cli.profile import profile
+from polyak.cli.soup import soup
 from polyak.cli.tables import list_plugins, list_strategies, show, versions
 from polyak.config.files import write
 from polyak.registry import registry
@@ -49,6 +50,7 @@ app.command("inspect")(inspect)
 app.command("diff")(diff)
 app.command("merge")(merge)
 app.command("merges")(list_merges)
+app.command("soup")(soup)
 app.command("profile")(profile)
 app.command("convert")(convert)
 app.command("snapshots")(snapshots)

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from traceback import extract_tb
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import typer
 
 from polyak.cli.arguments import grid, settings, with_start
+from polyak.cli.functions import function_called
 from polyak.cli.outputs import check_picture, check_tensors, picture
 from polyak.cli.reporting import errors_reported
 from polyak.cli.tables import Listing, show, size
-from polyak.errors import ConfigError, PolyakError
-from polyak.errors.formatting import shown
+from polyak.errors import ConfigError
 from polyak.plot import POOR
 from polyak.posthoc import Store, sweep as swept
 from polyak.posthoc.labels import label
 from polyak.posthoc.synthesis import combine, nearest, target_profile, warn_of_poor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from polyak.posthoc import Sweep
     from polyak.posthoc.least_squares import Fit
@@ -116,7 +114,7 @@ def sweep(
         chosen, step = store.until(at_step)
         _check_spared(output, chosen)
         targets = _targets(target, grid_ or [], set_ or [], step)
-        evaluate = _function(function)
+        evaluate = function_called(function)
         found = swept(
             store, evaluate, targets, at_step=at_step, mode=mode, nonnegative=nonnegative, output=output,
             resume=resume,
@@ -129,49 +127,6 @@ def sweep(
             typer.echo(f"drawn: {plot}")
         if found.file is None:
             raise typer.Exit(2)  # a warning has said why
-
-
-def _function(name: str) -> Callable[[Any], float]:
-    from polyak.bench.models import imported
-
-    module, _, function = name.partition(":")
-    if not (module and function) or module.startswith("."):
-        message = f"got {name!r}; expected MODULE:FUNCTION, as in evaluation:test_loss for a function in evaluation.py"
-        raise ConfigError(message)
-    try:
-        found = imported(name)
-    except (SystemExit, typer.Exit) as error:
-        message = f"{name!r} cannot be imported: its module ends the process; guard that by if __name__ == '__main__'"
-        raise ConfigError(message) from error
-    except (AttributeError, ModuleNotFoundError) as error:
-        no_module = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
-        no_function = isinstance(error, AttributeError) and module in sys.modules
-        if not (no_module or no_function):
-            raise  # what goes wrong inside the module is told by its own traceback
-        message = f"{name!r} cannot be imported ({error}); expected a function in a module, here or installed"
-        raise ConfigError(message) from error
-    if not callable(found):
-        message = f"{name!r} is {shown(found)}; expected a function that takes a state dict and returns a number"
-        raise ConfigError(message)
-
-    def called(state: Any) -> float:  # noqa: ANN401 - a state dict
-        try:
-            value: float = found(state)
-        except typer.Exit as error:  # which would end the command as if it had succeeded
-            message = f"{name} ended the command with the exit code {error.exit_code}; expected a number"
-            raise ConfigError(message) from error
-        except PolyakError:
-            raise
-        except Exception as error:
-            frames = [frame for frame in extract_tb(error.__traceback__) if frame.filename != __file__]
-            own = [frame for frame in frames if frame.filename == getattr(sys.modules[module], "__file__", "")]
-            # Without a frame the call itself failed: the function takes other arguments.
-            places = [f" ({Path(frame.filename).name}:{frame.lineno})" for frame in (own or frames)[-1:]]
-            message = f"{name} raised {type(error).__name__}: {error}{''.join(places)}"
-            raise ConfigError(message) from error
-        return value
-
-    return called
 
 
 def _targets(target: str | None, grids: list[str], fixed: list[str], step: int) -> list[dict[str, Any]] | None:

@@ -7,6 +7,7 @@ from polyak.files.checkpoint import Checkpoint, open_checkpoint as open  # noqa:
 from polyak.files.difference import Difference, TensorDifference, diff
 from polyak.files.line import Line, path
 from polyak.files.merge import Merged, merge, merges
+from polyak.files.soup import Ingredient, Soup, soup
 from polyak.files.weights import WSM, wsm
 from polyak.merges.base import Merge
 
@@ -15,9 +16,11 @@ __all__ = [
     "Averaged",
     "Checkpoint",
     "Difference",
+    "Ingredient",
     "Line",
     "Merge",
     "Merged",
+    "Soup",
     "TensorDifference",
     "average",
     "diff",
@@ -25,5 +28,6 @@ __all__ = [
     "merges",
     "open",
     "path",
+    "soup",
     "wsm",
 ]

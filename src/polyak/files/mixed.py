@@ -55,8 +55,13 @@ def mixed(entries: Sequence[Entry], shares: Mapping[int, float]) -> dict[str, Te
     return state
 
 
-def metric(evaluate: Callable[[dict[str, Tensor]], float], state: dict[str, Tensor]) -> float:
+def metric(evaluate: Callable[[dict[str, Tensor]], float], state: dict[str, Tensor], *, finite: bool = True) -> float:
     """Return what a function of the user's says of a state dict.
+
+    Args:
+        evaluate: The function.
+        state: The state dict.
+        finite: Whether a NaN or an infinity is refused; else it comes back as NaN.
 
     Raises:
         ConfigError: If it returns no finite number.
@@ -65,8 +70,8 @@ def metric(evaluate: Callable[[dict[str, Tensor]], float], state: dict[str, Tens
     try:
         number = float(value)
     except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, str) or not math.isfinite(number):
+        number, finite = math.nan, True
+    if isinstance(value, str) or (finite and not math.isfinite(number)):
         message = f"evaluate() returned {shown(value)}; expected a finite number"
         raise ConfigError(message)
-    return number
+    return number if math.isfinite(number) else math.nan
