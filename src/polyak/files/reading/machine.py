@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pickletools
+import warnings
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from polyak.errors import StateError
 from polyak.errors.formatting import shown
-from polyak.files.reading.meanings import Global, Instance, meaning, refused
+from polyak.files.reading.malicious import named
+from polyak.files.reading.meanings import Instance, meaning
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,18 +46,24 @@ def interpret(file: Bounded, stored: Callable[[Any], Any], foreign: set[str] | N
         ValueError: If it is damaged.
     """
     machine = _Machine(stored)
-    for number, (code, value, _) in enumerate(pickletools.genops(cast("IO[bytes]", file))):
-        if number > _MOST:
-            message = f"its pickle has more than {_MOST} instructions"
-            raise ValueError(message)
-        try:
-            machine.step(code.name, value)
-        except (IndexError, KeyError, TypeError, AttributeError) as error:
-            message = f"its pickle cannot be read: {code.name} finds {type(error).__name__}"
-            raise ValueError(message) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of strange escapes in texts
+        for number, (code, value, _) in enumerate(pickletools.genops(cast("IO[bytes]", file))):
+            if number > _MOST:
+                message = f"its pickle has more than {_MOST} instructions"
+                raise ValueError(message)
+            _follow(machine, code.name, value)
     if foreign is not None:
         foreign |= machine.foreign
     return machine.stack[-1] if machine.stack else None
+
+
+def _follow(machine: _Machine, name: str, value: Saved) -> None:
+    try:
+        machine.step(name, value)
+    except (IndexError, KeyError, TypeError, AttributeError) as error:
+        message = f"its pickle cannot be read: {name} finds {type(error).__name__}"
+        raise ValueError(message) from error
 
 
 class _Machine:
@@ -165,14 +172,14 @@ class _Machine:
 
     def _global(self, value: str) -> None:
         module, _, name = value.partition(" ")
-        self.stack.append(_named(module, name))
+        self.stack.append(named(module, name))
 
     def _stack_global(self, _: object) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         if type(name) is not str or type(module) is not str:
             message = f"its pickle names {shown(module)} and {shown(name)} as a function"
             raise ValueError(message)
-        self.stack.append(_named(module, name))
+        self.stack.append(named(module, name))
 
     def _reduce(self, _: object) -> None:
         args, called = self.stack.pop(), self.stack.pop()
@@ -186,7 +193,7 @@ class _Machine:
 
     def _inst(self, value: str) -> None:
         module, _, name = value.partition(" ")
-        self._make(_named(module, name), tuple(self._marked()))
+        self._make(named(module, name), tuple(self._marked()))
 
     def _obj(self, _: object) -> None:
         called, *args = self._marked()
@@ -229,17 +236,6 @@ class _Machine:
         else:
             message = f"its pickle sets items of {shown(type(target).__name__)}"
             raise ValueError(message)  # noqa: TRY004 - a damaged file
-
-
-def _named(module: str, name: str) -> Global:
-    named = Global(module, name)
-    if refused(named):
-        message = (
-            f"it asks to call {module}.{name} when it is unpickled, which can run any program. Nothing was executed: "
-            "polyak only reads. Do not load this file elsewhere; ask its author for a .safetensors file"
-        )
-        raise StateError(message)
-    return named
 
 
 def _key(value: Saved) -> Saved:
