@@ -10,10 +10,14 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 
 @pytest.fixture(autouse=True)
 def _same_for_everyone():
+    # What one test asked Accelerate for is no other's: it keeps one state for a process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     yield

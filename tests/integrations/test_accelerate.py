@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from launch import torchrun
 from recorded import Record, bits, equal, near
 from torch import nn
@@ -17,11 +16,6 @@ import polyak
 from polyak.integrations.accelerate import average, save_average
 
 DECAY = 0.7
-
-
-@pytest.fixture(autouse=True)
-def _as_in_a_process_of_its_own():
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def network():
