@@ -1,4 +1,4 @@
-"""``python -m polyak.bench.page PAGE.md … REPORT.json …``: put the tables of reports into pages, and draw them.
+"""``python -m polyak.bench.page [--busy] PAGE.md … REPORT.json …``: fill pages with the tables of reports, and draw these.
 
 In a page, the table of a case stands between ``<!-- bench: CASE -->`` and ``<!-- /bench -->``, its summary between
 ``<!-- bench: CASE-summary -->`` and the same end, and what the reports were measured on after
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from polyak.bench.picture import draw
 from polyak.bench.report import Report
-from polyak.bench.table import caption, summaries, tables
-from polyak.errors import PolyakError
+from polyak.bench.table import caption, disturbed, summaries, tables
+from polyak.errors import ConfigError, MissingFileError, PolyakError
 from polyak.io.atomic import write_whole
 
 if TYPE_CHECKING:
@@ -53,15 +53,30 @@ def _write(page: Path, text: str) -> None:
     write_whole(page, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
-def main(*files: Path) -> None:
+def main(*files: Path, busy: bool = False) -> None:
     """Refresh the pages and the pictures.
 
     Args:
         *files: Pages, whose names end in ``.md``, and reports.
+        busy: Whether reports of a machine on which others were busy are taken.
+
+    Raises:
+        ConfigError: If there is no page or no report, or a report says that others were busy.
+        MissingFileError: If a page is not there.
     """
     pages = [file for file in files if file.suffix == ".md"]
     saved = [file for file in files if file not in pages]
+    if not pages or not saved:
+        message = f"got {len(pages)} pages and {len(saved)} reports; expected PAGE.md … REPORT.json …"
+        raise ConfigError(message)
+    if missing := [str(page) for page in pages if not page.is_file()]:
+        message = f"there is no page {missing[0]}"
+        raise MissingFileError(message)
     reports = [Report.read(file) for file in saved]
+    for report, file in zip(reports, saved, strict=True):
+        for found in [] if busy else disturbed(report.rows):
+            message = f"{file}: {found} --busy takes it all the same."
+            raise ConfigError(message)
     for page in pages:
         _write(page, filled(page.read_text(encoding="utf-8"), reports))
     for report, file in zip(reports, saved, strict=True):
@@ -70,6 +85,7 @@ def main(*files: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        main(*map(Path, sys.argv[1:]))
+        given = [argument for argument in sys.argv[1:] if argument != "--busy"]
+        main(*map(Path, given), busy="--busy" in sys.argv)
     except PolyakError as error:
         sys.exit(f"polyak: {error}")

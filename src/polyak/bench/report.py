@@ -96,6 +96,10 @@ class Row(BaseModel):
     disturbed: float = 0.0
     remark: str = ""
 
+    def within(self, setting: str) -> Row:
+        """Return the same with what was set for all rows of a run."""
+        return self.model_copy(update={"setting": setting}) if setting and not self.setting else self
+
 
 class Report(BaseModel):
     """A whole run.

@@ -14,6 +14,7 @@ from polyak.bench.memory import method
 from polyak.bench.models import build
 from polyak.bench.report import Report, Row
 from polyak.bench.settings import Settings, checked
+from polyak.errors.formatting import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,16 +38,19 @@ def measure(cases: Sequence[str] = ("update",), settings: Settings | None = None
         checked("case", name, CASES)
     entrants(settings)  # a library that is missing is said before anything is measured
     before = torch.get_num_threads()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
     rows: list[Row] = []
     notes: list[str] = []
     told = machine(settings.place)
     try:
         for case in dict.fromkeys(cases):
             for model in ("",) if CASES[case].alone else dict.fromkeys(settings.models):
-                rows += _one(case, model, settings)
-                gc.collect()
+                chosen = settings.chosen_threads(case)
+                for threads in chosen:
+                    torch.set_num_threads(threads)
+                    setting = counted(threads, "thread") if len(chosen) > 1 else ""
+                    rows += [row.within(setting) for row in _one(case, model, settings)]
+                    gc.collect()
+                    torch.set_num_threads(before)
     except KeyboardInterrupt:
         notes.append("Interrupted: what was measured until then is shown.")
     finally:

@@ -37,7 +37,7 @@ class Settings:
         kernels: Names of kernels; empty: all for the first strategy, "auto" for the others.
         against: Names of ``LIBRARIES``; None: all that are installed.
         device: Where the models live; None: the accelerator, else the CPU.
-        threads: How many threads torch computes with; None: as torch chooses.
+        threads: How many threads torch computes with; None: as torch chooses, and for an update on a CPU also one.
         seconds: How long one case measures one model, about.
         ranks: On how many ranks, one number after the other; empty: 1, 2 and 4, as far as there is room.
     """
@@ -96,6 +96,13 @@ class Settings:
         if self.place.type != "cpu":
             return torch.accelerator.device_count()
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def chosen_threads(self, case: str) -> list[int]:
+        """Return how many threads torch computes with, one number after the other."""
+        if self.threads is not None:
+            return [self.threads]
+        own = torch.get_num_threads()
+        return [1, own] if case == "update" and self.place.type == "cpu" and own > 1 else [own]
 
     def chosen_ranks(self) -> list[int]:
         """Return on how many ranks, the smallest number first."""

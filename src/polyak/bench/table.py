@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from polyak.bench.fit import Line
     from polyak.bench.report import Quantiles, Report, Row
 
-__all__ = ["Table", "caption", "summaries", "tables"]
+__all__ = ["Table", "caption", "disturbed", "summaries", "tables"]
 
 T = TypeVar("T")
 _DISTURBED = 0.5
@@ -61,7 +61,7 @@ def _table(case: str, rows: Sequence[Row]) -> Table:
     references = {row.reference for row in rows if row.reference}
     beside = f"× {references.pop() if len(references) == 1 else _REFERENCE}"
     columns = {beside if title == "×" else title: read for title, read in _COLUMNS.items()}
-    return Table(case, CASES[case].title, *_cells(columns, rows), _disturbed(rows))
+    return Table(case, CASES[case].title, *_cells(columns, rows), disturbed(rows))
 
 
 def _summary(case: str, rows: Sequence[Row]) -> Table:
@@ -77,7 +77,7 @@ def _summary(case: str, rows: Sequence[Row]) -> Table:
     for named, of_one in groupby(shown, lambda row: tuple(getattr(row, name) for name in names)):
         cells = {column(row): _shortly(row) for row in of_one}
         lines.append((*named, *(cells.get(subject) or "-" for subject in subjects)))
-    return Table(case, CASES[case].title, (*names, *subjects), lines, _disturbed(shown))
+    return Table(case, CASES[case].title, (*names, *subjects), lines, disturbed(shown))
 
 
 def _shortly(row: Row) -> str:
@@ -98,7 +98,8 @@ def _cells(
     return tuple(kept), list(zip(*kept.values(), strict=True))
 
 
-def _disturbed(rows: Sequence[Row]) -> list[str]:
+def disturbed(rows: Sequence[Row]) -> list[str]:
+    """Return that others kept a measurement waiting for a processor, where that was often."""
     measured = [row for row in rows if row.milliseconds]
     share = max((row.disturbed for row in measured), default=0.0)
     if share <= _DISTURBED:

@@ -47,7 +47,10 @@ def bench(
             "May be repeated."
         ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads that torch computes with.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads that torch computes with (default: as torch chooses, and for update also 1)."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Where the models live (default: accelerator, or cpu).")] = None,
     seconds: Annotated[float, typer.Option(help="About how long one case measures one model.")] = 15.0,
     json: Annotated[Path | None, typer.Option(help="A file for the numbers.")] = None,
