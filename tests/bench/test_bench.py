@@ -75,6 +75,21 @@ def small(monkeypatch):
 
 
 @pytest.mark.parity
+def test_an_update_is_measured_with_one_thread_and_with_all(says, tmp_path, monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for options, expected in (((), ["1 thread", "2 threads"]), (("--threads", "2"), [""])):
+            status, _, _ = says("--model", "tiny:net", *QUICK, *options, "--json", "a.json")
+            assert status == 0
+            rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+            assert [*dict.fromkeys(row["setting"] for row in rows)] == expected
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parity
 def test_the_command_shows_a_table_and_writes_numbers_and_picture(says, tmp_path):
     files = ("--json", "a.json", "--plot", "a.png")
     status, out, err = says("--model", "tiny:net", *QUICK, *files)

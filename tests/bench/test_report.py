@@ -191,3 +191,24 @@ def test_one_case_is_one_picture_under_the_name_that_was_given(report, tmp_path)
 def test_a_case_in_which_nothing_was_measured_has_no_picture(report, tmp_path):
     nothing = report.model_copy(update={"rows": report.rows[3:4]})
     assert draw(nothing, tmp_path / "one.png") == []
+
+
+def test_a_report_of_a_busy_machine_goes_into_no_page_unless_it_is_asked_for(report, tmp_path):
+    page, file = tmp_path / "performance.md", tmp_path / "speed.json"
+    page.write_text(PAGE)
+    report.model_copy(update={"rows": [row("polyak auto", 0.5, disturbed=0.9)]}).write(file)
+    with pytest.raises(ConfigError, match=r"speed.json: .*up to 90 %.* --busy takes it all the same"):
+        main(page, file)
+    assert page.read_text() == PAGE
+    assert not list(tmp_path.glob("*.png"))
+    main(page, file, busy=True)
+    assert page.read_text() != PAGE
+
+
+def test_no_pages_no_reports_and_pages_that_are_not_there_are_said(report, tmp_path):
+    report.write(tmp_path / "speed.json")
+    for given in ((), (tmp_path / "speed.json",), (tmp_path / "page.md",)):
+        with pytest.raises(ConfigError, match=r"expected PAGE.md … REPORT.json …"):
+            main(*given)
+    with pytest.raises(FileNotFoundError, match="there is no page"):
+        main(tmp_path / "page.md", tmp_path / "speed.json")

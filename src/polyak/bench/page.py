@@ -1,4 +1,4 @@
-"""``python -m polyak.bench.page [--busy] PAGE.md … REPORT.json …``: fill pages with the tables of reports, and draw these.
+"""``python -m polyak.bench.page [--busy] PAGE.md … REPORT.json …``: fill pages by reports, and draw these.
 
 In a page, the table of a case stands between ``<!-- bench: CASE -->`` and ``<!-- /bench -->``, its summary between
 ``<!-- bench: CASE-summary -->`` and the same end, and what the reports were measured on after

@@ -119,7 +119,7 @@ class GeometricMedian(Merge):
     def _shares(self, products: Tensor) -> list[float]:
         count = len(products)
         own = products.diagonal()
-        shares = torch.full((count,), 1.0 / count, dtype=products.dtype)
+        shares = torch.full((count,), 1.0 / count, dtype=products.dtype, device=products.device)
         least = float(own.max()) * 1e-30
         for _ in range(self.iterations):
             middle = products @ shares

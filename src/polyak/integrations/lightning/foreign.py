@@ -41,7 +41,7 @@ def continued(
     """
     # Counters and history are those of as many updates of one number, by the same strategy.
     counted = config.model_copy(update={"include": None, "exclude": None, "buffers": "auto", "device": None})
-    small = counted.build({"weight": torch.zeros(1)})
+    small = counted.build({"weight": torch.zeros(1, device="cpu")})
     while small.n < updates:
         small.update()
     state, own = small.state_dict(), averager.state_dict()
