@@ -366,13 +366,15 @@ class Manual(Tiny):
 
     def training_step(self, batch, batch_idx):
         first, second = self.optimizers()
-        for optimizer in (first, second)[: 1 + (batch_idx != 1)]:  # in one batch only the first steps
+        # In one batch only the first steps, in another none.
+        for optimizer in (first, second)[: {1: 1, 2: 0}.get(batch_idx, 2)]:
             optimizer.zero_grad()
             self.manual_backward(self.loss(batch))
             optimizer.step()
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        self.ends.append(self.now())
+        if batch_idx != 2:
+            self.ends.append(self.now())
 
     def configure_optimizers(self):
         self.record = Record(self)
@@ -381,8 +383,8 @@ class Manual(Tiny):
 
 def test_two_optimisers_make_one_update_per_batch(tmp_path):
     model, averaging, trainer = fitted(tmp_path, model=Manual())
-    assert trainer.global_step == 22
-    assert averaging.averager.n == 12
+    assert trainer.global_step == 18
+    assert averaging.averager.n == 10
     assert near(averaging.averager.averages, model.record.ema(DECAY, steps=model.ends))
 
 
