@@ -96,7 +96,7 @@ def arguments(argv: list[str] | None) -> Namespace:
     """Return what the user asks for."""
     parser = ArgumentParser(usage="%(prog)s [options]", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("data"), help="where CIFAR-10 is or goes (default: data)")
-    parser.add_argument("--download", action="store_true", help="fetch CIFAR-10 (170 MB) where it is not there")
+    parser.add_argument("--download", action="store_true", help="fetch CIFAR-10 (160 MiB) where it is not there")
     parser.add_argument("--epochs", type=_positive, default=10, help="passes over the data (default: 10)")
     parser.add_argument("--batch-size", type=_positive, default=64, help="images in a step (default: 64)")
     parser.add_argument("--print-every", type=_positive, default=200, help="steps between prints (default: 200)")

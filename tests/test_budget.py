@@ -25,8 +25,8 @@ SHOWN = re.findall(r"^\$ polyak (plan .*)\n([^`]*)```", PAGE.read_text(encoding=
 
 def test_a_float32_average_of_seventy_billion_on_64_ranks():
     cost = budget(SEVENTY, checked=False)
-    assert cost.averages == 4 * SHARD  # 4.38 GB
-    assert cost.moved == 3 * 4 * SHARD  # read the weights, read and write the average: 13.1 GB
+    assert cost.averages == 4 * SHARD  # 4.07 GiB
+    assert cost.moved == 3 * 4 * SHARD  # read the weights, read and write the average: 12.2 GiB
     assert cost.seconds == pytest.approx(13.125e9 / 3.35e12)  # 3.9 ms on an H100
     assert (cost.sent, cost.staging, cost.on_node, cost.on_host) == (0, 0, 0, 0)
     assert cost.exchange == 26.25e9
@@ -157,8 +157,8 @@ def test_the_command_prints_the_figures_and_the_cadence():
     result = CliRunner().invoke(app, ["plan", "--params", "70e9", "--ranks", "64", "--tokens", "262144"])
     assert result.exit_code == 0
     lines = {line.split("  ")[0]: line for line in result.output.splitlines()}
-    assert "4.38 GB" in lines["averages"]
-    assert "13.1 GB" in lines["accelerator traffic"]
+    assert "4.1 GiB" in lines["averages"]
+    assert "12.2 GiB" in lines["accelerator traffic"]
     assert "3.92 ms" in lines["update"]
     assert "every=1 keeps it under 0.1%." in result.output
 

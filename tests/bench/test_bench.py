@@ -151,8 +151,10 @@ def test_models_too_large_for_all_are_measured_with_fewer_and_that_is_told(gigab
     found = [row for row in scaling(settings) if row.model == "100 tensors"]
     told = [row.remark for row in found if row.subject == "-"]
     assert [row.subject for row in found if row.milliseconds] == ["polyak auto", "polyak loop", *LIMITS][:subjects]
-    said = {4: [], 1: ["partly measured: all of it needs 0"], 0: ["not measured: all of it needs 0"]}[subjects]
-    assert [one.partition(" GB of")[0] for one in told] == said
+    said = {4: [], 1: ["partly measured: all of it needs 9.4 KiB"], 0: ["not measured: all of it needs 9.4 KiB"]}[
+        subjects
+    ]
+    assert [one.partition(" of memory")[0] for one in told] == said
 
 
 def test_a_kernel_that_cannot_run_here_is_a_row_with_the_reason(monkeypatch):

@@ -42,7 +42,7 @@ def report():
     scaling = [grown("polyak auto", count, 2.0 + 0.5 * count) for count in (10, 100, 1000)]
     left_out = Row(
         case="scaling", model="tensors of 64 values", setting="10,000 tensors", subject="-", group="limit",
-        remark="not measured: it needs 99 GB of memory",
+        remark="not measured: it needs 99.0 GiB of memory",
     )  # fmt: skip
     return Report(
         machine=MACHINE, memory="by hand", versions={"polyak": "1"}, settings={}, rows=[*update, *scaling, left_out]
@@ -93,7 +93,7 @@ def test_models_that_grow_are_a_line_with_its_intercept_and_what_was_left_out_is
     _, scaling = tables(report)
 
     assert scaling.rows[0][-1] == "2,000 µs + 500,000 ns per tensor"
-    assert scaling.notes == ["tensors of 64 values, 10,000 tensors: not measured: it needs 99 GB of memory."]
+    assert scaling.notes == ["tensors of 64 values, 10,000 tensors: not measured: it needs 99.0 GiB of memory."]
 
 
 def test_the_line_is_nearest_in_relative_terms():

@@ -32,7 +32,7 @@ def test_snapshots_are_listed_with_steps_half_lives_and_sizes(says, stores):
     assert shown[-1][3] == "8"
     assert [*map(len, shown)] == [6] * 21
     assert shown[0][1:5] == ["start", "0", "-", "-"]
-    assert re.fullmatch(r"21 snapshots, [\d.]+ kB, up to step 200", total[0])
+    assert re.fullmatch(r"21 snapshots, [\d.]+ KiB, up to step 200", total[0])
 
 
 def test_an_average_is_written_as_the_library_makes_it_with_its_figures(says, stores):

@@ -46,7 +46,7 @@ def test_an_error_of_a_users_own_is_raised_as_it_is(error):
     ],
 )
 def test_what_gloo_says_is_told_with_who_answered(told):
-    message = r"rank 0 could not do this: all ranks answered: one did not come to this.* Try\.\n\(torch: "
+    message = r"rank 0 could not do this: all ranks answered: one did not take part.* Try\.\n\(torch: "
     with pytest.raises(polyak.DistributedError, match=message), answered("do this", "Try."):
         raise RuntimeError(told)
 

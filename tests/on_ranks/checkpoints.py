@@ -124,10 +124,10 @@ def a_folder_that_does_not_fit_is_refused_whole(rank, folder, *_):
         "swa": "made by the strategy 'swa'",
         "small": "emb.weight is missing",
         "model only": "holds no 'averager'",
-        "empty": "no finished checkpoint",
+        "empty": "not a finished checkpoint",
         "absent": "no such folder",
         "truncated": "could not read",
-        "without metadata": "no finished checkpoint",
+        "without metadata": "not a finished checkpoint",
         "without a file": "could not read",
         "broken metadata": "incomplete or damaged",
     }
@@ -222,9 +222,9 @@ def ranks_that_average_other_weights_write_nothing(rank, folder, *_):
     place = Path(folder) / "apart"
     polyak.distributed.save(alike, place)
     refused = {
-        "0.weight: rank 1 other than rank 0": apart["ema"],
-        "lawa.0.bias: rank 1 other than rank 0": apart,
-        "weight: rank 1 other than rank 0": polyak.average(stages[0], "swa"),
+        "0.weight: rank 1 not as rank 0": apart["ema"],
+        "lawa.0.bias: rank 1 not as rank 0": apart,
+        "weight: rank 1 not as rank 0": polyak.average(stages[0], "swa"),
         "tensors: .*'0.weight'": polyak.average(stages[1 if rank else 0], "swa"),
     }
     for words, averager in refused.items():

@@ -101,11 +101,13 @@ def late(rank, folder):
     _impatient()
     if rank:
         time.sleep(2.5 * PATIENCE)
-        with pytest.raises(polyak.DistributedError, match="all ranks answered: one did not come to this, or too late"):
+        with pytest.raises(polyak.DistributedError, match="all ranks answered: one did not take part, or too late"):
             averager.update()
         _get_default_store().set("told", "")
     else:
-        with pytest.raises(polyak.DistributedError, match="rank 1 does not answer: it died, hangs or did not come"):
+        with pytest.raises(
+            polyak.DistributedError, match="rank 1 does not answer: it died, hangs or did not take part"
+        ):
             averager.update()
         _get_default_store().wait(["told"], dt.timedelta(seconds=30))
     assert averager.n == 0

@@ -30,7 +30,7 @@ def ddp_averages_are_alike_and_told_apart(rank, folder):
         averager.update()
         statistics.update()
     polyak.distributed.verify_in_sync(averager)
-    with pytest.raises(polyak.DistributedError, match=r"1\.running_mean: rank 1 other than rank 0"):
+    with pytest.raises(polyak.DistributedError, match=r"1\.running_mean: rank 1 not as rank 0"):
         polyak.distributed.verify_in_sync(statistics)
     polyak.distributed.broadcast(statistics, source=1)
     polyak.distributed.verify_in_sync(statistics)
@@ -45,7 +45,7 @@ def shards_are_compared_with_their_replicas_only(rank, folder):
     polyak.distributed.verify_in_sync(averager)
     if rank == 1:
         averager.averages["up.weight"]._local_tensor[0, 0] += 1
-    with pytest.raises(polyak.DistributedError, match=r"up\.weight: rank 1 other than rank 0"):
+    with pytest.raises(polyak.DistributedError, match=r"up\.weight: rank 1 not as rank 0"):
         polyak.distributed.verify_in_sync(averager)
     with pytest.raises(polyak.ModelError, match="nothing to broadcast"):
         polyak.distributed.broadcast(averager)
@@ -75,7 +75,7 @@ def averages_of_a_bank_are_compared_each(rank, folder):
     polyak.distributed.verify_in_sync(bank)
     if rank:
         bank["b"].averages["up.bias"][2] += 1
-    with pytest.raises(polyak.DistributedError, match=r"up\.bias: rank 1 other than rank 0"):
+    with pytest.raises(polyak.DistributedError, match=r"up\.bias: rank 1 not as rank 0"):
         polyak.distributed.verify_in_sync(bank)
 
 

@@ -288,7 +288,7 @@ def test_steps_that_are_made_again_replace_their_snapshots_with_a_warning(tmp_pa
     model, averager = fresh()
     averager.load_state_dict(saved)
     with Recorder(averager, tmp_path, every=10):
-        with pytest.warns(PolyakWarning, match="8 snapshots after step 25, where this run goes on, are removed"):
+        with pytest.warns(PolyakWarning, match="8 snapshots after step 25, where this run continues, are removed"):
             run_of(model, averager, [26])
         assert steps(tmp_path, "average") == [10, 20]
         run_of(model, averager, range(27, 36), values=lambda step: step)
@@ -613,7 +613,7 @@ def test_a_snapshot_that_cannot_be_written_stops_neither_the_average_nor_the_nex
             except SnapshotError as error:
                 failed[step] = error
     assert all(isinstance(error, OSError) for error in failed.values())
-    assert all("The average is whole and training can go on" in str(error) for error in failed.values())
+    assert all("The average is whole and training can continue" in str(error) for error in failed.values())
     assert {step for step in failed if step % 5 == 0} == {10, 15}
     assert torch.equal(averager.averages["w"], alone.averages["w"])
     assert averager.n == 30

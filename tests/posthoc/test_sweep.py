@@ -428,7 +428,7 @@ def test_a_damaged_file_of_metrics_is_refused_in_words(noisy, tmp_path, text):
 
 def test_metrics_that_cannot_be_written_are_warned_of_once(noisy, tmp_path):
     (tmp_path / "best.metrics.json").mkdir()
-    with pytest.warns(PolyakWarning, match="The sweep goes on, and cannot be resumed") as told:
+    with pytest.warns(PolyakWarning, match="The sweep continues, and cannot be resumed") as told:
         found = sweep(noisy[0], loss, grid(), output=tmp_path / "best.safetensors")
     assert len([one for one in told if "resumed" in str(one.message)]) == 1
     assert len(found.rows) == len(LIVES)

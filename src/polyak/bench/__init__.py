@@ -1,4 +1,4 @@
-"""What averaging costs on this machine: every kernel beside other libraries and beside the memory's own limit.
+"""What averaging costs on this machine: every kernel against other libraries and against the limit of the memory.
 
 The command ``polyak bench`` is the usual way in.
 

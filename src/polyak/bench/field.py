@@ -49,7 +49,7 @@ class Field:
             self._update_all()
 
     def check(self) -> None:
-        """Make a few updates on changing weights, and leave out whoever does not compute the average.
+        """Make a few updates on changing weights, and drop the entrants that do not compute the average.
 
         The first is on the weights that all were made from, so that it does not matter who starts from which. The
         reference is polyak's plain loop, at least in float32.
@@ -65,7 +65,7 @@ class Field:
             self._compare(entrant, references[entrant.strategy].averages)
 
     def unmoved(self, name: str) -> Callable[[], bool]:
-        """Return a function that tells whether an entrant's averaged parameters are unchanged."""
+        """Return a function that checks whether an entrant's averaged parameters are unchanged."""
         names = [key for key, _ in self.model.named_parameters()]
         now = self._read(name)
         before = {key: now[key].detach().clone() for key in names}
@@ -101,7 +101,7 @@ class Field:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 what(entrant)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a library does, the others go on
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a library does, the others continue
             self._leave_out(entrant.name, f"{type(error).__name__}: {' '.join(str(error).split())}")
         else:
             ours = [" ".join(str(one.message).split()) for one in said if issubclass(one.category, PolyakWarning)]

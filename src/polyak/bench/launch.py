@@ -25,7 +25,7 @@ _PAUSE = 0.05  # seconds
 
 
 class Task(BaseModel):
-    """What all ranks measure together; ``threads`` are those of each."""
+    """What all ranks measure together; ``threads`` is the count of each."""
 
     model: str
     ranks: int
@@ -110,12 +110,12 @@ def _failed(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
 
 
 def _reason(failed: Sequence[int], task: Task, processes: Sequence[subprocess.Popen[bytes]], paths: Paths) -> str:
-    # The others fail when they miss the first: whoever wrote first is the cause.
+    # The others fail when they miss the first: the one that wrote first is the cause.
     rank = min(failed, key=lambda rank: max(paths.found(rank), paths.said(rank), key=_written).stat().st_mtime_ns)
     found = paths.found(rank)
     said = paths.said(rank).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    told = Found.model_validate_json(found.read_bytes()).error if found.exists() else said[-1] if said else "no word"
-    return f"rank {rank} of {task.ranks} failed on {task.model!r} (status {processes[rank].returncode}): {told}"
+    reason = Found.model_validate_json(found.read_bytes()).error if found.exists() else said[-1] if said else "no word"
+    return f"rank {rank} of {task.ranks} failed on {task.model!r} (status {processes[rank].returncode}): {reason}"
 
 
 def _written(file: Path) -> int:

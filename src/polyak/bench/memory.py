@@ -1,4 +1,4 @@
-"""How much memory a call needs beside what is there already, to about one megabyte."""
+"""How much memory a call needs in addition to what is already in use, to about one megabyte."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def peak(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def available(device: torch.device) -> int | None:
-    """Return the bytes that are free; None where nobody tells."""
+    """Return the bytes that are free; None where the device does not say."""
     if device.type != "cpu":
-        tell = getattr(getattr(torch, device.type, None), "mem_get_info", None)
-        return None if tell is None else int(tell(device)[0])
+        query = getattr(getattr(torch, device.type, None), "mem_get_info", None)
+        return None if query is None else int(query(device)[0])
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:

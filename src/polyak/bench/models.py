@@ -25,13 +25,13 @@ class Known(NamedTuple):
     Attributes:
         make: Makes the model.
         batch: Makes its inputs.
-        told: The batch in words.
+        description: The batch in words.
         needs: The package that the model comes from, where that is not torch.
     """
 
     make: Callable[[], nn.Module]
     batch: Callable[[], Tensor]
-    told: str
+    description: str
     needs: str = ""
 
 
@@ -41,7 +41,7 @@ class Subject(NamedTuple):
     name: str
     model: nn.Module
     inputs: Sequence[Tensor] = ()
-    told: str = ""
+    description: str = ""
 
 
 def layers(count: int) -> nn.Module:
@@ -90,11 +90,11 @@ def build(name: str, device: torch.device) -> Subject:
         torch.manual_seed(0)
         if ":" in name:
             model, *inputs = _imported(name)
-            told = "its own inputs" if inputs else ""
+            description = "its own inputs" if inputs else ""
         else:
             known = MODELS[name]
-            model, inputs, told = _made(name, known), [known.batch()], known.told
-        return Subject(name, model.to(device), [tensor.to(device) for tensor in inputs], told)
+            model, inputs, description = _made(name, known), [known.batch()], known.description
+        return Subject(name, model.to(device), [tensor.to(device) for tensor in inputs], description)
 
 
 def imported(name: str) -> Any:  # noqa: ANN401 - whatever has that name

@@ -1,10 +1,9 @@
-"""Numbers and sizes as a reader wants them."""
+"""Numbers as a reader wants them."""
 
 from __future__ import annotations
 
-__all__ = ["number", "size"]
+__all__ = ["number"]
 
-_MEBI = 1 << 20
 _HUNDRED = 100
 
 
@@ -19,13 +18,3 @@ def number(value: float) -> str:
         return f"{value:,.0f}"
     text = f"{value:#.3g}"
     return f"{value:.6f}" if "e" in text else text
-
-
-def size(nbytes: int) -> str:
-    """Return bytes in MiB.
-
-    Examples:
-        >>> size(1 << 19)
-        '0.5 MiB'
-    """
-    return f"{nbytes / _MEBI:,.1f} MiB"

@@ -2,7 +2,7 @@
 
 In a page, the table of a case stands between ``<!-- bench: CASE -->`` and ``<!-- /bench -->``, its summary between
 ``<!-- bench: CASE-summary -->`` and the same end, and what the reports were measured on after
-``<!-- bench: machine -->``. Each picture is written beside its report.
+``<!-- bench: machine -->``. Each picture is written next to its report.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def filled(page: str, reports: Sequence[Report]) -> str:
     """Return a page with the tables of the reports; cases that no report has stay as they are."""
     new = {table.case: markdown(table) for report in reports for table in tables(report)}
     new |= {f"{table.case}-summary": markdown(table) for report in reports for table in summaries(report)}
-    told = dict.fromkeys(line for report in reports for line in caption(report))
-    new[_MACHINE] = "".join(f"- {line}\n" for line in told)
+    lines = dict.fromkeys(line for report in reports for line in caption(report))
+    new[_MACHINE] = "".join(f"- {line}\n" for line in lines)
 
     def block(found: re.Match[str]) -> str:
         return f"{found[1]}\n{new[found['name']]}\n{found[3]}" if found["name"] in new else found[0]

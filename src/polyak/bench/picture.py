@@ -1,4 +1,4 @@
-"""Pictures of a report: bars beside the reference for each model, and lines for models that grow."""
+"""Pictures of a report: bars relative to the reference for each model, and lines for models that grow."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from polyak.bench.cases import CASES
 from polyak.bench.fit import lines
-from polyak.bench.number import number, size
+from polyak.bench.number import number
 from polyak.errors.extras import needed_for
+from polyak.errors.formatting import byte_size
 from polyak.io.atomic import write_whole
 from polyak.plot import palette
 
@@ -37,7 +38,7 @@ _DECADES = 100.0  # from this range on, powers of ten are ticks enough
 
 
 def draw(report: Report, file: Path) -> list[Path]:
-    """Write one picture for each case, with the name of the case in that of the file where there are several.
+    """Write one picture for each case, with the case in the file's name where there are several.
 
     Raises:
         MissingExtraError: If matplotlib is not installed.
@@ -82,10 +83,10 @@ def _bars(rows: Sequence[Row], machine: str) -> Figure:
         where = (first.model, first.setting)
         limits = [row for row in rows if row.group == "limit" and (row.model, row.setting) == where]
         _panel(axes, panel, [row.ratio.median for row in limits if row.ratio])
-    told = _explained(drawn, limited=any(row.group == "limit" and row.ratio for row in rows))
+    handles = _explained(drawn, limited=any(row.group == "limit" and row.ratio for row in rows))
     look = {"frameon": False, "fontsize": 8, "title_fontsize": 8, "alignment": "left"}
-    columns = 1 if len(panels) == 1 else len(told)
-    figure.legend(handles=told, title=machine, loc="outside lower left", ncols=columns, **look)
+    columns = 1 if len(panels) == 1 else len(handles)
+    figure.legend(handles=handles, title=machine, loc="outside lower left", ncols=columns, **look)
     return figure
 
 
@@ -95,18 +96,18 @@ def _explained(rows: Sequence[Row], *, limited: bool) -> list[Patch | Line2D]:
     from matplotlib.patches import Patch
 
     groups = dict.fromkeys(row.group for row in rows)
-    told: list[Patch | Line2D] = [Patch(color=_LOOKS[name]["color"], label=_NAMES[name]) for name in groups]
-    told.append(Line2D([], [], color="black", lw=1, label="from a quarter to three quarters of the rounds"))
+    handles: list[Patch | Line2D] = [Patch(color=_LOOKS[name]["color"], label=_NAMES[name]) for name in groups]
+    handles.append(Line2D([], [], color="black", lw=1, label="from a quarter to three quarters of the rounds"))
     if limited:
         limit = "the memory's limit: one pass over as many bytes"
-        told.append(Line2D([], [], color=_LOOKS["limit"]["color"], ls=_DASHES, lw=1.5, label=limit))
-    return told
+        handles.append(Line2D([], [], color=_LOOKS["limit"]["color"], ls=_DASHES, lw=1.5, label=limit))
+    return handles
 
 
 def _panel(axes: Axes, rows: Sequence[Row], limits: Sequence[float]) -> None:
     sizes = max(rows, key=attrgetter("values"))
-    told = ", ".join(filter(None, [sizes.setting, f"{sizes.tensors:,} tensors, {sizes.values / 1e6:.3g} M values"]))
-    axes.set_title(f"{sizes.model} ({told})", loc="left", fontsize=10)
+    about = ", ".join(filter(None, [sizes.setting, f"{sizes.tensors:,} tensors, {sizes.values / 1e6:.3g} M values"]))
+    axes.set_title(f"{sizes.model} ({about})", loc="left", fontsize=10)
     for place, row in enumerate(rows):
         if row.ratio is None or row.milliseconds is None:
             axes.text(1, place, "  not measured: see the table", va="center", fontsize=8, color="dimgrey")
@@ -115,7 +116,7 @@ def _panel(axes: Axes, rows: Sequence[Row], limits: Sequence[float]) -> None:
         axes.barh(place, ratio.median - 1, left=1, height=0.7, color=_LOOKS[row.group]["color"])
         axes.plot([ratio.first, ratio.third], [place, place], color="black", lw=1)
         share = f", {number(100 * row.share.median)} % of a step" if row.share else ""
-        held = "" if row.held is None else f", {size(row.held)} on a rank"
+        held = "" if row.held is None else f", {byte_size(row.held, 'MiB')} on a rank"
         label = f"{number(ratio.median)} ×  ({number(row.milliseconds.median)} ms{share}{held})"
         end = max(ratio.third, 1.0)
         axes.annotate(label, (end, place), (4, 0), textcoords="offset points", va="center", fontsize=8)

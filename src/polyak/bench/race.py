@@ -1,4 +1,4 @@
-"""Time calls side by side: rounds in which each runs once, in an order that is shuffled anew for every round."""
+"""Time calls side by side: rounds in which each runs once, in an order that is shuffled for every round."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Samples:
         return 1 - sum(self.calm[name]) / len(self.calm[name])
 
     def ratios(self, name: str, to: str) -> list[float]:
-        """Return the time of one call over that of another, round by round, undisturbed rounds where there are enough.
+        """Return one call's time divided by another's, round by round, undisturbed rounds where there are enough.
 
         A ratio within a round is not touched by what slows a whole round down.
         """
@@ -92,7 +92,7 @@ def race(
     samples = Samples(calls)
     gc.collect()
     began = perf_counter()
-    _one_round(calls, Samples(calls), list(calls), device, before, warm)  # tells how many rounds there is time for
+    _one_round(calls, Samples(calls), list(calls), device, before, warm)  # shows how many rounds there is time for
     rounds = agreed(min(max(round(budget / (perf_counter() - began)), LEAST), MOST))
     gc.disable()
     try:
@@ -143,7 +143,7 @@ def _wait_for(device: torch.device) -> None:
 def _waited() -> float:
     """Return for how many seconds threads of this process have been ready and had no processor; 0 if not on Linux."""
     try:
-        told = [(task / "schedstat").read_text().split() for task in _TASKS.iterdir()]
-        return sum(int(numbers[1]) for numbers in told) / 1e9
+        counters = [(task / "schedstat").read_text().split() for task in _TASKS.iterdir()]
+        return sum(int(numbers[1]) for numbers in counters) / 1e9
     except (OSError, IndexError, ValueError):
         return 0.0

@@ -40,7 +40,7 @@ def _main(paths: Paths, rank: int) -> int:
     task = Task.model_validate_json(paths.task.read_bytes())
     try:
         found = _measured(task, rank, paths.meeting)
-    except Exception as error:  # noqa: BLE001 - whatever it is, who started this tells it
+    except Exception as error:  # noqa: BLE001 - whatever it is, the parent process reports it
         found = Found(error=f"{type(error).__name__}: {' '.join(str(error).split())}")
     write_whole(paths.found(rank), lambda scratch: scratch.write_text(found.model_dump_json(), encoding="utf-8"))
     return bool(found.error)
@@ -76,9 +76,9 @@ def _average(entrant: Entrant, model: nn.Module, seconds: float, device: torch.d
         entrant.update(averager, model)
 
     def agreed(rounds: int) -> int:
-        told: list[Any] = [rounds]
-        dist.broadcast_object_list(told, src=0, device=device)
-        return int(told[0])
+        agreed: list[Any] = [rounds]
+        dist.broadcast_object_list(agreed, src=0, device=device)
+        return int(agreed[0])
 
     # All ranks begin each update together, as after a training step, and share what the machine has.
     samples = race(

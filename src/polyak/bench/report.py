@@ -54,12 +54,12 @@ class Row(BaseModel):
         model: The name of the model.
         setting: What else was set, in words.
         subject: Who was measured.
-        group: Whose it is; "limit" is no average but a pass over as many bytes.
+        group: The library; "limit" is not an average but a pass over as many bytes.
         milliseconds: The time of one call.
         ratio: That time over the reference's, round by round.
         reference: What ``ratio`` compares with.
-        limit: The time over that of the faster pass, round by round.
-        share: The time over that of the training step before it.
+        limit: The time divided by the faster pass's, round by round.
+        share: The time divided by the time of the training step before it.
         peak: Bytes that the call needs for itself at its worst moment.
         kept: Bytes of what the call made.
         slowest: Milliseconds of the slowest of several ranks.
@@ -68,7 +68,7 @@ class Row(BaseModel):
         whole: Bytes that all of the average would take there.
         tensors: How many floating tensors the model has.
         values: How many values are in them.
-        disturbed: The share of the samples in which threads had to wait for a processor; they are left out where the
+        disturbed: The share of the samples in which threads had to wait for a processor; they do not count where the
             others are enough.
         remark: What a reader must know; where nothing was measured, why.
     """

@@ -40,7 +40,7 @@ def measure(cases: Sequence[str] = ("update",), settings: Settings | None = None
     before = torch.get_num_threads()
     rows: list[Row] = []
     notes: list[str] = []
-    told = machine(settings.place)
+    computer = machine(settings.place)
     try:
         for case in dict.fromkeys(cases):
             for model in ("",) if CASES[case].alone else dict.fromkeys(settings.models):
@@ -57,7 +57,7 @@ def measure(cases: Sequence[str] = ("update",), settings: Settings | None = None
         torch.set_num_threads(before)
     asked = {key: str(value) for key, value in vars(settings).items()}
     return Report(
-        machine=told, memory=method(settings.place), versions=versions(), settings=asked, rows=rows, notes=notes
+        machine=computer, memory=method(settings.place), versions=versions(), settings=asked, rows=rows, notes=notes
     )
 
 

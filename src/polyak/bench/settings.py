@@ -35,9 +35,10 @@ class Settings:
         models: Names of ``MODELS``, or ``"module:callable"``.
         strategies: Names of strategies; ("all",) for each that can be made with its defaults.
         kernels: Names of kernels; empty: all for the first strategy, "auto" for the others.
-        against: Names of ``LIBRARIES``; None: all that are installed.
-        device: Where the models live; None: the accelerator, else the CPU.
-        threads: How many threads torch computes with; None: as torch chooses, and for an update on a CPU also one.
+        against: Names of ``LIBRARIES``. Defaults to all that are installed.
+        device: Where the models live. Defaults to the accelerator, else the CPU.
+        threads: How many threads torch computes with. Defaults to torch's choice; an update on a CPU is
+            then also measured with one.
         seconds: How long one case measures one model, about.
         ranks: On how many ranks, one number after the other; empty: 1, 2 and 4, as far as there is room.
     """

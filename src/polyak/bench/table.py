@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from polyak.bench.cases import CASES
 from polyak.bench.fit import lines
-from polyak.bench.number import number, size
+from polyak.bench.number import number
+from polyak.errors.formatting import byte_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,7 +50,9 @@ def summaries(report: Report) -> list[Table]:
 def caption(report: Report) -> list[str]:
     """Return the footnotes of the tables: the machine, the versions, how it was measured."""
     took_part = ", ".join(f"{name} {release}" for name, release in report.versions.items())
-    memory = f"Memory: {report.memory}." if report.memory else "Memory was not measured: this device does not tell it."
+    memory = (
+        f"Memory: {report.memory}." if report.memory else "Memory was not measured: this device does not report it."
+    )
     return [f"Machine: {report.machine}.", f"Versions: {took_part}.", memory, *report.notes]
 
 
@@ -59,8 +62,8 @@ def _table(case: str, rows: Sequence[Row]) -> Table:
         notes = [f"{row.model}, {row.setting}: {row.remark}." for row in left_out]
         return Table(case, CASES[case].title, *_cells(_GROWN, lines(rows)), notes)
     references = {row.reference for row in rows if row.reference}
-    beside = f"× {references.pop() if len(references) == 1 else _REFERENCE}"
-    columns = {beside if title == "×" else title: read for title, read in _COLUMNS.items()}
+    ratio = f"× {references.pop() if len(references) == 1 else _REFERENCE}"
+    columns = {ratio if title == "×" else title: read for title, read in _COLUMNS.items()}
     return Table(case, CASES[case].title, *_cells(columns, rows), disturbed(rows))
 
 
@@ -91,7 +94,7 @@ def _shortly(row: Row) -> str:
 def _cells(
     columns: Mapping[str, Callable[[T], str]], things: Iterable[T]
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the head and the rows, without columns in which nothing stands."""
+    """Return the head and the rows, without empty columns."""
     things = list(things)
     cells = {title: [read(thing) for thing in things] for title, read in columns.items()}
     kept = {title: [cell or "-" for cell in column] for title, column in cells.items() if any(column)}
@@ -130,12 +133,12 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "×": lambda row: _spread(row.ratio),
     "× limit": lambda row: _median(row.limit),
     "share of a step": _share,
-    "extra memory": lambda row: "" if row.peak is None else size(row.peak),
-    "kept memory": lambda row: "" if row.kept is None else size(row.kept),
+    "extra memory": lambda row: "" if row.peak is None else byte_size(row.peak, "MiB"),
+    "kept memory": lambda row: "" if row.kept is None else byte_size(row.kept, "MiB"),
     "slowest rank, ms": lambda row: "" if row.slowest is None else number(row.slowest),
-    "weights on a rank": lambda row: "" if row.weights is None else size(row.weights),
-    "average on a rank": lambda row: "" if row.held is None else size(row.held),
-    "a copy on each": lambda row: "" if row.whole is None else size(row.whole),
+    "weights on a rank": lambda row: "" if row.weights is None else byte_size(row.weights, "MiB"),
+    "average on a rank": lambda row: "" if row.held is None else byte_size(row.held, "MiB"),
+    "a copy on each": lambda row: "" if row.whole is None else byte_size(row.whole, "MiB"),
     "remark": lambda row: row.remark,
 }
 _GROWN: dict[str, Callable[[Line], str]] = {

@@ -40,7 +40,7 @@ def save(averager: Averager | Bank, path: str | os.PathLike[str]) -> None:
 
     A ``.safetensors`` file says how it was made: its metadata hold the strategy, the options, the counters and the
     profile's half-life and mean age; the tensors are called ``average/<name>``, and
-    ``slots/<slot>/<name>`` what a strategy keeps beside. The checksums of a ``.pt`` file are those of its zip archive.
+    ``slots/<slot>/<name>`` a strategy's other tensors. The checksums of a ``.pt`` file come from its zip archive.
 
     Args:
         averager: The averager; a bank for a ``.pt`` file.
@@ -94,7 +94,7 @@ def load(averager: Averager | Bank, path: str | os.PathLike[str]) -> None:
     The file is compared with its checksums first. Files of earlier versions, which have none, are read as they are.
 
     Args:
-        averager: An averager of the same model and strategy, or such a bank.
+        averager: An averager of the same model and strategy, or a bank of such averagers.
         path: What ``save`` wrote.
 
     Raises:
@@ -148,7 +148,7 @@ def _check_archive(opened: IO[bytes]) -> None:
 
     Raises:
         ValueError: If it would grow in memory.
-        zipfile.BadZipFile: If it is no archive, or damaged.
+        zipfile.BadZipFile: If it is not an archive, or damaged.
     """
     with zipfile.ZipFile(opened) as archive:
         records = archive.infolist()

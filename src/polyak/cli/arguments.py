@@ -44,7 +44,7 @@ def named(words: Sequence[str]) -> dict[str, Any]:
     """Return the config in ``NAME KEY=VALUE ...``.
 
     Raises:
-        ConfigError: If the first word is no name, or another one is no ``KEY=VALUE``.
+        ConfigError: If the first word is not a name, or another one is not a ``KEY=VALUE``.
     """
     name, *others = words
     if "=" in name:
@@ -57,7 +57,7 @@ def settings(words: Iterable[str]) -> dict[str, Any]:
     """Return the settings in ``KEY=VALUE`` words; a value is JSON, a number, or else text.
 
     Raises:
-        ConfigError: If a word is no such pair, or a key is given twice.
+        ConfigError: If a word is not such a pair, or a key is given twice.
     """
     found: dict[str, Any] = {}
     for word in words:
@@ -89,7 +89,7 @@ def grid(words: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def with_start(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Return a config whose ``start``, where it is a part of the run, is a step: the first one after that part."""
+    """Return a config whose ``start``, where it is a fraction of the run, is a step: the first one after that part."""
     start = config.get("start")
     if isinstance(start, float) and 0 < start < 1:
         return {**config, "start": round(start * steps) + 1}
@@ -113,10 +113,10 @@ def average_at(words: Sequence[str], steps: int, every: int) -> Profile:
 
 
 def check_steps(steps: int) -> None:
-    """Refuse what is no length of a run.
+    """Refuse a text that is not a length of a run.
 
     Raises:
-        ConfigError: If the text is no number of steps.
+        ConfigError: If the text is not a number of steps.
     """
     if not 1 <= steps <= _LONGEST:
         message = (

@@ -46,7 +46,7 @@ def convert(
         }
     ordered = sorted(found.items(), key=lambda one: one[1].distance)
     show(Listing(_HEAD, [_source(average, ordered[0][1]), *(_row(*one) for one in ordered)], wraps=1))
-    typer.echo("Elsewhere: the part of the average that is made of other weights. Ages are in optimiser steps.")
+    typer.echo("Elsewhere: the part of the average that comes from other weights. Ages are in optimiser steps.")
 
 
 def _families(steps: int, name: str) -> list[str]:

@@ -13,9 +13,9 @@ from polyak.cli.arguments import settings
 from polyak.cli.merge import numbers
 from polyak.cli.outputs import check_picture, picture
 from polyak.cli.reporting import errors_reported
-from polyak.cli.tables import Listing, show, size
+from polyak.cli.tables import Listing, show
 from polyak.errors import ConfigError
-from polyak.errors.formatting import shortened
+from polyak.errors.formatting import byte_size, shortened
 
 if TYPE_CHECKING:
     from polyak.files import Averaged, Checkpoint
@@ -132,7 +132,7 @@ def tell(made: Averaged) -> None:
     for note in made.notes:
         typer.echo(f"note: {note}")
     files = [made.out] if made.out.is_file() else [path for path in made.out.rglob("*") if path.is_file()]
-    typer.echo(f"written: {made.out} ({size(sum(path.stat().st_size for path in files))})")
+    typer.echo(f"written: {made.out} ({byte_size(sum(path.stat().st_size for path in files))})")
 
 
 def _weights(weights: str | None, strategy: str | None, words: list[str], wsm: str | None) -> Any:  # noqa: ANN401 - any plain value
@@ -164,7 +164,7 @@ def _described(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     lines = [
         ("file", str(checkpoint.path)),
         ("format", checkpoint.format + (f", under the key {checkpoint.key!r}" if checkpoint.key else "")),
-        ("tensors", f"{len(names)} of {values:,} values, {size(nbytes)}"),
+        ("tensors", f"{len(names)} of {values:,} values, {byte_size(nbytes)}"),
         ("dtypes", ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())),
         ("step", "unknown" if checkpoint.step is None else str(checkpoint.step)),
     ]

@@ -9,8 +9,9 @@ import typer
 
 from polyak.cli.arguments import settings
 from polyak.cli.reporting import errors_reported
-from polyak.cli.tables import Listing, show, size
+from polyak.cli.tables import Listing, show
 from polyak.errors import ConfigError
+from polyak.errors.formatting import byte_size
 
 if TYPE_CHECKING:
     from polyak.merges.base import Merge
@@ -58,7 +59,7 @@ def merge(  # noqa: PLR0913, PLR0917 - each is one axis, and users complete from
         for note in made.notes:
             typer.echo(f"note: {note}")
         written = [made.out] if made.out.is_file() else [path for path in made.out.rglob("*") if path.is_file()]
-        typer.echo(f"written: {made.out} ({size(sum(path.stat().st_size for path in written))})")
+        typer.echo(f"written: {made.out} ({byte_size(sum(path.stat().st_size for path in written))})")
 
 
 def list_merges() -> None:

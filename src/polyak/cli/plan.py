@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from polyak.cli.reporting import errors_reported
-from polyak.cli.tables import Listing, show, size
+from polyak.cli.tables import Listing, show
+from polyak.errors.formatting import byte_size
 from polyak.planning.budget import Budget, Hardware, Job, budget
 
 __all__ = ["plan"]
@@ -60,24 +61,24 @@ def plan(  # noqa: PLR0913, PLR0917 - typer makes an option of each
 def _rows(cost: Budget, *, on_host: bool) -> list[tuple[str, ...]]:
     rows = [
         ("values", f"{cost.elements:.4g}", "of its shard"),
-        ("averages", size(cost.averages), "on the host" if on_host else "on the accelerator"),
+        ("averages", byte_size(cost.averages), "on the host" if on_host else "on the accelerator"),
     ]
     if on_host:
         rows += [
-            ("staging", size(cost.staging), "page-locked memory on the host"),
-            ("host memory", size(cost.on_node), "of all ranks of a node together"),
-            ("sent", size(cost.sent), "to the host, each update"),
-            ("host traffic", size(cost.on_host), "through the host's memory, each update"),
+            ("staging", byte_size(cost.staging), "page-locked memory on the host"),
+            ("host memory", byte_size(cost.on_node), "of all ranks of a node together"),
+            ("sent", byte_size(cost.sent), "to the host, each update"),
+            ("host traffic", byte_size(cost.on_host), "through the host's memory, each update"),
         ]
     return [
         *rows,
-        ("accelerator traffic", size(cost.moved), "through its memory, each update"),
+        ("accelerator traffic", byte_size(cost.moved), "through its memory, each update"),
         ("update", _time(cost.seconds), "at these speeds, if nothing else uses them"),
-        ("applied()", size(cost.exchange), "moved to put an average in, and at most to take it out"),
-        ("kept aside", size(cost.aside), "the weights meanwhile, where the average cannot hold them"),
-        ("between ranks", size(0), "shards are averaged where they are"),
-        ("checkpoint", size(cost.saved), "of all ranks together, without the model's"),
-        ("full state dict", size(cost.gathered), "on rank 0, for averaged_state_dict(full=True)"),
+        ("applied()", byte_size(cost.exchange), "moved to put an average in, and at most to take it out"),
+        ("kept aside", byte_size(cost.aside), "the weights meanwhile, where the average cannot hold them"),
+        ("between ranks", byte_size(0), "shards are averaged where they are"),
+        ("checkpoint", byte_size(cost.saved), "of all ranks together, without the model's"),
+        ("full state dict", byte_size(cost.gathered), "on rank 0, for averaged_state_dict(full=True)"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""``polyak snapshots``, ``synthesize`` and ``sweep``: the average of a recorded run, chosen afterwards."""
+"""``polyak snapshots``, ``synthesize`` and ``sweep``: the average of a recorded run, chosen after the run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from polyak.cli.arguments import grid, settings, with_start
 from polyak.cli.functions import function_called
 from polyak.cli.outputs import check_picture, check_tensors, picture
 from polyak.cli.reporting import errors_reported
-from polyak.cli.tables import Listing, show, size
+from polyak.cli.tables import Listing, show
 from polyak.errors import ConfigError
+from polyak.errors.formatting import byte_size
 from polyak.plot import POOR
 from polyak.posthoc import Store, sweep as swept
 from polyak.posthoc.labels import label
@@ -49,7 +50,7 @@ def snapshots(directory: Directory) -> None:
         rows = [_described(snapshot) for snapshot in found]
     show(Listing(("file", "average", "step", "half-life", "mean age", "size"), rows, wraps=0))
     total = sum(snapshot.path.stat().st_size for snapshot in found)
-    typer.echo(f"{len(found)} snapshots, {size(total)}, up to step {found[-1].step}")
+    typer.echo(f"{len(found)} snapshots, {byte_size(total)}, up to step {found[-1].step}")
 
 
 def synthesize(
@@ -161,9 +162,7 @@ def _tell(found: Fit, chosen: Sequence[Snapshot], wanted: Profile, step: int) ->
     typer.echo(f"at step         {step}")
     typer.echo(f"profile error   {found.error:.2g}  (part of the wanted profile's norm)")
     typer.echo(f"amplification   {found.amplification:.3g}  (sum of |coefficient|; 1: none is negative)")
-    typer.echo(
-        f"rounding        {found.rounding:.1g}  (of the weights: amplification times that of the snapshots' dtype)"
-    )
+    typer.echo(f"rounding        {found.rounding:.1g}  (of the weights: amplification times the snapshots' own)")
     if wanted.start > POOR**2 and not any(snapshot.profile.start for snapshot in chosen):
         typer.echo(
             f"The wanted average counts the weights at the start {wanted.start:.0%}, and no snapshot has them; "
@@ -185,7 +184,7 @@ def _show(found: Sweep) -> None:
 
 def _described(snapshot: Snapshot) -> tuple[str, ...]:
     half_life, mean_age = (float(snapshot.about.summary.get(key, "nan")) for key in ("half_life", "mean_age"))
-    nbytes = size(snapshot.path.stat().st_size)
+    nbytes = byte_size(snapshot.path.stat().st_size)
     return snapshot.path.name, snapshot.average, str(snapshot.step), _age(half_life), _age(mean_age), nbytes
 
 

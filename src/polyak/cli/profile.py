@@ -73,4 +73,4 @@ def _explain(*, several: bool) -> None:
         "much noise. start: what the weights before the first update still count."
     )
     if several:
-        typer.echo("From the first: the part of the average that is made of other weights than the first one.")
+        typer.echo("From the first: the part of the average that comes from other weights than the first one's.")

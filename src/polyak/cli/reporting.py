@@ -1,4 +1,4 @@
-"""What polyak says on purpose, as the command line tells it: errors in one line with exit code 2, and warnings."""
+"""Errors and warnings of polyak on the command line: one line each; exit code 2 for errors."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from polyak.registry import Merges, Plugin, Strategies
     from polyak.strategy.base import Strategy
 
-__all__ = ["Listing", "list_plugins", "list_strategies", "show", "size", "versions"]
+__all__ = ["Listing", "list_plugins", "list_strategies", "show", "versions"]
 
 _GAP = 3  # what a table puts around a column
 
@@ -74,20 +74,6 @@ def versions() -> str:
     """Return the versions that a report of a defect should name."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "pydantic", "pluggy"))
     return f"polyak {__version__}, Python {platform.python_version()}, {packages}"
-
-
-def size(nbytes: float) -> str:
-    """Return a number of bytes with three digits.
-
-    Examples:
-        >>> size(4.1e6)
-        '4.1 MB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:  # noqa: PLR2004 - the next unit
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
 
 
 def _settings(cls: type[Strategy]) -> list[str]:

@@ -128,7 +128,7 @@ class AveragerConfig(Options):
         settings = whole(settings)
         causes = [detail.get("ctx", {}).get("error") for detail in error.errors()]
         if any(isinstance(cause, UnknownStrategyError) for cause in causes):
-            lines = explain(error, {**settings, "strategy": "ema"})  # its own settings are those of no strategy
+            lines = explain(error, {**settings, "strategy": "ema"})  # its own settings belong to no strategy
             return UnknownStrategyError(brief("\n  ".join([f"{where} cannot be used:", *lines])))
         return ConfigError(brief("\n  ".join([f"{where} cannot be used:", *explain(error, settings)])))
 

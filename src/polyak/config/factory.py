@@ -59,7 +59,7 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
         start: The first optimiser step that may be averaged.
         every: Average one optimiser step in so many; decays keep their meaning per step.
         origin: Whether the weights at construction count ("initial") or the first update replaces them
-            ("first"). None: the strategy's default; "first" where ``start`` delays the average.
+            ("first"). Defaults to the strategy's own; "first" where ``start`` delays the average.
         buffers: "auto" (floating statistics averaged, the rest copied), one policy for all ("average", "copy",
             "skip"), or a mapping of glob to policy.
         include: Globs of the tensors to average. Defaults to all.
@@ -69,7 +69,7 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
         dtype: How precisely it is stored. "auto": as the model, but float32 for shorter floats.
         nonfinite: What an update does about NaN and infinities. "hold": an element whose new value would not be finite
             keeps its old one, and all others move (see ``Averager.held``). "skip": an update with any in the weights is
-            left out and counted; "raise": it raises. Both read the weights once more, before. "propagate": it is
+            skipped and counted; "raise": it raises. Both read the weights once more, before. "propagate": it is
             averaged like any other.
         kernel: What moves the tensors: "auto" (the fastest that fits), "fused" (needs Numba on CPUs),
             "foreach", or the reference "loop".
@@ -153,7 +153,7 @@ def bank(model: Model, averages: Mapping[str, AnyStrategy | AveragerConfig], **c
         ConfigError: If there is no average, a name is no text, or a setting is wrong.
         ModelError: If the model has nothing that can be averaged.
 
-    Often confused with: ``copy.deepcopy(averager)`` beside it, which is read and moved by a pass of its own.
+    Often confused with: ``copy.deepcopy(averager)``, which reads and moves all tensors in a pass of its own.
 
     Examples:
         >>> import polyak, torch

@@ -127,7 +127,7 @@ def _nulls(value: object, where: str = "") -> Iterator[str]:
 
 
 def write(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file so that it is never seen in part: beside it first, then renamed.
+    """Write a text file so that it is never seen in part: to a scratch file first, then renamed.
 
     Raises:
         WriteError: If it cannot be written, as on a full disk.

@@ -44,7 +44,7 @@ class OneOfTheInstalled:
 
 
 def for_files(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a config as that of a file, which may name the schema it follows."""
+    """Return the schema of a config file, which may name the schema it follows."""
     rest = {**schema}
     whole = rest.pop("anyOf")[0] if "anyOf" in rest else {}  # the other branches are a strategy alone
     made = {**whole, **rest}

@@ -35,7 +35,7 @@ class AtomicFolder:
             held: Keeps the place until it is closed; what is still there then is removed.
 
         Raises:
-            FileExistsError: If what is there is no folder of averages, or holds more.
+            FileExistsError: If something else than a folder of averages is there, or it holds more.
         """
         self.recover()
         if others := self._others():

@@ -1,4 +1,4 @@
-"""What ``torch.distributed.checkpoint`` raises, as our own errors: its exception is no ``Exception``."""
+"""What ``torch.distributed.checkpoint`` raises, as our own errors: its exception is not an ``Exception``."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
     from torch.distributed.checkpoint.metadata import Metadata
 
-__all__ = ["metadata", "translated"]
+__all__ = ["metadata", "raised_as"]
 
 _SHOWN = 6
 
 
 @contextmanager
-def translated(purpose: str, kind: type[Exception], rest: str, ranks: Sequence[int] | None) -> Iterator[None]:
-    """Let what DCP raises be of another kind.
+def raised_as(purpose: str, kind: type[Exception], rest: str, ranks: Sequence[int] | None) -> Iterator[None]:
+    """Raise what DCP raises as an error of another class.
 
     Args:
-        purpose: What could not be done then.
-        kind: What is raised.
+        purpose: What fails, as a verb.
+        kind: The class of the error.
         rest: What that means, and what to do.
-        ranks: Who takes part; None: all.
+        ranks: The participants. Defaults to all.
 
     Raises:
         DistributedError: If a rank does not answer.
@@ -36,7 +36,7 @@ def translated(purpose: str, kind: type[Exception], rest: str, ranks: Sequence[i
 
     try:
         with answered(purpose, rest, ranks=ranks), warnings.catch_warnings():
-            # One process is what one process is meant to be; in the words of torch 2.6 and of later ones.
+            # One process without a group is no mistake here; in the words of torch 2.6 and of later ones.
             warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
             yield
     except CheckpointException as error:  # which is no Exception: `except Exception` would let it pass
@@ -50,10 +50,10 @@ def metadata(folder: Path) -> tuple[Metadata | None, str]:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     if not folder.is_dir():
-        return None, "it is a file, and no folder" if folder.exists() else "there is no such folder"
+        return None, "it is a file, not a folder" if folder.exists() else "there is no such folder"
     if not (folder / ".metadata").exists():
         inside = sorted(path.parent.name for path in folder.glob("*/.metadata"))
-        return None, f"it is no finished checkpoint{f' (in it there are {inside})' if inside else ''}"
+        return None, f"it is not a finished checkpoint{f' (in it there are {inside})' if inside else ''}"
     try:
         return FileSystemReader(folder).read_metadata(), ""
     except Exception as error:  # noqa: BLE001 - a pickle of anything may raise anything

@@ -40,15 +40,15 @@ def verify_in_sync(averager: Averager | Bank, *, group: ProcessGroup | None = No
     """Check that all ranks have the same average, bit for bit, and that they made it by the same strategy and steps.
 
     All ranks call it. Under DDP every tensor is compared on all ranks; of sharded tensors each part is compared on the
-    ranks that hold it. Each rank reads its average once and tells a digest of each tensor.
+    ranks that hold it. Each rank reads its average once and sends a digest of each tensor.
 
     Args:
         averager: This rank's averager or bank.
-        group: The ranks that are compared; None: all.
+        group: The ranks that are compared. Defaults to all.
 
     Raises:
-        DistributedError: If ranks disagree. Every rank raises it and names the ranks and the tensors, or what they were
-            made by; or where a rank did not answer.
+        DistributedError: If ranks disagree, or one does not answer. Every rank raises it and names the ranks and the
+            tensors or settings that differ.
 
     Often confused with: equal *models*. DDP keeps parameters alike, but not the statistics of batch norm, which each
     rank has from its own batches, before and after averaging.
@@ -58,7 +58,7 @@ def verify_in_sync(averager: Averager | Bank, *, group: ProcessGroup | None = No
             verify_in_sync(one, group=group)
         return
     _refuse(_disagreements({**_about(averager), "tensors": tuple(averager.averages)}, group, "compare averages"))
-    # Only then have all ranks the same tensors to tell of.
+    # Only now all ranks have the same tensors to compare.
     digests = asked(_digests(averager.averages), group, "compare averages")
     _refuse(_differences(members(group) or range(len(digests)), digests))
 
@@ -70,7 +70,7 @@ def check_counters(averager: Averager | Bank, purpose: str, group: ProcessGroup 
         DistributedError: If ranks disagree, or one does not answer. Every rank raises it.
     """
     banked = averager.items() if isinstance(averager, Mapping) else [("", averager)]
-    about = {f"{name} {key}".strip(): told for name, one in banked for key, told in _about(one).items()}
+    about = {f"{name} {key}".strip(): value for name, one in banked for key, value in _about(one).items()}
     _refuse(_disagreements(about, group, purpose))
 
 
@@ -90,8 +90,8 @@ def check_one_average(averager: Averager | Bank, purpose: str, group: ProcessGro
         parameters = {s.name for s in cast("Engine", one).stored if s.kind == "parameter"}
         own = _digests({key: tensor for key, tensor in one.averages.items() if key in parameters})
         digests |= {(f"{name}.{key[0]}" if name else key[0], *key[1:]): digest for key, digest in own.items()}
-    told = asked(digests, group, purpose)
-    _refuse(_differences(members(group) or range(len(told)), told), _STAGES)
+    answers = asked(digests, group, purpose)
+    _refuse(_differences(members(group) or range(len(answers)), answers), _STAGES)
 
 
 def _refuse(problems: Sequence[str], more: str = "") -> None:
@@ -99,7 +99,7 @@ def _refuse(problems: Sequence[str], more: str = "") -> None:
         return
     message = (
         f"the ranks disagree about the average:\n  {shortened(problems, _SHOWN)}\n"
-        "Build averagers after wrapping, from weights that are alike, and call update() on all ranks at the same "
+        "Build averagers after wrapping, from equal weights, and call update() on all ranks at the same "
         f"steps; polyak.distributed.broadcast() gives all the average of one.{more}"
     )
     raise DistributedError(message)
@@ -108,13 +108,13 @@ def _refuse(problems: Sequence[str], more: str = "") -> None:
 def broadcast(averager: Averager | Bank, *, source: int = 0, group: ProcessGroup | None = None) -> None:
     """Give all ranks the average or the bank of one: its tensors, counters and history. All ranks call it.
 
-    For ranks that went apart, and for averages that one rank makes alone to save the others' time: their averagers get
+    For ranks that have diverged, and for an average that only one rank updates to save the others' time: they receive
     it before an evaluation.
 
     Args:
         averager: This rank's averager or bank; the same model and strategies everywhere, and not sharded.
         source: The rank that has the average.
-        group: The ranks; None: all.
+        group: The ranks. Defaults to all.
 
     Raises:
         ModelError: If ``model`` is sharded: each rank has another part of it.
@@ -135,7 +135,7 @@ def broadcast(averager: Averager | Bank, *, source: int = 0, group: ProcessGroup
         averager.load_state_dict(received[0])
 
 
-def asked(answer: Any, group: ProcessGroup | None, purpose: str) -> list[Any]:  # noqa: ANN401 - whatever ranks tell each other
+def asked(answer: Any, group: ProcessGroup | None, purpose: str) -> list[Any]:  # noqa: ANN401 - whatever ranks send each other
     """Return every rank's answer, by its number in the group.
 
     Raises:
@@ -153,13 +153,13 @@ def alone() -> bool:
     """Return whether there is no other rank.
 
     Raises:
-        DistributedError: If there are others, and no process group to talk in.
+        DistributedError: If other processes were started, and there is no process group.
     """
     if dist.is_available() and dist.is_initialized():
         return False
     if (count := os.environ.get("WORLD_SIZE", "1")) != "1":  # torchrun's
         message = (
-            f"{count} processes were started (WORLD_SIZE) and there is no process group, so that each would act alone; "
+            f"{count} processes were started (WORLD_SIZE) and there is no process group: each would work by itself; "
             "call torch.distributed.init_process_group() first"
         )
         raise DistributedError(message)
@@ -172,7 +172,7 @@ def rank() -> int:
 
 
 def members(group: ProcessGroup | None) -> list[int] | None:
-    """Return the ranks of a group; None: all."""
+    """Return the ranks of a group, or None for all."""
     return None if group is None else dist.get_process_group_ranks(group)
 
 
@@ -209,9 +209,9 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _disagreements(about: Mapping[str, object], group: ProcessGroup | None, purpose: str) -> list[str]:
-    told = asked(about, group, purpose)
-    ranks = members(group) or range(len(told))
-    answers = {key: [one.get(key) for one in told] for key in dict.fromkeys(key for one in told for key in one)}
+    received = asked(about, group, purpose)
+    ranks = members(group) or range(len(received))
+    answers = {key: [one.get(key) for one in received] for key in dict.fromkeys(key for one in received for key in one)}
     return [f"{key}: {_by_answer(ranks, own)}" for key, own in answers.items() if len({*map(repr, own)}) > 1]
 
 
@@ -224,7 +224,7 @@ def _differences(ranks: Sequence[int], digests: Sequence[Mapping[Hashable, str]]
             others = [rank for rank, answer in answers.items() if answer != usual]
             alike = [rank for rank, answer in answers.items() if answer == usual]
             name = key[0] if isinstance(key, tuple) else key
-            problems.append(f"{name}: {words(others)} other than {words(alike)}")
+            problems.append(f"{name}: {words(others)} not as {words(alike)}")
     return problems
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from polyak.errors.formatting import counted
+from polyak.errors.formatting import byte_size, counted
 from polyak.kernels.trial import Trial
 
 if TYPE_CHECKING:
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from polyak.tensors.storage import Stored
 
 __all__ = ["describe"]
-
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-_STEP = 1024
 
 
 def describe(
@@ -42,8 +39,8 @@ def describe(
     for s in stored:
         place = f"{s.average.dtype} on {s.average.device}".removeprefix("torch.")
         kernel = kernels.get(id(s.average), "-")
-        rows.append((_names(s), s.kind, s.policy, str(tuple(s.shape)), place, kernel, _size(s.nbytes)))
-    rows += [(_names(e), e.kind, "skip", str(tuple(e.tensor.shape)), "-", "-", _size(0)) for e in left]
+        rows.append((_names(s), s.kind, s.policy, str(tuple(s.shape)), place, kernel, byte_size(s.nbytes)))
+    rows += [(_names(e), e.kind, "skip", str(tuple(e.tensor.shape)), "-", "-", byte_size(0)) for e in left]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     total = sum(s.nbytes for s in stored)
@@ -52,7 +49,7 @@ def describe(
     head = (
         f"{strategy!r}: {counted(n, 'update')} averaged, {cadence} from step {options.start} on; "
         f"origin {options.origin}, matched by {options.match}, non-finite values: {options.nonfinite}; "
-        f"{counted(len(stored), 'tensor')}, {_size(total)}{slots}"
+        f"{counted(len(stored), 'tensor')}, {byte_size(total)}{slots}"
     )
     return "\n".join([head, *_held(stored, held), *_tried(groups), *lines])
 
@@ -77,10 +74,3 @@ def _held(stored: Sequence[Stored], held: Mapping[str, int]) -> list[str]:
 
 def _names(thing: Stored | Entry) -> str:
     return thing.name + (f" (= {', '.join(thing.aliases[1:])})" if len(thing.aliases) > 1 else "")
-
-
-def _size(nbytes: float) -> str:
-    power = 0
-    while nbytes >= _STEP and power + 1 < len(_UNITS):
-        nbytes, power = nbytes / _STEP, power + 1
-    return f"{nbytes:.0f} {_UNITS[power]}" if power == 0 else f"{nbytes:.1f} {_UNITS[power]}"

@@ -69,7 +69,7 @@ class UnknownMergeError(ConfigError, KeyError):
 
 
 class PluginError(PolyakError, RuntimeError):
-    """A plugin that failed to load or offers what is no strategy and no merge."""
+    """A plugin that failed to load or offers something other than strategies and merges."""
 
 
 class MissingExtraError(PolyakError, ImportError):

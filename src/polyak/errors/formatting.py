@@ -1,4 +1,4 @@
-"""Values and messages cut to a length that a terminal can show, whatever they hold."""
+"""Values, messages and sizes as texts that a terminal can show, whatever they hold."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing_extensions import override
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["brief", "listed", "shortened", "shown", "type_name"]
+__all__ = ["brief", "byte_size", "listed", "shortened", "shown", "type_name"]
 
 _WIDTH = 100
 _LINES = 10
 _LINE_WIDTH = 600
 _NAMES = 40
 _DIGITS = 200  # longer integers take long to print, or cannot be printed at all
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_STEP = 1024  # from one unit to the next
 _OPAQUE = {("torch", "Module"), ("torch", "Tensor"), ("torch", "Optimizer"), ("numpy", "ndarray")}
 
 
@@ -96,6 +98,19 @@ def shortened(items: Sequence[str], most: int, separator: str = "\n  ") -> str:
     """
     more = [f"… and {len(items) - most} more"] if len(items) > most else []
     return separator.join([*items[:most], *more])
+
+
+def byte_size(nbytes: float, unit: str = "") -> str:
+    """Return a number of bytes in binary units; in the largest that fits, or in the wanted one.
+
+    Examples:
+        >>> byte_size(300), byte_size(2**20 + 2**19), byte_size(2**19, "MiB")
+        ('300 B', '1.5 MiB', '0.5 MiB')
+    """
+    power = 0
+    while _UNITS[power] != unit if unit else nbytes >= _STEP and power + 1 < len(_UNITS):
+        nbytes, power = nbytes / _STEP, power + 1
+    return f"{nbytes:,.{min(power, 1)}f} {_UNITS[power]}"
 
 
 def brief(message: str) -> str:

@@ -50,7 +50,7 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
             scratch.touch()
             mode = scratch.stat().st_mode
             write(scratch)
-            scratch.chmod(mode)  # some writers make files that nobody else may read
+            scratch.chmod(mode)  # some writers make files that no one else may read
             with scratch.open("rb+") as written:
                 os.fsync(written.fileno())  # else a crash of the machine may leave the new name on an empty file
             scratch.replace(file)
@@ -73,7 +73,7 @@ def as_path(path: object, what: str) -> Path:
         what: What to call it.
 
     Raises:
-        ArgumentError: If it is no text and no path.
+        ArgumentError: If it is not a text and no path.
     """
     if isinstance(path, (str, os.PathLike)):
         with suppress(TypeError):  # a path of bytes
@@ -110,7 +110,7 @@ def open_regular(file: Path, buffering: int = -1) -> IO[bytes]:
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """Make an empty folder in ``parent`` for the time of the context; those of dead processes are removed."""
+    """Make an empty folder in ``parent`` for the time of the context; folders of dead processes are removed."""
     remove_stale(parent)
     folder, lock = _claimed(parent)
     try:

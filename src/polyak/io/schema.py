@@ -58,7 +58,7 @@ Settings = Annotated[Mapping[str, Any], BeforeValidator(plain)]
 
 
 class Schema(BaseModel):
-    """A table in a file; keys that it does not know are those of a later version."""
+    """A table in a file; unknown keys belong to a later version."""
 
     model_config = ConfigDict(strict=True, frozen=True, arbitrary_types_allowed=True)
 

@@ -49,7 +49,7 @@ class _About(NamedTuple):
 
 
 class Scratch:
-    """Memory for one tensor after the other: what is freed and allocated anew each time gets scattered, and grows."""
+    """Memory for one tensor after the other: allocated again each time, memory gets fragmented and grows."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -65,7 +65,7 @@ class Scratch:
 class TensorFile:
     """Reads tensors from a safetensors file by plain reads.
 
-    The package safetensors maps files into memory: whoever reads one tensor of each of many files then holds all of
+    The package safetensors maps files into memory: reading one tensor of each of many files then holds all of
     them, as every tool that watches memory sees it. Here a tensor costs its own size. It is compared with its checksum
     the first time that it is read; files without checksums are read as they are.
 
@@ -182,7 +182,7 @@ def write_tensors(
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file; unlike the package's, it is the same bytes each time, and its errors are those of the disk."""
+    """Write a file; unlike the package's, it is the same bytes each time, and its errors come from the disk."""
     header: dict[str, Any] = {"__metadata__": metadata}
     # Long dtypes first, so that each tensor begins at a multiple of its values' size.
     names, end = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)), 0

@@ -49,9 +49,9 @@ class AdamW(torch.optim.AdamW):
     was.
 
     Args:
-        params: As in torch; so are all that are not told here.
-        averager: What ``polyak.average`` or ``polyak.bank`` returned for the model; None for torch's AdamW alone.
-            Do not attach it, nor update it in the loop: such a call is left out, with a warning. It stays the
+        params: As in torch; so are all arguments that are not listed here.
+        averager: What ``polyak.average`` or ``polyak.bank`` returned for the model. Without one this is torch's AdamW.
+            Do not attach it, nor update it in the loop: that call is skipped, with a warning. It stays the
             optimiser's: to resume, load its state, or build both anew. Copied optimisers have none. The update is
             part of the step: where step hooks change weights, ``polyak.attach`` it to torch's AdamW.
         fused: None: as True where parameters, gradients and moments are dense float32 or float64 tensors of the CPU, in
@@ -61,7 +61,7 @@ class AdamW(torch.optim.AdamW):
         one_pass: Whether the last step was made in one pass.
 
     Raises:
-        ConfigError: If ``averager`` is no averager, or is given in the place of another argument.
+        ConfigError: If ``averager`` is not an averager, or is given in the place of another argument.
         MismatchError: If the optimiser changes no tensor of the averager's model.
         UnboundError: If the averager has no model (it was unpickled).
 
@@ -161,7 +161,7 @@ class AdamW(torch.optim.AdamW):
         return self._averager
 
     def _apart(self) -> None:
-        # Torch's fused kernel takes gradients for laid out as their parameters are, which nobody asked for here.
+        # Torch's fused kernel takes gradients for laid out as their parameters are, which is not checked here.
         opened = [group for group in self.param_groups if is_open(group) and alike(group["params"], self.state)]
         try:
             for group in opened:

@@ -84,8 +84,8 @@ def attach(optimizer: Optimizer | Sequence[Optimizer], averager: _Updates) -> At
     Where several optimisers train one model, attach them all: ``attach([muon, adamw], averager)``. They make one
     update together, behind the last one's step, with the learning rate of the first. Where one of them does not step
     (another phase, gradients that overflowed), the update is made before the next step of the others, which do not
-    wait for it again until it steps. Step them in the same order each time: the order tells that a round has begun
-    where the first one was left out. To update after the steps of one of them alone, attach only that one.
+    wait for it again until it steps. Step them in the same order each time: the order shows that a round has begun
+    where the first one was skipped. To update after the steps of one of them alone, attach only that one.
 
     An optimiser that holds the one that steps (SAM with ``first_step()`` and ``second_step()``, Lookahead) counts once
     per step of that one. The wrappers of Accelerate, Lightning and Fabric are unwrapped.
@@ -235,11 +235,11 @@ class Update:
         self.within = True
 
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401, ARG002 - torch's signature
-        """Update the averager, unless the step was left out or other optimisers have yet to step."""
+        """Update the averager, unless the step was skipped or other optimisers have yet to step."""
         self.within = False
         if makes_state(optimizer):
             return
-        # A GradScaler calls fused optimisers for a step that is left out, too, and tells them so by this attribute.
+        # A GradScaler calls fused optimisers for a skipped step, too; this attribute says which one it is.
         overflow = getattr(optimizer, "found_inf", None)
         moved = overflow is None or not bool(overflow)
         lr = optimizer.param_groups[0].get("lr")

@@ -76,7 +76,7 @@ class AdamWCPU:
         firsts: Their first moments.
         seconds: Their second moments.
         steps: How many steps each has made.
-        hindrance: What keeps them from being moved here; empty where nothing does.
+        obstacle: Why they cannot be moved here; empty if they can.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class AdamWCPU:
 
         self.params, self.firsts, self.seconds, self.steps = params, firsts, seconds, steps
         self._compiled, self._threads = adamw_loops, torch.get_num_threads()
-        if found := _hindrance(params, firsts, seconds, steps):
-            self.hindrance, self._located = found, None
+        if found := _obstacle(params, firsts, seconds, steps):
+            self.obstacle, self._located = found, None
             return
         self._located = Located(plain([*params, *firsts, *seconds, *steps]))
         self._strides, self._sizes = [*map(Tensor.stride, params)], [*map(Tensor.numel, params)]
@@ -99,17 +99,17 @@ class AdamWCPU:
         me: Any = weakref.proxy(self)
         self._slices = Slices(partial(AdamWCPU._run, me), len(self._cut.bounds))
         self._written = Intervals(self._starts.ravel(), np.tile(np.array(self._sizes, np.uint64), 3))
-        self.hindrance = "some of the tensors share memory" if self._written.overlap() else ""
+        self.obstacle = "some of the tensors share memory" if self._written.overlap() else ""
         if len({*self._counters.tolist()}) < len(steps):
-            self.hindrance = "some of the parameters share their count of steps"
+            self.obstacle = "some of the parameters share their count of steps"
         if any(freed(part, self._sizes) for part in (params, firsts, seconds)) or freed(steps, [1] * len(steps)):
-            self.hindrance = "some of the tensors have no memory"
+            self.obstacle = "some of the tensors have no memory"
         self._like = np.empty(0, np.float32)
         try:
             with compiling("numba"):
                 self._compile()
         except CompilerError:
-            self.hindrance = "Numba compiles no step of AdamW here"
+            self.obstacle = "Numba compiles no step of AdamW here"
 
     def current(self) -> bool:
         """Return whether all tensors lie where they did, in the same layout."""
@@ -121,8 +121,8 @@ class AdamWCPU:
 
     def unfit(self, grads: Sequence[Tensor]) -> str:
         """Return the reason why a step with these gradients cannot be made here, or ""."""
-        if self.hindrance:
-            return self.hindrance
+        if self.obstacle:
+            return self.obstacle
         if {*map(_KIND, grads)} != _FITS or not PLAIN.issuperset(map(type, grads)):
             return "not all gradients are plain float32 tensors on the CPU"
         alike = [*map(Tensor.stride, grads)] == self._strides and [*map(Tensor.numel, grads)] == self._sizes
@@ -134,7 +134,7 @@ class AdamWCPU:
         return "some of the tensors share memory" if self._written.meet(self._grads, self._sizes) else ""
 
     def reset(self) -> None:
-        """Begin anew: nothing was written yet."""
+        """Begin again: nothing is written yet."""
         self._slices.reset()
 
     def prepare(self, averages: Sequence[Tensor | None], hypers: Sequence[Hyper], rate: float, *, hold: bool) -> None:
@@ -207,7 +207,7 @@ def works() -> bool:
     ones = [[torch.zeros(shape, dtype=torch.float32, device="cpu")] for shape in ((1,), (1,), (1,), ())]
     try:
         with compiling("numba"):
-            return not AdamWCPU(*ones).hindrance
+            return not AdamWCPU(*ones).obstacle
     except CompilerError:
         return False
 
@@ -217,7 +217,7 @@ def pairs(average: Tensor, param: Tensor) -> bool:
     return average.dtype == param.dtype == torch.float32 and cpu.fits(average, param)
 
 
-def _hindrance(params: Sequence[Tensor], *others: Sequence[Tensor]) -> str:
+def _obstacle(params: Sequence[Tensor], *others: Sequence[Tensor]) -> str:
     *moments, steps = others
     every = [*params, *(tensor for part in moments for tensor in part)]
     if not params:

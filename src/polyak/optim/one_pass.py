@@ -25,7 +25,7 @@ __all__ = ["OnePass"]
 
 
 class _Pairing(NamedTuple):
-    """Which averages move with the parameters of a step, and what moves all that the plan has beside them."""
+    """Which averages move with the parameters of a step, and what moves the rest of the plan."""
 
     plan: Plan
     params: list[int]

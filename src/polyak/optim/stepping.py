@@ -90,7 +90,7 @@ def refuse_shard(optimizer: Optimizer) -> None:
         return
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    # The outer one is known to nobody else: it holds the inner one, and no way leads back.
+    # Only the caller knows the outer one, which holds the inner one: there is no cycle.
     owners = gc.get_referrers(optimizer)
     owners += [owner for held in owners if isinstance(held, dict) for owner in gc.get_referrers(held)]
     if any(isinstance(owner, ZeroRedundancyOptimizer) for owner in owners):

@@ -27,8 +27,8 @@ class Job:
         params: Values in the model (70e9 for a 70 B model).
         ranks: Processes, one accelerator each.
         replicas: Copies of the sharded model (HSDP); equal to ``ranks`` under DDP, where each has all of it.
-        weights: The dtype of the weights that are averaged; under FSDP2 that of the sharded master weights.
-        step: Seconds that a training step takes; None: from ``tokens`` and the hardware's speed.
+        weights: The dtype of the weights that are averaged; under FSDP2 the dtype of the sharded master weights.
+        step: Seconds that a training step takes. Defaults to an estimate from ``tokens`` and the hardware's speed.
         tokens: Tokens in a step of all ranks; a step then takes ``6 * params * tokens / (ranks * flops)`` seconds.
     """
 
@@ -66,14 +66,14 @@ class Budget:
     Attributes:
         elements: Values of a rank's shard.
         averages: Memory of the averages, where they live.
-        staging: Page-locked memory on the host that weights on their way are copied to; 0 beside the model.
-        on_node: Memory of the host that all ranks of a node take; 0 beside the model.
+        staging: Page-locked memory on the host that weights go through; 0 for an average on the model's device.
+        on_node: Memory of the host that all ranks of a node take; 0 for an average on the model's device.
         moved: What an update moves through the accelerator's memory.
         sent: What it sends to the host.
         on_host: What it moves through the host's memory, for one rank.
         seconds: What an update takes, at these speeds and if nothing else used them.
         exchange: What putting an average into the model moves, and at most what taking it out moves.
-        aside: What that keeps beside meanwhile: the weights, where the average has another dtype and cannot hold them.
+        aside: What is kept meanwhile: the weights, where the average has another dtype and cannot hold them.
         gathered: Memory of rank 0 for ``averaged_state_dict(full=True)``.
         saved: What a checkpoint of the averages takes, written by all ranks together.
         step: Seconds of a training step; None where neither they nor the tokens were given.
@@ -94,10 +94,10 @@ class Budget:
     step: float | None
 
     def every(self, share: float) -> int | None:
-        """Return the smallest ``every=`` that keeps averaging under a share of the training time; None: no step known.
+        """Return the smallest ``every=`` whose updates cost less than a share of the training; None without ``step``.
 
         Raises:
-            ConfigError: If ``share`` is no positive number.
+            ConfigError: If ``share`` is not a positive number.
 
         Examples:
             >>> cost = budget(Job(70e9, ranks=64, tokens=262144), device="cpu")
@@ -122,7 +122,7 @@ def budget(
     Per value and update: the weights are read once, and once more by the check for NaN; each average is read and
     written. The fused kernel does that for all dtypes and for banks; the others of plain torch for a lone average that
     has the dtype of the weights. Shards are averaged where they are: nothing is sent between ranks, but a byte where it
-    is checked. What is not sharded, such as FSDP2's buffers, is left out: each rank has all of it.
+    is checked. What is not sharded, such as FSDP2's buffers, does not count: each rank has all of it.
 
     Args:
         job: The run.
@@ -133,15 +133,15 @@ def budget(
         checked: Whether non-finite weights are looked for (``nonfinite="skip"`` or ``"raise"``).
 
     Raises:
-        ArgumentError: If ``job`` is no ``Job``, or ``hardware`` no ``Hardware``.
+        ArgumentError: If ``job`` is not a ``Job``, or ``hardware`` no ``Hardware``.
         ConfigError: If a number is not positive, replicas do not divide the ranks, or a dtype or device is unknown.
 
     Often confused with: a measurement; ``polyak bench`` measures.
 
     Examples:
         >>> cost = budget(Job(70e9, ranks=64))
-        >>> round(cost.averages / 1e9, 2), round(1e3 * cost.seconds, 1)  # GB, ms
-        (4.38, 3.9)
+        >>> round(cost.averages / 2**30, 2), round(1e3 * cost.seconds, 1)  # GiB, ms
+        (4.07, 3.9)
     """
     job, hardware = _checked(job), Hardware() if hardware is None else _plain(hardware, Hardware, "memory")
     averages, dtype = given_integer("averages", averages, 1), _dtype("dtype", dtype)

@@ -33,7 +33,7 @@ class Conversion(NamedTuple):
 
     Attributes:
         strategy: That member.
-        distance: The part of the average that is still made of other weights, from 0 to 1 (``Profile.distance``).
+        distance: The part of the average that still comes from other weights, from 0 to 1 (``Profile.distance``).
         profile: The profile of the member.
         wanted: The profile that it was to have.
 
@@ -57,7 +57,7 @@ def convert(
     every: int = 1,
     to_every: int | None = None,
 ) -> Conversion:
-    """Return the member of the family ``to`` whose profile after ``steps`` is nearest to that of ``strategy``.
+    """Return the member of the family ``to`` whose profile after ``steps`` is nearest to the profile of ``strategy``.
 
     Nearest is the smallest total variation of the shares (``Profile.distance``). The mean ages are tried on a coarse
     grid first and refined from its best.
@@ -72,7 +72,7 @@ def convert(
 
     Raises:
         UnknownStrategyError: If no strategy has that name.
-        ConfigError: If a setting is wrong, ``to`` is no family with one parameter, or no update falls into ``steps``.
+        ConfigError: If a setting is wrong, ``to`` is not a one-parameter family, or no update falls into ``steps``.
 
     Often confused with: ``with_mean_age`` of a strategy, which has the same mean age and not the nearest shares.
 
@@ -131,7 +131,7 @@ def _member(family: type[Strategy], age: float, steps: int) -> Strategy:
 
 
 def _nearest(member: Callable[[float], Strategy], distance: Callable[[Strategy], float], steps: int) -> Strategy:
-    """Return the nearest member: the best of a grid of ages, then golden sections of the ages beside it."""
+    """Return the nearest member: the best of a grid of ages, then golden sections of the ages next to it."""
 
     def at(age: float) -> float:
         return distance(member(age))
@@ -144,7 +144,7 @@ def _nearest(member: Callable[[float], Strategy], distance: Callable[[Strategy],
         sections = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
         younger, older = map(math.exp, sections)
         if member(younger) == member(older):
-            # Whole numbers are few, and all windows beyond the run are one: leave out what is alike up to an end.
+            # Whole numbers are few, and all windows beyond the run are one: drop repetitions at the ends.
             if member(older) == member(math.exp(high)):
                 high = sections[0]
             elif member(younger) == member(math.exp(low)):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COLORS", "POOR", "curves", "metrics", "new_axes", "palette", "shares"]
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart, and two of Tol's; dashes tell the rounds.
+# Okabe and Ito's colours, which any colour vision can distinguish, and two of Tol's; dashes mark the rounds.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)))
 _LABEL = 26  # characters in a line of a joint label
@@ -53,14 +53,14 @@ def shares(
 ) -> Axes:
     """Draw what each past optimiser step counts in each average, on a logarithmic scale.
 
-    The share of an update is spread over the steps since the update before. Averages that differ in at most 1 % of
+    The share of an update is divided among the steps since the update before. Averages that differ in at most 1 % of
     their shares are one line under a joint label.
 
     Args:
         profiles: The profiles to compare, by the label of their line.
         ax: Where to draw. Defaults to a new figure.
         scale: Of the age: "log", on which windows of 10 and of 100 000 steps are both readable, or "linear", with the
-            last step at the right, to stand beside the curves of a run.
+            last step at the right, like the curves of a run.
         looks: Keywords of matplotlib's ``plot``, by label. Defaults to ``palette``.
 
     Raises:
@@ -139,7 +139,7 @@ def metrics(
         points: The half-life as a fraction of the run, the metric, and the error of the profile; hollow where that is
             more than a tenth, and the average so another than was wanted.
         best: The half-life, the metric and the label of the best one.
-        levels: Metrics of other weights, as horizontal lines, by their labels: that of the raw weights, say.
+        levels: Metrics of other weights, as horizontal lines, by their labels, such as the raw weights'.
         ax: Where to draw. Defaults to a new figure.
         label: What the metric is.
 
@@ -215,7 +215,7 @@ def _draw(
 
 
 def _name_ends(ax: Axes) -> None:
-    """Write each line's label beside its last point, pushed apart where labels would overlap."""
+    """Write each line's label next to its last point, shifted where labels would overlap."""
     ax.get_ylim()  # settles the scale
     to_axes = ax.transData + ax.transAxes.inverted()
     ends = [(line, np.asarray(line.get_xydata())[-1]) for line in ax.lines]

@@ -1,4 +1,4 @@
-"""Train once, choose the average afterwards: snapshots of a run, and any average that they can be combined into."""
+"""Train once, choose the average later: snapshots of a run, and any average that they can be combined into."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ class Claim:
     """A file in the folder that names its recorder, locked against other processes as long as that one lives.
 
     The lock ends with its process, however that ends. Where it does not hold (another recorder of this process, a disk
-    without locks) the name tells: the last recorder to begin has the folder, and the one before is refused at its next
-    snapshot.
+    without locks) the name decides: the last recorder to begin has the folder, and the earlier one is refused at its
+    next snapshot.
 
     Args:
         folder: The folder.

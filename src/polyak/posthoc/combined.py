@@ -24,7 +24,7 @@ _PIECE = 1 << 16  # values that are added at a time
 
 
 def combined(used: Sequence[tuple[Snapshot, float]], last: Snapshot) -> dict[str, Tensor]:
-    """Return the state dict of a combination; what is not averaged is that of the last snapshot.
+    """Return the state dict of a combination; what is not averaged comes from the last snapshot.
 
     Warns:
         PolyakWarning: If an averaged tensor holds NaN or infinities.

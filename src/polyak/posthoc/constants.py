@@ -1,4 +1,4 @@
-"""Tensors that do not change in a run, such as the frozen base of an adapter: stored once, beside the snapshots."""
+"""Tensors that do not change in a run, such as the frozen base of an adapter: stored once, in a file of their own."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class Constants:
         if not now:
             return {**tensors}, ""
         if self._digests is None or not (self._folder / self._file).is_file():
-            told = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:_DIGEST]
-            self._file = f"{PREFIX}{told}.safetensors"
-            if not (self._folder / self._file).is_file():  # of a run that goes on, it is there
+            mark = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:_DIGEST]
+            self._file = f"{PREFIX}{mark}.safetensors"
+            if not (self._folder / self._file).is_file():  # where a run is resumed, it is there
                 write_tensors(self._folder / self._file, {name: tensors[name] for name in now}, {})
             self._digests = now
         same = {name for name, digest in now.items() if self._digests.get(name) == digest}
@@ -103,6 +103,6 @@ class Joined:
 
 
 def _digest(tensor: Tensor) -> str:
-    told = hashlib.sha256(f"{tensor.dtype} {[*tensor.shape]}".encode())
-    told.update(bytes_of(tensor))
-    return told.hexdigest()
+    digest = hashlib.sha256(f"{tensor.dtype} {[*tensor.shape]}".encode())
+    digest.update(bytes_of(tensor))
+    return digest.hexdigest()

@@ -27,8 +27,8 @@ class Journal:
     """The metrics of averages, by the profiles that were wanted.
 
     Args:
-        file: Where the best average goes; the metrics lie beside it.
-        snapshots: What the averages are made of.
+        file: Where the best average goes; the metrics go to the same folder.
+        snapshots: What the averages are computed from.
         settings: What else decides their values.
 
     Attributes:
@@ -78,7 +78,7 @@ class Journal:
         except WriteError as error:
             if not self._warned:
                 self._warned = True
-                warn_user(f"{error} The sweep goes on, and cannot be resumed.")
+                warn_user(f"{error} The sweep continues, and cannot be resumed.")
 
 
 def _row(raw: Any) -> dict[str, str]:  # noqa: ANN401 - whatever the file holds

@@ -21,7 +21,7 @@ __all__ = ["Fit", "fit", "mixed"]
 
 _ROWS = 1 << 13  # runs of steps that are taken into the factorisation at a time
 _NEVER = np.iinfo(np.int64).min
-_NOTHING = 1e-18  # of the whole: the steps before are left out
+_NOTHING = 1e-18  # of the whole: the steps before are dropped
 _SAME = 1e-12
 _CARE = 100.0  # weights are some hundred times as large as what they move by while they are averaged
 _MILD = 10.0  # of the coefficients' absolute sum: up to here rounding is no concern
@@ -55,13 +55,13 @@ def fit(
     """Return, for each wanted profile, the combination of known ones with the sum 1 that is nearest.
 
     ``min ||sum(x_j * p_j) - q||`` with ``sum(x) = 1``, over the exact shares of single optimiser steps and of each
-    start; the share of an update that stands for several steps is spread over them. Large coefficients cost what they
-    make of the snapshots' rounding: a nearer profile is no nearer average then.
+    start; the share of an update that represents several steps is divided among them. Large coefficients cost what they
+    make of the snapshots' rounding: a nearer profile is not a nearer average then.
 
     Args:
         known: The profiles that can be combined.
         wanted: The profiles to come near to.
-        noise: How much the values behind each known profile are rounded, relative to them; None: not at all.
+        noise: How much the values behind each known profile are rounded, relative to them. Defaults to not at all.
         nonnegative: Whether no coefficient may be negative (needs scipy).
         starts: Which weights each known and each wanted profile starts from. Defaults to the same weights for all.
 
@@ -140,9 +140,9 @@ def _factor(profiles: Sequence[Profile], starts: Sequence[str]) -> Floats:
 
 
 def _runs(profiles: Sequence[Profile]) -> list[Runs]:
-    """Return the runs of each profile; the first update, too, stands for all steps since the last one of any profile.
+    """Return the runs of each profile; the first update, too, represents all steps since the last one of any profile.
 
-    An average that starts late in a run whose steps jump is told another stride for its first update.
+    An average that starts late in a run whose steps jump has another stride for its first update.
     """
     firsts = np.unique([profile.steps[0] for profile in profiles if len(profile)])
     before = np.full(len(firsts), _NEVER)

@@ -1,4 +1,4 @@
-"""Tensors as a snapshot's file has them, and the digest that tells them from others."""
+"""The tensors of a snapshot's file, and the digest that identifies them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Packed(NamedTuple):
     Attributes:
         tensors: The tensors by their names in the file, on the CPU.
         complex: The canonical names of those that are complex, which no file has.
-        sums: The checksums of those that tell one average from another.
-        kept: The canonical names of those whose values do not fit into the wanted dtype, and kept a longer one.
+        sums: The checksums of the tensors that identify an average.
+        kept: The canonical names of the tensors that kept a longer dtype, since their values do not fit the wanted one.
     """
 
     tensors: dict[str, Tensor]
@@ -46,8 +46,8 @@ class Packed(NamedTuple):
         Args:
             weights: The tensors, by canonical name.
             layout: The model.
-            digested: The canonical names of those that tell one average from another.
-            dtype: The dtype of what is averaged; None: its own, but float32 at the least.
+            digested: The canonical names of the tensors that identify an average.
+            dtype: The dtype of averaged tensors. Defaults to their own, but float32 at the least.
         """
         tensors, is_complex, kept = _packed(weights, {*layout.averaged}, dtype)
         sums = {key: checksum(tensors[key]) for key in (f"weights/{name}" for name in digested)}
@@ -55,7 +55,7 @@ class Packed(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """What tells them from other values."""
+        """The digest that identifies their values."""
         return _joined(self.sums)
 
 

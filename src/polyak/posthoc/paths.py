@@ -25,7 +25,7 @@ def file_name(average: str, step: int, suffix: str = "") -> str:
     Args:
         average: The name of its average.
         step: The optimiser step of its last update.
-        suffix: What tells it from another snapshot of the average at this step.
+        suffix: What distinguishes it from another snapshot of the average at this step.
     """
     return f"{_quoted(average)}{suffix}-{step:0{_DIGITS}d}.safetensors"
 

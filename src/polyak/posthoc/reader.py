@@ -58,7 +58,7 @@ class Store:
         """Return the snapshots up to an optimiser step, and that step. Defaults to the last one's.
 
         Raises:
-            ConfigError: If ``step`` is no count of steps.
+            ConfigError: If ``step`` is not a count of steps.
             StateError: If there is no snapshot.
         """
         step = None if step is None else given_integer("at_step", step, 0)

@@ -47,7 +47,7 @@ __all__ = ["Recorder"]
 
 
 class Recorder:
-    """Follows an averager, or a bank, by itself and writes snapshots that any average can be made of afterwards.
+    """Follows an averager or a bank by itself and writes snapshots, from which any average can be computed later.
 
     A snapshot is an average at one moment with its profile: a safetensors file, whole or absent. ``close()``, or the
     end of a ``with``, writes the last updates. Without it, a warning names them when the recorder or the process ends.
@@ -56,7 +56,7 @@ class Recorder:
         averager: What ``polyak.average`` or ``polyak.bank`` returned; each average of a bank is a series of snapshots.
         directory: The folder to write to; made where it is missing. One run has a folder of its own.
         every: The optimiser steps from one snapshot to the next. 64 snapshots in a run rebuild most averages well.
-        keep: How many snapshots of each series are kept, the latest; None: all.
+        keep: How many snapshots of each series are kept, the latest. Defaults to all.
         blocks: Whether plain means of the weights of each ``every`` steps are kept, too, which rebuild averages that
             were not thought of and need no negative coefficients. They cost one more pass over the weights for each
             update. None: unless all averages are ``power`` ones, or one is ``block_mean``.
@@ -117,7 +117,7 @@ class Recorder:
         self._before = 0
         own = {START} if self._blocks is None else {START, BLOCKS}
         if taken := sorted(own & self._engines.keys()):
-            message = f"the names {taken} of averages are those of the recorder's own snapshots; give them others"
+            message = f"the names {taken} of averages belong to the recorder's own snapshots; give them others"
             raise ConfigError(message)
         stored = [stored for engine in self._engines.values() for stored in engine.stored]
         meshes = [one.spread.mesh for one in stored if one.spread]
@@ -160,7 +160,7 @@ class Recorder:
         """Go on exactly where the state was taken; without it, the first block after a resume is a shorter one.
 
         Raises:
-            StateError: If it is no state of such a recorder. Nothing is changed then.
+            StateError: If ``state`` is not a state of a recorder like this one. Nothing is changed then.
         """
         if not isinstance(state, dict) or {*state} != {"seen", "written", BLOCKS} or not are_steps(state):
             got = f"the keys {sorted(map(str, state))}" if isinstance(state, dict) else type_name(state)
@@ -227,7 +227,7 @@ class Recorder:
 
     def _write(self, name: str) -> None:
         engine = self._series()[name]
-        if not engine.n:  # every update of a block was left out because of a NaN
+        if not engine.n:  # every update of a block was skipped because of a NaN
             return
         refuse_growth(engine, self._shapes[name])
         self._starts.write(self._before)

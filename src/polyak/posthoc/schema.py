@@ -129,7 +129,7 @@ class About(Schema):
 
 
 def check_runs(runs: NDArray[Any], updates: int) -> None:
-    """Refuse what are no runs of updates: their number, their stride, and whether their steps were counted.
+    """Refuse values that are not runs of updates: their number, their stride, and whether their steps were counted.
 
     Raises:
         ValueError: If numbers or sums are wrong.
@@ -144,7 +144,7 @@ def check_runs(runs: NDArray[Any], updates: int) -> None:
 
 
 def check_profile(profile: Profile, last: int) -> None:
-    """Refuse what is no profile of a snapshot.
+    """Refuse data that are not a profile of a snapshot.
 
     Args:
         profile: The profile.
@@ -164,5 +164,5 @@ def check_profile(profile: Profile, last: int) -> None:
         message = f"its steps do not increase up to step {last}"
         raise ValueError(message)
     if len(steps) and int(steps[0]) - profile.stride < -LARGEST:
-        message = f"its first update, at step {int(steps[0])}, stands for {profile.stride} steps"
+        message = f"its first update, at step {int(steps[0])}, represents {profile.stride} steps"
         raise ValueError(message)

@@ -1,4 +1,4 @@
-"""One average at one moment in a file, with the profile that tells what it is made of."""
+"""One average at one moment in a file, with its profile."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def write(
         packed: The tensors.
         run: What the snapshots of one run have in common.
         average: Its name.
-        step: The optimiser step of its last update; that before the first for the weights at the start.
+        step: The optimiser step of its last update; for the weights at the start, the step before the first.
         start: The digest of the weights that it started from.
         profile: What each step counts in them.
         strategy: What made the profile.
@@ -202,7 +202,7 @@ def write(
         weights, apart = constants.apart(packed.tensors)
     except WriteError as error:
         raise _refused(path, error) from error
-    told, tensors = described(profile, strategy)
+    shares, tensors = described(profile, strategy)
     tensors = {f"profile/{name}": tensor for name, tensor in tensors.items()}
     tensors |= weights
     summary = {"half_life": profile.half_life, "mean_age": profile.mean_age} if len(profile) else {}
@@ -215,7 +215,7 @@ def write(
         "start": start,
         "mark": packed.digest,
         "strategy": settings_of(strategy),
-        "profile": told,
+        "profile": shares,
         "summary": {key: str(value) for key, value in summary.items()},
         "layout": layout._asdict(),
         "complex": packed.complex,
@@ -230,7 +230,7 @@ def write(
 def _refused(path: Path, error: WriteError) -> SnapshotError:
     return SnapshotError(
         f"the snapshot {path.name!r} could not be written: {error} "
-        "The average is whole and training can go on; what is missing is this snapshot."
+        "The average is whole and training can continue; only this snapshot is missing."
     )
 
 

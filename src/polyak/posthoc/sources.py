@@ -1,4 +1,4 @@
-"""What a recorder follows: averages that can be recorded, their model, and the means of blocks beside them."""
+"""What a recorder follows: averages that can be recorded, their model, and the means of blocks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def engines_of(averager: Averager | Bank) -> dict[str, Engine]:
     """Return the averages by the names that their snapshots get.
 
     Raises:
-        ConfigError: If ``averager`` is no averager, or its updates cannot be followed.
+        ConfigError: If ``averager`` is not an averager, or its updates cannot be followed.
     """
     named = dict(averager) if isinstance(averager, Bank) else {"average": averager}
     for name, one in named.items():
@@ -56,7 +56,9 @@ def engines_of(averager: Averager | Bank) -> dict[str, Engine]:
             message = f"got {type(one).__name__}; expected what polyak.average() or polyak.bank() returned"
             raise ConfigError(message)
         if one.options.capturable:
-            message = f"{name} is updated inside a captured graph, which tells nobody; build it without capturable=True"
+            message = (
+                f"{name} is updated inside a captured graph, unseen by a recorder; build it without capturable=True"
+            )
             raise ConfigError(message)
     engines = cast("dict[str, Engine]", named)
     averaged = {name: _averaged(engine) for name, engine in engines.items()}
@@ -98,7 +100,7 @@ def layout_of(engine: Engine) -> Layout:
 
 
 def digested_of(engine: Engine, layout: Layout) -> list[str]:
-    """Return the canonical names of the tensors that tell one average from another.
+    """Return the canonical names of the tensors that identify an average.
 
     Those are its parameters: under DDP each rank has statistics of its own batches.
     """
@@ -107,12 +109,12 @@ def digested_of(engine: Engine, layout: Layout) -> list[str]:
 
 
 def frozen_of(engine: Engine, layout: Layout) -> list[str]:
-    """Return the canonical names of the parameters that are not trained beside those that are."""
+    """Return the canonical names of the frozen parameters of a model that has trained ones, too."""
     parameters = [entry for entry in engine.entries() if entry.kind == "parameter" and entry.name in layout.dtypes]
     frozen = [
         entry.name for entry in parameters if not any(location.tensor.requires_grad for location in entry.locations)
     ]
-    return frozen if len(frozen) < len(parameters) else []  # a mapping of tensors tells nothing
+    return frozen if len(frozen) < len(parameters) else []  # a mapping of tensors does not say what is trained
 
 
 def _plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -120,7 +122,7 @@ def _plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def shapes_of(engine: Engine) -> dict[str, Size]:
-    """Return the shape of each average that is in the model's state dict, which is that of all snapshots."""
+    """Return the shape of each average that is in the model's state dict, the same in all snapshots."""
     return {s.name: s.shape for s in engine.stored if s.persistent and s.policy == "average"}
 
 
@@ -189,7 +191,7 @@ def block_means(engines: Mapping[str, Engine], wanted: bool | None) -> Engine | 
         return None
     if offloaded:
         message = (
-            "blocks=True reads the weights after each update, and this one is made later, beside the training; put "
+            "blocks=True reads the weights after each update, and this one runs later, in the background; put "
             'block means into the bank: {"blocks": {"name": "block_mean", "length": every}}'
         )
         raise ConfigError(message)

@@ -56,9 +56,9 @@ class Starts:
         self._new = False
 
     def take(self, name: str) -> None:
-        """Copy the start of an average that has no update yet; averages that start alike share one copy.
+        """Copy the start of an average that has no update yet; equal starts share one copy.
 
-        A start that is not finite is left out, since the first update replaces it.
+        A start that is not finite is skipped, since the first update replaces it.
         """
         engine = self._engines[name]
         if name not in self._wanted or name in self._written or engine.n:
@@ -77,7 +77,7 @@ class Starts:
     def identify(self) -> set[str]:
         """Give each average that has just begun the identity of its start; return these identities."""
         for name in self._wanted:
-            if name not in self._taken:  # its first update comes later than that of others
+            if name not in self._taken:  # its first update comes later than the others'
                 self.take(name)
         for start in self._distinct():
             start.digest = start.digest or self._folder.digest(start.weights)

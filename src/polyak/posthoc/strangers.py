@@ -21,7 +21,7 @@ class Past(NamedTuple):
     """An average before the update that is recorded first.
 
     Attributes:
-        identity: What tells its history from others.
+        identity: What distinguishes its history from others.
         step: The optimiser step of its last update; -1: none.
     """
 

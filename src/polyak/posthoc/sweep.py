@@ -64,7 +64,7 @@ class Sweep:
         rows: One for each target, in the order of their half-lives.
         best: The best row.
         synthesis: The best average.
-        file: Where the best average was saved; None: it could not be written, and is in ``synthesis``.
+        file: Where the best average was saved, or None if it could not be written (it is in ``synthesis``).
     """
 
     rows: list[Row]
@@ -86,7 +86,7 @@ class Sweep:
         Args:
             ax: Where to draw. Defaults to a new figure.
             label: What the metric is.
-            levels: Metrics of other weights, as horizontal lines, by their labels: that of the raw weights, say.
+            levels: Metrics of other weights, as horizontal lines, by their labels, such as the raw weights'.
 
         Raises:
             MissingExtraError: If matplotlib is not installed.
@@ -115,13 +115,13 @@ def sweep(
     Args:
         directory: What ``Recorder`` wrote.
         evaluate: Returns the metric of an averaged state dict, such as the loss on held-out data.
-        targets: What to try, as ``synthesize`` takes it, labelled or not; None: bias-corrected EMAs with half-lives
-            from 0.5 % to 50 % of the run.
-        at_step: The optimiser step at which the averages are wanted; None: that of the last snapshot.
+        targets: What to try, as ``synthesize`` takes it, labelled or not. Defaults to bias-corrected EMAs with
+            half-lives from 0.5 % to 50 % of the run.
+        at_step: The optimiser step at which the averages are wanted. Defaults to the last snapshot's.
         mode: Whether a small metric is good ("min") or a large one ("max").
         nonnegative: Whether no coefficient may be negative.
         output: A ``.safetensors`` file for the best average so far. Defaults to ``best.safetensors`` in the folder. The
-            metrics lie beside it (``best.metrics.json``). Both are written as they come.
+            metrics go to ``best.metrics.json`` in the same folder. Both are written as they come.
         resume: Whether targets that an earlier sweep with this ``output`` evaluated keep their metrics. Only you know
             whether ``evaluate`` and its data are the same.
 

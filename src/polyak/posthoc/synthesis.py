@@ -64,7 +64,7 @@ def synthesize(
         directory: What ``Recorder`` wrote.
         target: A strategy by name or class with its ``settings`` (engine options ``start=``, ``every=`` and
             ``origin=`` among them), a strategy object, a mapping as in configs, or a ``Profile``.
-        at_step: The optimiser step at which the average is wanted; None: that of the last snapshot.
+        at_step: The optimiser step at which the average is wanted. Defaults to the last snapshot's.
         nonnegative: Whether no coefficient may be negative: a larger error, and no amplification (needs scipy).
         **settings: The strategy's own settings.
 
@@ -79,7 +79,7 @@ def synthesize(
     Source: Karras et al. (2023), arXiv:2312.02696, section 3.2 and appendix C, for power functions; here for every
     linear average, over exact shares and with coefficients that add up to 1.
 
-    Often confused with: averaging checkpoints, whose single steps cannot stand for the steps between them.
+    Often confused with: averaging checkpoints, whose single steps cannot replace the steps between them.
 
     Examples:
         >>> import polyak, tempfile, torch
@@ -152,7 +152,7 @@ def _merit(found: Fit) -> tuple[float, float]:
 
 
 def _starts(wanted: Profile, snapshots: Sequence[Snapshot]) -> list[str]:
-    """Return which starts a wanted average may have: those of recorded ones that began with it, or the run's first."""
+    """Return the possible starts of a wanted average: of recorded averages that began with it, or the run's first."""
     begun = [(int(s.profile.steps[0]), s.about.start) for s in snapshots if len(s.profile) and s.profile.start]
     first = int(wanted.steps[0])
     if alike := [start for step, start in begun if step == first]:

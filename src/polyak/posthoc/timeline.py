@@ -34,7 +34,7 @@ class _Series(NamedTuple):
 
     @property
     def is_delayed(self) -> bool:
-        """Whether the run may have had earlier steps, which ``start`` left out."""
+        """Whether the run may have had earlier steps, which ``start`` skipped."""
         before = self.first - self.every
         return before > 0 and (self.updates.start is None or self.updates.start > before)
 

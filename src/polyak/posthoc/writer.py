@@ -44,9 +44,9 @@ class Folder:
     Args:
         path: The folder; made where it is missing.
         layout: The model.
-        dtype: The dtype of what is averaged; None: its own, but float32 at the least.
-        keep: How many snapshots of each average are kept; None: all.
-        digested: The canonical names of the tensors that tell one average from another.
+        dtype: The dtype of averaged tensors. Defaults to their own, but float32 at the least.
+        keep: How many snapshots of each average are kept. Defaults to all.
+        digested: The canonical names of the tensors that identify an average.
         frozen: The canonical names of the parameters that are not trained.
         meshes: The ranks that have parts of the tensors, if these are sharded. All of them then call, the first one
             writes, and what it raises is raised by all.
@@ -177,7 +177,7 @@ class Folder:
             message = (
                 f"{str(self.path)!r} holds {len(recorded)} snapshots of another run, up to step {found[-1].step}, "
                 f"and this one has {'just begun' if last is None else f'come to step {last}'}; give it a folder of its "
-                "own, or load the state of the averager to go on with that run"
+                "own, or load the state of the averager to continue that run"
             )
             raise StateError(message)
         if last is None:
@@ -187,8 +187,8 @@ class Folder:
             self._run = found[-1].about.run or self._run
         if later:
             warn_user(
-                f"{len(later)} snapshots after step {last}, where this run goes on, are removed: they belong to steps "
-                "that are made again"
+                f"{len(later)} snapshots after step {last}, where this run continues, are removed: they belong to "
+                "steps that are repeated"
             )
             for snapshot in later:
                 snapshot.path.unlink(missing_ok=True)
@@ -215,7 +215,7 @@ class Folder:
                 done = act()
             except PolyakError as error:
                 problem = type(error).__name__, str(error)
-            except Exception as error:  # noqa: BLE001 - the others wait to be told
+            except Exception as error:  # noqa: BLE001 - the others wait for an answer
                 problem = "SnapshotError", f"{type(error).__name__}: {error}"
         problem, done = from_first(
             self._meshes, (problem, done), f"let rank {self._first} write to {str(self.path)!r}", _REST
@@ -223,6 +223,6 @@ class Folder:
         if problem is not None:
             msg = f"rank {self._first}: {problem[1]}"
             raise getattr(errors, problem[0], errors.SnapshotError)(msg)
-        told: Any = done
-        answer: T = told
-        return answer
+        answer: Any = done
+        result: T = answer
+        return result

@@ -1,4 +1,4 @@
-"""What the ranks that share a model tell each other: in an update no more than one yes or no."""
+"""What the ranks that share a model send each other: in an update no more than one yes or no."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _REST = (
 
 
 def agreement(meshes: Sequence[DeviceMesh]) -> Callable[[bool], bool] | None:
-    """Return a function that tells whether every rank of these meshes agrees: one reduction of a byte per dimension.
+    """Return a function that checks whether all ranks of these meshes agree: one reduction of a byte per dimension.
 
     Every rank must ask, the same number of times.
     """
@@ -47,8 +47,8 @@ def from_first(meshes: Sequence[DeviceMesh], message: Any, purpose: str, rest: s
 
     Args:
         meshes: The ranks.
-        message: What this one says, if it is the first.
-        purpose: What cannot be done where a rank does not answer.
+        message: This rank's answer, if it is the first.
+        purpose: What fails where a rank does not answer, as a verb.
         rest: What that means, and what to do.
 
     Raises:
@@ -68,7 +68,7 @@ def first_rank(meshes: Sequence[DeviceMesh]) -> int:
 
 
 def ranks_of(meshes: Sequence[DeviceMesh]) -> list[int] | None:
-    """Return the ranks that share a model; None: all."""
+    """Return the ranks that share a model, or None for all."""
     mesh = _widest(meshes)
     return None if mesh is None else [int(rank) for rank in mesh.mesh.flatten()]
 
@@ -76,7 +76,7 @@ def ranks_of(meshes: Sequence[DeviceMesh]) -> list[int] | None:
 def _groups(meshes: Sequence[DeviceMesh]) -> list[tuple[Any, int]]:
     """Return this rank's group for each dimension, and the first rank of each."""
     mesh = _widest(meshes)
-    if mesh is None:  # where no mesh has all the ranks, all the ranks there are are asked
+    if mesh is None:  # where no mesh has all of these ranks, all ranks of the process are asked
         return [(None, 0)]
     here = mesh.get_coordinate() or [0] * mesh.ndim
     rows = [mesh.mesh[(*here[:dim], slice(None), *here[dim + 1 :])] for dim in range(mesh.ndim)]
@@ -84,7 +84,7 @@ def _groups(meshes: Sequence[DeviceMesh]) -> list[tuple[Any, int]]:
 
 
 def _widest(meshes: Sequence[DeviceMesh]) -> DeviceMesh | None:
-    """Return the mesh that has the ranks of all the others, if there is one."""
+    """Return the mesh that contains the ranks of all others, if there is one."""
     ranks = {mesh: {*mesh.mesh.flatten().tolist()} for mesh in meshes}
     widest = max(ranks, key=lambda mesh: len(ranks[mesh]))
     return widest if all(own <= ranks[widest] for own in ranks.values()) else None

@@ -93,12 +93,12 @@ class Registry:
             _LOADING.remove(self)
 
     def register(self, plugin: object, distribution: str) -> None:
-        """Add a plugin that is no entry point: in notebooks and tests.
+        """Add a plugin without an entry point: in notebooks and tests.
 
         One that was added before under the same distribution is replaced, so that a cell can run again.
 
         Raises:
-            PluginError: If ``plugin`` offers what is no strategy and no merge, or misspells a hook.
+            PluginError: If ``plugin`` offers something other than strategies and merges, or misspells a hook.
         """
         known, former = [catalog.offers for catalog in self._catalogs], self._added.get(distribution)
         if former is not None and former is not plugin:
@@ -125,7 +125,7 @@ class Registry:
         known = [len(catalog.offers) for catalog in self._catalogs]
         try:
             problem = self._admit(point.load(), distribution)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - however a plugin fails, the host goes on
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - however a plugin fails, the program continues
             problem = f"{type(error).__name__}: {error}"
         pairs = zip(self._catalogs, known, strict=True)
         offers = tuple(offer.name for catalog, before in pairs for offer in catalog.offers[before:])
@@ -173,7 +173,7 @@ class Registry:
         return Merges(self._merges.named())
 
     def called(self, strategy: Strategy) -> str:
-        """Return the name by which a strategy's class is chosen; its own where nobody offers the class."""
+        """Return the name by which a strategy's class is chosen; its own name where no one offers the class."""
         known = (offer for offer in self._strategies.offers if offer.cls is type(strategy))
         return next(map(self._strategies.key, known), strategy.name)
 
@@ -223,7 +223,7 @@ def shared_registry() -> Registry:
 def registry() -> Registry:
     """Return the registry of this process; plugins are loaded at the first call, never at import.
 
-    A plugin that asks for it while it is imported finds the built-in strategies and those of the plugins before it.
+    A plugin that asks for it while it is imported finds the built-in strategies and those that earlier plugins offer.
     """
     with _LOCK:
         return _LOADING[-1] if _LOADING else shared_registry()

@@ -30,7 +30,7 @@ def polyak_strategies() -> list[type[Strategy]]:
     Built-in names cannot be replaced; of two plugins that offer one name, users choose with ``"dist:name"``.
 
     Examples:
-        A whole plugin, beside the entry point ``[project.entry-points.polyak]`` ``root = "polyak_root"``:
+        A whole plugin, apart from the entry point ``[project.entry-points.polyak]`` ``root = "polyak_root"``:
 
         >>> from typing import Annotated, Literal
         >>> import polyak

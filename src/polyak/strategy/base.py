@@ -92,7 +92,7 @@ class Strategy(Frozen):
         """Return the coefficient of this update, a number in [0, 1]; 1 replaces the average."""
 
     def weight(self, clock: Clock) -> float:  # noqa: ARG002 - the default does not depend on the moment
-        """Return the unnormalised share of this update; ``clock.mass`` sums those of the earlier ones.
+        """Return the unnormalised share of this update; ``clock.mass`` sums the earlier shares.
 
         Only for strategies whose shares are known up to their sum: define ``weight``, and let ``rate``
         be ``w / (clock.mass + w)``. The engine keeps the sum and saves it with the state.
@@ -100,7 +100,7 @@ class Strategy(Frozen):
         return 1.0
 
     def slots(self) -> tuple[str, ...]:
-        """Return the names of what it keeps for each averaged tensor beside the average, where one is not enough."""
+        """Return the names of the tensors it keeps for each averaged tensor in addition to the average."""
         return ()
 
     def moves(self, n: int, rate: float) -> Sequence[Move]:  # noqa: ARG002 - the default does not depend on the count
@@ -124,7 +124,7 @@ class Strategy(Frozen):
 
     @classmethod
     def with_mean_age(cls, age: float, steps: int) -> Self | None:  # noqa: ARG003 - the default has no parameter
-        """Return the member of a one-parameter family whose mean age is about ``age``; None where this is no family.
+        """Return the member of a one-parameter family whose mean age is about ``age``, or None if this is not a family.
 
         It lets ``polyak convert`` and sweeps walk along the family.
 
@@ -137,7 +137,7 @@ class Strategy(Frozen):
     def engine(self) -> Mapping[str, Any]:
         """Return the engine options this strategy means where the user names none.
 
-        The keys are those of ``polyak.average``: ``origin``, ``match``, ``buffers``, ``kernel`` …
+        The keys are options of ``polyak.average``: ``origin``, ``match``, ``buffers``, ``kernel`` …
         """
         return {}
 
@@ -190,7 +190,7 @@ def _is_number(value: object) -> bool:
 
 
 def settings_of(strategy: Strategy) -> dict[str, Any]:
-    """Return a strategy's name and settings as plain types; what pydantic computes from them is left out.
+    """Return a strategy's name and settings as plain types; computed fields do not count.
 
     Raises:
         ConfigError: If a setting has no plain form, or is excluded from it.
@@ -218,7 +218,7 @@ def checked_rate(strategy: Strategy, clock: Clock) -> float:
     """Return a strategy's rate.
 
     Raises:
-        RateError: If the rate is no finite number in [0, 1].
+        RateError: If the rate is not a finite number in [0, 1].
     """
     rate = strategy.rate(clock)
     if not (_is_number(rate) and 0.0 <= rate <= 1.0):
@@ -234,7 +234,7 @@ def checked_weight(strategy: Strategy, clock: Clock) -> float:
     """Return a strategy's weight.
 
     Raises:
-        RateError: If the weight is no finite number from 0 on.
+        RateError: If the weight is not a finite number from 0 on.
     """
     weight = strategy.weight(clock)
     if not (_is_number(weight) and weight >= 0.0):

@@ -21,13 +21,13 @@ __all__ = ["BlockMean"]
 class BlockMean(Strategy):
     """The plain mean of the current block of steps: ``rate = min(1, stride / (steps of the block so far))``.
 
-    The blocks are the optimiser steps 1 … length, length + 1 … 2 length, and so on; each begins anew. At the step that
-    ends a block the average is exactly the mean of that block, which is what a store of snapshots keeps: means of
-    blocks make up any later average without negative coefficients.
+    The blocks are the optimiser steps 1 … length, length + 1 … 2 length, and so on. Each starts from nothing. At the
+    step that ends a block the average is exactly the mean of that block, which is what snapshots keep: means
+    of blocks make up any later average without negative coefficients.
 
     Source: elementary (the batch means of time series), as the snapshots from which polyak synthesises averages.
 
-    Often confused with: ``lawa``, a window that moves along with the run and never begins anew.
+    Often confused with: ``lawa``, a window that moves along with the run and never restarts.
 
     Examples:
         >>> from polyak import Profile

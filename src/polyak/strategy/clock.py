@@ -30,7 +30,7 @@ class Clock:
         counted: Whether ``step`` was counted by the averager and not given by the caller.
 
     Often confused with: ``n`` counts averaged updates and ``step`` optimiser steps. They differ with
-    ``start``, ``every``, and after updates that were left out because of a NaN.
+    ``start``, ``every``, and after updates that were skipped because of a NaN.
 
     Examples:
         >>> Clock(n=3, step=30, stride=10).elapsed
@@ -58,7 +58,7 @@ class WatchedClock(Clock):
 
     @classmethod
     def of(cls, clock: Clock) -> Self:
-        """Return such a clock of the same moment."""
+        """Return a clock of this class for the same moment."""
         watched = cls(clock.n, clock.step, clock.stride, clock.lr, clock.mass, clock.elapsed, clock.counted)
         object.__setattr__(watched, "is_read", False)
         return watched
@@ -89,7 +89,7 @@ class Clocks(NamedTuple):
     counted: bool
 
     def those(self, chosen: Any, kind: NDArray[np.int64]) -> Self:  # noqa: ANN401 - indices or a slice
-        """Return some of them, whose stride and whose being counted ``kind`` holds."""
+        """Return some of them; ``kind`` holds their stride and whether they are counted."""
         return self._replace(
             n=self.n[chosen], step=self.step[chosen], stride=float(kind[0]), mass=self.mass[chosen],
             elapsed=self.elapsed[chosen], counted=bool(kind[1]),

@@ -80,7 +80,7 @@ def frozen(value: Any) -> Any:  # noqa: ANN401 - a setting of any type
 
 
 def hashable(name: str, value: Any) -> object:  # noqa: ANN401 - a setting of any type
-    """Return something that can be hashed, alike for settings that are equal.
+    """Return a hashable value, the same for equal settings.
 
     Raises:
         ArgumentError: If the setting ``name`` holds what has no hash.

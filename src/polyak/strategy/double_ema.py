@@ -26,8 +26,8 @@ class DoubleEMA(Strategy):
 
     Its mean age is 0: on weights that move along a line it is where they are, while an EMA is ``decay / (1 - decay)``
     steps behind. In return weights older than about ``2 / (1 - decay)`` steps have negative shares (an extrapolation)
-    and noise is reduced less. It keeps two tensors beside the average. Buffers are copied unless you choose otherwise:
-    an extrapolated running variance may be negative.
+    and noise is reduced less. It keeps two more tensors per average. Buffers are copied by default: an extrapolated
+    running variance may be negative.
 
     Source: Mulloy, "Smoothing Data with Faster Moving Averages" (1994); on weights: Block & Zhang, "EMA Without the
     Lag: Bias-Corrected Iterate Averaging Schemes" (2025), arXiv:2508.00180, as a baseline.
@@ -80,5 +80,5 @@ class DoubleEMA(Strategy):
     @classmethod
     @override
     def with_mean_age(cls, age: float, steps: int) -> Self:
-        # Its own mean age is 0 for every decay; that of its first average tells them apart.
+        # Its own mean age is 0 for every decay; the mean age of its first average distinguishes them.
         return cls(decay=decay_of(age))

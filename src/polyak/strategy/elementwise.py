@@ -1,6 +1,6 @@
 """Choices for rates that take a number or an array: as numpy's, but numbers stay numbers, which are faster by far.
 
-Typed as numbers, as rates are: arrays come only from whoever asks for all rates at once.
+Typed as numbers, as rates are: arrays come only from callers that ask for all rates at once.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class _Direct(ModelMetaclass):
 
     if not TYPE_CHECKING:  # type checkers read the fields
 
-        def __call__(cls, *args: Any, **settings: Any) -> Any:  # noqa: ANN401, N805 - an instance of the class at hand
+        def __call__(cls, *args: Any, **settings: Any) -> Any:  # noqa: ANN401, N805 - an instance of this class
             if args:
                 message = f"{cls.__name__}() takes settings by name only; got {shown(args[0])}. {cls._by_name(args[0])}"
                 raise ArgumentError(message)
@@ -148,7 +148,7 @@ class Frozen(BaseModel, metaclass=_Direct):
 
     @classmethod
     def _made(cls, value: object) -> object:
-        """Refuse what an abstract class would be made of: pydantic's error for that is no ``ValidationError``."""
+        """Refuse settings for an abstract class: pydantic's error for that is not a ``ValidationError``."""
         if not isinstance(value, cls):
             message = f"got {shown(value)}; expected an object of a subclass of {cls.__name__}, which is abstract"
             raise ValueError(message)  # noqa: TRY004 - pydantic turns only these into a located error
@@ -162,7 +162,7 @@ def line(detail: ErrorDetails, hint: Callable[[str], str]) -> str:
         detail: The error as pydantic has it.
         hint: Maps the name of an unknown setting to what could have been meant.
     """
-    # pydantic names the branches of a union in the location: they are no keys of the user's.
+    # pydantic names the branches of a union in the location: they are not keys of the user.
     loc = [str(part) for part in detail["loc"] if "[" not in str(part)]
     where = ".".join(part if len(part) <= _LONGEST else shown(part) for part in loc)
     kind, got = detail["type"], shown(detail["input"])

@@ -29,7 +29,7 @@ class LAWA(Strategy):
     """The mean of the latest weights: ``average = mean of the last min(n, window) snapshots``, one per update.
 
     ``every=`` is the distance of the snapshots in optimiser steps. It keeps them all: ``window`` copies of the model
-    beside the average. The mean is formed anew at each update, so that no rounding stays in it.
+    for each average. The mean is computed from them at each update, so that no rounding accumulates.
 
     Source: Kaddour, "Stop Wasting My Time! Saving Days of ImageNet and BERT Training with Latest Weight Averaging"
     (2022), arXiv:2209.14981.

@@ -1,4 +1,4 @@
-"""What stands for a strategy whose plugin is not installed."""
+"""The placeholder for a strategy whose plugin is not installed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["MissingStrategy"]
 
 
 class MissingStrategy(Strategy):
-    """Stands for the strategy of a loaded state whose plugin is not installed: it only refuses to update."""
+    """Replaces the strategy of a loaded state whose plugin is not installed: it only refuses to update."""
 
     model_config = ConfigDict(extra="allow")
 

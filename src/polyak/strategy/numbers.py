@@ -26,7 +26,7 @@ Count = Annotated[int, Field(gt=0, lt=2**63)]
 Steps = Annotated[int, Field(ge=0, lt=2**63)]
 """A number of steps, or the step at which something begins."""
 
-_VALUES = {"default", "expected", "metadata", "serialization"}  # parts of a core schema that are no schemas
+_VALUES = {"default", "expected", "metadata", "serialization"}  # parts of a core schema that are not schemas
 _TINY, _HUGE = 1e-30, 1e30
 _INTEGER: Final = "int_type"
 _NUMBER: Final = "float_type"
@@ -58,7 +58,7 @@ def given_integer(name: str, value: object, least: int, most: int = LARGEST) -> 
     """Return an integer that a user gave as Python's.
 
     Raises:
-        ArgumentError: If ``value`` is no integer.
+        ArgumentError: If ``value`` is not an integer.
         ConfigError: If it is out of its range.
     """
     number = as_integer(value)
@@ -72,7 +72,7 @@ def given_positive(name: str, value: object) -> float:
     """Return a positive number that a user gave as a float; products and quotients of a few of them are finite.
 
     Raises:
-        ConfigError: If ``value`` is no finite number above 0, or far from any quantity.
+        ConfigError: If ``value`` is not a finite number above 0, or far from any quantity.
     """
     number = as_number(value)
     if number is None or not _TINY <= number <= _HUGE:
@@ -82,11 +82,11 @@ def given_positive(name: str, value: object) -> float:
 
 
 def plain(schema: Any, *, keys: bool = False) -> Any:  # noqa: ANN401 - a core schema is nested dicts and lists
-    """Return a core schema whose numbers and truth values are taken as such only.
+    """Return a core schema that takes numbers only as numbers, and truth values only as truth values.
 
     Args:
         schema: A core schema, or a part of one.
-        keys: Whether it is that of the keys of a mapping: files write those as texts.
+        keys: Whether it is the schema of a mapping's keys, which files write as texts.
     """
     if isinstance(schema, (list, tuple)):
         return type(schema)(plain(part, keys=keys) for part in schema)

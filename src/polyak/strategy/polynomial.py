@@ -25,7 +25,7 @@ _YOUNGEST = 1e-9  # steps of mean age, at which only the last weights count
 class PolynomialAveraging(Strategy):
     """Polynomial-decay averaging: ``rate = (eta + 1) / (t + eta)`` at step t, for shares like ``i ** eta``.
 
-    Here ``t`` counts the optimiser steps averaged so far. An update that stands for several steps keeps the product
+    Here ``t`` counts the optimiser steps averaged so far. An update that represents several steps keeps the product
     of what they keep, a ratio of Gamma functions. The mean age is always the same part of the run, 1 / (eta + 2).
 
     Source: Shamir & Zhang, "Stochastic Gradient Descent for Non-smooth Optimization" (ICML 2013),

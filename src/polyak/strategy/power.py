@@ -42,7 +42,7 @@ def gamma_of(sigma_rel: float) -> float:
     It is the largest root of ``(x + 2)**2 * (x + 3) * sigma_rel**2 = x + 1``.
 
     Args:
-        sigma_rel: The relative width, above 0 and at most 12 ** -0.5, that of the plain mean.
+        sigma_rel: The relative width, above 0 and at most 12 ** -0.5, the plain mean's.
 
     Examples:
         >>> round(gamma_of(0.1), 10)

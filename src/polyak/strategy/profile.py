@@ -40,7 +40,7 @@ class Profile:
         shares: The share of each update 1..n, float64, shape (n,).
         steps: The optimiser step of each update, int64, shape (n,); increasing.
         start: The share left on the weights that the average started from.
-        stride: The optimiser steps that the first update stands for; 0: as many as the second.
+        stride: The optimiser steps that the first update represents; 0: as many as the second.
         updates: When its updates were made, as far as it is known.
         held: How many updates kept the old value of some elements, because the new one would not have been finite: the
             shares of those elements are others.
@@ -72,7 +72,7 @@ class Profile:
         """Return the profile of these rates of one running tensor, at steps 1, 2, 3 … where none are given.
 
         Raises:
-            RateError: If a rate is no finite number.
+            RateError: If a rate is not a finite number.
             ConfigError: If there are more or fewer steps than rates, or they are no integers that grow.
         """
         try:
@@ -107,13 +107,13 @@ class Profile:
             n: The count of averaged updates.
             every: The optimiser steps from one to the next.
             start: The first optimiser step that may be averaged.
-            first: The first that is; None: as ``every`` and ``start`` say, for steps counted from 1.
-            origin: "initial" or "first", as in ``polyak.average``; None: the strategy's default, "first" after a
+            first: The first that is. Defaults to what ``every`` and ``start`` say, for steps counted from 1.
+            origin: "initial" or "first", as in ``polyak.average``. Defaults to the strategy's own, "first" after a
                 ``start``.
             lr: The learning rate, for strategies that use it.
 
         Raises:
-            ArgumentError: If ``strategy`` is no strategy.
+            ArgumentError: If ``strategy`` is not a strategy.
             ConfigError: If a number or the origin is out of its range.
 
         Examples:
@@ -163,13 +163,13 @@ class Profile:
 
     @cached_property
     def runs(self) -> Runs:
-        """What each single optimiser step counts; an update's share is spread over its stride."""
+        """What each single optimiser step counts; an update's share is divided among its steps."""
         edges = np.concatenate((self.steps[:1] - self._strides[:1], self.steps))
         return Runs(edges, self.shares / self._strides)
 
     @cached_property
     def by_age(self) -> NDArray[np.float64]:
-        """What each single optimiser step counts, the last one first; an update's share is spread over its stride.
+        """What each single optimiser step counts, the last one first; an update's share is divided among its steps.
 
         Raises:
             ConfigError: If there are too many steps; ``shares`` and ``steps`` say the same in less memory.
@@ -194,12 +194,12 @@ class Profile:
 
     @property
     def mean_age(self) -> float:
-        """The mean age of the averaged weights in optimiser steps, the start left out."""
+        """The mean age of the averaged weights in optimiser steps, without the start."""
         return self._moment(self.ages)
 
     @property
     def spread(self) -> float:
-        """The standard deviation of the age in optimiser steps, the start left out; NaN where shares are negative."""
+        """The standard deviation of the age in optimiser steps, without the start; NaN where shares are negative."""
         variance = self._moment((self.ages - self.mean_age) ** 2)
         return math.sqrt(max(0.0, variance)) if self.shares.min(initial=0.0) >= 0 else math.nan
 
@@ -215,7 +215,7 @@ class Profile:
         return float(1.0 / (np.sum(self.shares**2) + self.start**2))
 
     def distance(self, other: Profile) -> float:
-        """Return the part of the one average that is made of other weights than the other average, from 0 to 1.
+        """Return the part of one average that comes from other weights than the other's, from 0 to 1.
 
         The total variation ``sum(|share - other share|) / 2`` over single optimiser steps, both profiles ending at
         the last one, and over the start. 0: the same average; 1: no step in common; above 1 only with negative shares.

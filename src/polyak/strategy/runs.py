@@ -29,7 +29,7 @@ class Runs(NamedTuple):
     each: NDArray[np.float64]
 
     def between(self, edges: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the share of each step between consecutive edges, which include those of the runs; 0 outside."""
+        """Return the share of each step between consecutive edges, which include the runs' edges; 0 outside."""
         if not len(self.each):
             return np.zeros(max(0, len(edges) - 1))
         run = np.searchsorted(self.edges, edges[:-1], side="right") - 1

@@ -24,7 +24,7 @@ class TailAveraging(Strategy):
     """The plain mean of the last part of a run: ``rate = min(1, stride / (steps of the tail so far))``.
 
     With ``total_steps`` the tail is the last ``ceil(fraction * total_steps)`` optimiser steps. Before it begins the
-    average follows the weights (rate 1), so that it can always be used, and past ``total_steps`` it goes on as the
+    average follows the weights (rate 1), so that it can always be used, and past ``total_steps`` it continues as the
     mean since the tail began. Without ``total_steps`` it is an approximation that is good at every moment: the
     power function with the tail's mean age, ``rate = 1 - (1 - stride / elapsed) ** (2 / fraction - 1)``. Of its
     shares 21 % are elsewhere than the tail's at a fraction of 0.5, 26 % at 0.25 and 28 % at 0.1.
@@ -48,7 +48,7 @@ class TailAveraging(Strategy):
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     """The part of the run that is averaged, in (0, 1]."""
     total_steps: Count | None = None
-    """Optimiser steps of the whole run; None: not known, an approximation at every moment."""
+    """Optimiser steps of the whole run; without it, an approximation at every moment."""
 
     @override
     def rate(self, clock: Clock) -> float:

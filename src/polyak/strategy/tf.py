@@ -22,7 +22,7 @@ class TFEMA(Strategy):
     """The EMA with TensorFlow's warm-up: ``rate = 1 - min(decay, (1 + t) / (10 + t))`` at step t.
 
     Here ``t`` counts the optimiser steps averaged so far, from 1, less those that the average ``follow``s. An update
-    that stands for several steps keeps the product of their decays. The window grows with the run, to about a ninth
+    that represents several steps keeps the product of their decays. The window grows with the run, to about a ninth
     of it, until the decay is reached.
 
     Source: ``num_updates`` of TensorFlow's ``ExponentialMovingAverage``; matched with torch-ema 0.3 (its default) and,

@@ -26,10 +26,10 @@ class Updates(NamedTuple):
 
     Attributes:
         steps: The optimiser step of each, int64, shape (n,); increasing.
-        stride: The optimiser steps that the first one stands for.
-        lr: The learning rate given to all, or to each (shape (n,), infinite: none); None: unknown.
+        stride: The optimiser steps that the first one represents.
+        lr: The learning rate given to all, or to each (shape (n,), infinite: none). Defaults to unknown.
         counted: Whether the averager counted the steps: of all, or of each (shape (n,)).
-        start: The option ``start`` of the averager; None: unknown.
+        start: The option ``start`` of the averager. Defaults to unknown.
     """
 
     steps: NDArray[np.int64]
@@ -45,7 +45,7 @@ class Updates(NamedTuple):
 
     @property
     def strides(self) -> NDArray[np.int64]:
-        """The optimiser steps that each stands for."""
+        """The optimiser steps that each represents."""
         return np.diff(self.steps, prepend=self.steps[:1] - self.stride)
 
     def clocks(self) -> list[Clock]:
@@ -60,7 +60,7 @@ class Updates(NamedTuple):
             for i, (step, stride, elapsed, lr, seen) in enumerate(moments, 1)
         ]
 
-    def alike(self) -> list[tuple[Any, Clocks]]:
+    def grouped(self) -> list[tuple[Any, Clocks]]:
         """Return the updates of equal strides together: their indices, and their moments as arrays."""
         strides = self.strides
         clocks = Clocks(
@@ -85,7 +85,7 @@ def rates_of(strategy: Strategy, updates: Updates, *, replaced: bool = False) ->
         replaced: Whether the first update replaces the start, so that its rate is 1 and not asked for.
     """
     n = len(updates.steps)
-    groups = updates.alike() if strategy.elementwise and not isinstance(updates.lr, np.ndarray) else []
+    groups = updates.grouped() if strategy.elementwise and not isinstance(updates.lr, np.ndarray) else []
     if n and not 0 < len(groups) <= _FEW:
         return np.fromiter(_one_by_one(strategy, updates, replaced=replaced), np.float64, n)
     weights, rates = np.empty(n), np.empty(n)

@@ -1,4 +1,4 @@
-"""The seam for sharded engines: what differs between a plain module and one whose tensors are spread out."""
+"""The seam for sharded engines: what differs between a plain module and one with sharded tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Adapter:
     """
 
     def entries(self, model: Model) -> list[Entry]:
-        """Return the model's entries, each with the tensor that this process holds and with how the whole is spread."""
+        """Return the model's entries, each with the tensor that this process holds and how the whole is sharded."""
         return walk(model)
 
     def holds(self, entries: Sequence[Entry], live: Sequence[Tensor]) -> bool:  # noqa: ARG002 - a plain entry is what is held

@@ -52,7 +52,7 @@ class ChangeDetector:
 
         Raises:
             ModelError: If the memory of the model's tensors was freed.
-            StateError: If that of the averages was.
+            StateError: If the memory of the averages was.
         """
         self.epoch += self._storages.moved()
         return (
@@ -84,7 +84,7 @@ class _Contents:
     def __init__(self, model: nn.Module) -> None:
         self._modules = _modules(model)
         holders = self._holders()
-        # What TorchScript modules hold tensors in is no dict, and made anew for each look: they are walked each time.
+        # TorchScript modules hold tensors in objects, new at each look, that are not dicts: they are walked each time.
         self._watchable = all(isinstance(holder, dict) for holder in holders)
         self.values = [value for holder in holders for value in holder.values()]
         self._copies = [*map(dict, holders)] if self._watchable else []
@@ -149,7 +149,7 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 def _is_ordinary(value: object) -> bool:
     """Return whether a replacement of a value is either the same object or not equal to it.
 
-    For tensors of one element that is looked at beside. Two DTensors are compared by asking other ranks.
+    For tensors of one element, whose value is compared too. Comparing two DTensors would ask other ranks.
     """
     if isinstance(value, nn.Module):
         return type(value).__eq__ is object.__eq__

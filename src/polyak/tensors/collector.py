@@ -14,7 +14,7 @@ __all__ = ["collector_paused"]
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Let no collection of cycles begin; afterwards the collector is on if it was.
+    """Pause the collector of cycles; on exit it is on if it was before.
 
     It would look through every object of the process again and again, half of the time that an average of thousands of
     tensors takes to be made, and find nothing to free.

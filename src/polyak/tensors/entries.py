@@ -147,7 +147,7 @@ def _tensors_of(model: Model) -> Iterator[Entry]:
 
 
 def modules_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield each module under each of its canonical prefixes, wrappers left out."""
+    """Yield each module under each of its canonical prefixes, without wrappers."""
     module = unwrap(model)
     yield prefix, module
     for key, child in module._modules.items():  # noqa: SLF001 - named_modules() hides shared modules' other names

@@ -19,14 +19,14 @@ class OwnGenerators:
     """One generator per device for stochastic rounding, made when it is first asked for.
 
     Saved states wait as plain tensors until then, so that a state made on a GPU loads where there is none; one that
-    was saved on another device of the same type goes on here.
+    was saved on another device of the same type continues here.
 
     Attributes:
         update: The number of the update that draws.
 
     Raises:
-        TypeError: If a saved state is no tensor of bytes.
-        RuntimeError: If a key names no device, or a value is no state of a CPU's generator.
+        TypeError: If a saved state is not a tensor of bytes.
+        RuntimeError: If a key names no device, or a value is not a state of a CPU's generator.
     """
 
     def __init__(self, saved: Mapping[str, Tensor] | None = None) -> None:

@@ -94,7 +94,7 @@ class Growth:
             whole = [next(waiting) if s is None else s for s in paired]
             check_storable(entries, [s.policy for s in whole])
             if place[0] is None:
-                whole = [s.beside(entry.tensor) for s, entry in zip(whole, entries, strict=True)]
+                whole = [s.on_device_of(entry.tensor) for s, entry in zip(whole, entries, strict=True)]
         for s in made:
             s.fresh = True
         known = _by_name(stored)
@@ -105,7 +105,7 @@ class Growth:
         if restarted and not self._warned:
             self._warned = True
             message = (
-                f"{', '.join(restarted[:_SHOWN])} changed shape: the average of such a buffer begins again with its "
+                f"{', '.join(restarted[:_SHOWN])} changed shape: the average of each begins again with its "
                 "new value. buffers={name: 'copy'} keeps no average of it"
             )
             warn_user(message)

@@ -128,7 +128,7 @@ def refuse_freed(tensors: Sequence[Tensor]) -> None:
 
 
 def lacking(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return those tensors whose storage does not reach as far as their last element."""
+    """Return the tensors whose storage ends before their last element."""
     return [t for t in tensors if t.numel() and not t.is_meta and not (t.data_ptr() and _reaches_end(t))]
 
 
@@ -151,7 +151,7 @@ def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     try:
         from torch._C._dynamo import guards
 
-        made: Any = guards.TensorGuards  # the stub tells the type of one tensor's sizes, not of all
+        made: Any = guards.TensorGuards  # the stub declares the sizes of one tensor, not of all
         sizes, strides = ([*map(list, map(part, tensors))] for part in (Tensor.size, Tensor.stride))
         check: Callable[..., bool] = made(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
         return check if check(*tensors) else _refuses

@@ -42,7 +42,7 @@ def pair(
     bound: Mapping[int, int],
     changes: Changes = Changes(),  # noqa: B008 - it cannot be changed
 ) -> list[Stored | None]:
-    """Return, for each entry, the stored tensor that averages it; None for a buffer that begins anew.
+    """Return, for each entry, the stored tensor that averages it; None for a buffer whose average begins again.
 
     ``"name"`` looks each name up. ``"order"`` takes the entries one after the other, for models whose names are
     all different; where the names are the same, their order must be too, so that two modules that changed
@@ -54,7 +54,7 @@ def pair(
         entries: The model's entries that are not skipped.
         match: ``"name"`` or ``"order"``.
         bound: The address of the live tensor each stored one was paired with last, by its id: who survived a tie.
-        changes: Which buffers may come and go; those of another shape begin anew.
+        changes: Which buffers may come and go; where the shape changes, the average begins again.
 
     Raises:
         MismatchError: If a tensor is missing, new, renamed, reordered, reshaped, or no longer floating.
@@ -99,13 +99,13 @@ def _by_name(stored: Sequence[Stored], entries: Sequence[Entry], bound: Mapping[
 
 
 def _moved(stored: Sequence[Stored], entries: Sequence[Entry]) -> list[str]:
-    # A buffer that is registered again stands behind the others.
+    # A buffer that is registered again comes after the others.
     position = {name: i for i, s in enumerate(stored) if s.kind == "parameter" for name in s.aliases}
     problems, last = [], -1
     for entry in entries:
         place = min((position[name] for name in entry.aliases if name in position), default=last)
         if place < last:
-            problems.append(f"moved: {entry.name} stood before its neighbour and now stands behind it")
+            problems.append(f"moved: {entry.name} was before its neighbour and is now behind it")
         last = max(last, place)
     return problems
 

@@ -71,7 +71,7 @@ class Owner(NamedTuple):
         if not gate.acquire(timeout=_PATIENCE):
             message = (
                 f"applied() waits for thread {name!r}, which is inside applied() of the same model. "
-                "If that thread waits for this one, neither goes on: enter applied() in one of them only."
+                "If that thread waits for this one, neither continues: enter applied() in one of them only."
             )
             warn_user(message)
             gate.acquire()

@@ -53,7 +53,7 @@ def policies(
         include: Patterns; all entries that match none are skipped.
         exclude: Patterns of entries to skip.
         strict: Whether a pattern that matches nothing is refused.
-        settled: Names of buffers whose values are not looked at: "average" stands for those of which they decide.
+        settled: Names of buffers whose values are not examined: "average" is assumed where values would decide.
         absent: Names of buffers that are not filled yet, which patterns may match too.
 
     Raises:

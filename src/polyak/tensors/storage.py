@@ -51,7 +51,7 @@ class Stored:
         kind: ``"parameter"`` or ``"buffer"``.
         policy: ``"average"`` or ``"copy"``.
         average: The tensor.
-        slots: What a strategy keeps of it beside the average, by the names of its slots; none where it is copied.
+        slots: What else a strategy keeps of it, by the names of its slots; none where it is copied.
         spread: How the whole is spread over ranks, where these are this rank's parts of it; else None.
         persistent: Whether the tensor is part of ``model.state_dict()``.
         fresh: Whether the model filled it since the last update: until the next one, the average is its value.
@@ -85,7 +85,7 @@ class Stored:
         """Return this under the entry's names, where a tie was made or broken since."""
         return self if self.aliases == entry.aliases else replace(self, name=entry.name, aliases=entry.aliases)
 
-    def beside(self, live: Tensor) -> Stored:
+    def on_device_of(self, live: Tensor) -> Stored:
         """Return this on the device of a live tensor."""
         device = live.device
         return self if self.average.device == device else self.mapped(lambda tensor: tensor.to(device))
@@ -97,7 +97,7 @@ class Stored:
         )
 
     def slot(self, name: str) -> Tensor:
-        """Return the average, or what is kept beside it."""
+        """Return the tensor of a slot; ``average`` is the average itself."""
         return self.average if name == "average" else self.slots[name]
 
     @property
@@ -107,7 +107,7 @@ class Stored:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The average, and what is kept beside it."""
+        """The average and the strategy's other slots."""
         return self.average, *self.slots.values()
 
 
@@ -123,7 +123,7 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize == 1:
         message = (
             f"got {shown(dtype)}; expected 'auto' (the model's, but float32 for shorter ones), "
-            "'float32', 'float64', 'bfloat16', 'float16' or such a torch.dtype"
+            "'float32', 'float64', 'bfloat16', 'float16' or one of these as a torch.dtype"
         )
         raise ConfigError(message)
     return found

@@ -47,13 +47,13 @@ class Swap:
     Values are copied, never pointers: parameters, optimisers, compiled graphs and captured CUDA graphs keep the
     memory they know. Where storage and model have the same dtype the two are exchanged through one tensor's worth
     of scratch memory; where they differ the rounded average cannot carry the exact one back, so the
-    model's own values are kept beside (one copy of those tensors).
+    model's own values are kept in one copy of those tensors.
 
     Every step is journalled before it is made, so that an exception between any two calls can be undone.
     Several swaps of one model's memory may be in force, and may be undone in any order, but only one owner's at a time.
 
-    Autograd's counts of writes are the same afterwards, so that graphs recorded before stay valid. Inside they are
-    numbers of this swap's own, so that graphs recorded inside are refused afterwards.
+    Autograd's counts of writes are restored on exit, so that graphs recorded before stay valid. Inside they are
+    numbers of this swap's own, so that graphs recorded inside are refused later.
 
     Args:
         holder: The averager's binding, which finds its swap by it.
@@ -223,7 +223,7 @@ class Swap:
 
 
 in_force: list[Swap] = []
-"""The swaps that were put and not taken, in that order: nobody may take these models' values for weights."""
+"""The swaps that were put and not taken, in that order: these models' values are not weights."""
 _GUARD = threading.RLock()
 
 

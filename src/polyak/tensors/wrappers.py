@@ -1,6 +1,6 @@
 """Which modules only wrap another one, known by what they are and never by a name.
 
-A user's own submodule called ``module`` or ``_orig_mod`` is no wrapper.
+A user's own submodule called ``module`` or ``_orig_mod`` is not a wrapper.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def root_of(module: nn.Module) -> nn.Module:
 
 
 def broadcasters(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the wrappers around a model that overwrite its buffers with those of rank 0 in each forward: DDP."""
+    """Yield the wrappers around a model that overwrite its buffers with rank 0's in each forward: DDP."""
     kind = _loaded("torch.nn.parallel.distributed", "DistributedDataParallel")
     while attribute := _wraps_in(cast("Any", type(module))):
         if kind is not None and isinstance(module, kind):
@@ -145,7 +145,7 @@ def spellings(name: str) -> Iterator[str]:
 
 
 def dtensor() -> Any:  # noqa: ANN401 - a class or None
-    """Return the class of tensors that are spread over ranks; None where nobody has imported it yet."""
+    """Return the class of sharded tensors; None while it is not imported."""
     return _loaded("torch.distributed.tensor", "DTensor")
 
 

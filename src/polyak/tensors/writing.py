@@ -37,7 +37,7 @@ def writable(live: Sequence[Tensor]) -> torch.inference_mode:
 
 
 def read_only(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return those tensors whose memory cannot be written, as that of ``np.load(mmap_mode="r")``: it ends the process.
+    """Return the tensors whose memory cannot be written, as after ``np.load(mmap_mode="r")``: writing ends the process.
 
     Linux says which memory that is. Elsewhere none is found.
     """

@@ -30,7 +30,7 @@ def check_strategy(
     Args:
         strategy: What ``polyak.average`` takes: a name, a class, an object, or a mapping of a name and settings.
         lr: The learning rate at each optimiser step, given to ``update(lr=...)``.
-        **settings: The strategy's own settings, beside a name, a class or a mapping.
+        **settings: The strategy's own settings, where it is a name, a class or a mapping.
 
     Raises:
         AssertionError: If a law is broken. The message names each one, with the numbers.

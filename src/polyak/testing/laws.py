@@ -43,8 +43,11 @@ def _one_hot_is_the_profile(case: Case) -> None:
     for n in _ALL:
         model["weight"].zero_()[n] = 1.0
         averager.update(lr=case.lr(n))
-    told = averager.profile()
-    answers = {"profile() says": [told.start, *told.shares.tolist()], "holds": averager.averages["weight"].tolist()}
+    profile = averager.profile()
+    answers = {
+        "profile() says": [profile.start, *profile.shares.tolist()],
+        "holds": averager.averages["weight"].tolist(),
+    }
     for says, got in answers.items():
         worst = int(np.abs(np.subtract(got, shares)).argmax())
         numbers = f"update {worst} has the share {shares[worst]!r} by the rates, and the average {says} {got[worst]!r}"
@@ -118,8 +121,8 @@ def _config_survives(case: Case) -> None:
     cls.model_json_schema()
     if registry().strategies().get(strategy.name) is cls:
         config = AveragerConfig(strategy=strategy)
-        told = AveragerConfig.model_validate_json(config.model_dump_json())
-        require(told == config, f"JSON changes the config: {config!r} came back as {told!r}")
+        copy = AveragerConfig.model_validate_json(config.model_dump_json())
+        require(copy == config, f"JSON changes the config: {config!r} came back as {copy!r}")
     try:
         cls.model_validate({**data, "no_such_setting": 1})
     except ValidationError:

@@ -77,7 +77,7 @@ def expected(
     Args:
         case: The strategy and its learning rates.
         steps: The optimiser step of each update.
-        stride: The steps that the first update stands for.
+        stride: The steps that the first update represents.
         counted: Whether the averager counts the steps.
         replaces: Whether the first update replaces the start. Defaults to the strategy's own choice.
     """

@@ -25,7 +25,7 @@ def compared_with(field: Field) -> str:
 
 
 def group_of(name: str) -> Literal["polyak", "library", "limit"]:
-    """Return whose a subject is."""
+    """Return the library that a subject belongs to."""
     return "limit" if name in LIMITS else "polyak" if name.startswith("polyak") else "library"
 
 

@@ -1,4 +1,4 @@
-"""Making an average: the time, and the memory of what was made, beside ``copy.deepcopy(model)``."""
+"""Making an average: the time and the memory it takes, compared with ``copy.deepcopy(model)``."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["host"]
 
 _OFF = ("timm-v1", "timm-v2", "torch-swa", "torch-ema", "polyak loop", PROPAGATE)
-"""These move tensor by tensor or read the weights themselves: host and kernels cannot be told apart from outside."""
+"""These move tensor by tensor or read the weights themselves: host and kernels cannot be separated from outside."""
 
 
 def host(subject: Subject, settings: Settings) -> list[Row]:

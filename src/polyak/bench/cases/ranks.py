@@ -25,7 +25,7 @@ __all__ = ["ranks"]
 def ranks(subject: Subject, settings: Settings) -> list[Row]:
     """Return the time of an update on so many ranks, and what a rank keeps.
 
-    The time is that of the rank in the middle: each quantile is the median of the ranks'. The bytes are those of the
+    The time is the median rank's: each quantile is the median over the ranks. The bytes come from the
     rank that keeps most.
     """
     counts, threads = settings.chosen_ranks(), torch.get_num_threads()
@@ -66,6 +66,6 @@ def _ranks(count: int) -> str:
 
 def _remark(count: int, threads: int, settings: Settings) -> str:
     own = max(1, threads // count)
-    told = f"{own} thread{'s' if own > 1 else ''} each"
+    each = f"{own} thread{'s' if own > 1 else ''} each"
     there = settings.room
-    return f"{told}, on {there} cores" if count > there else told
+    return f"{each}, on {there} cores" if count > there else each

@@ -16,6 +16,7 @@ from polyak.bench.memory import available
 from polyak.bench.models import Subject, layers
 from polyak.bench.race import race
 from polyak.bench.report import Row
+from polyak.errors.formatting import byte_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,11 +85,11 @@ def _series(name: str, settings: Settings) -> list[Row]:
 
 
 def _affordable(values: int, settings: Settings) -> tuple[list[Entrant], str]:
-    """Return whom there is memory for, beside the model and two passes, and what it lacks for the others, or ""."""
+    """Return the entrants that fit in memory with the model and two passes, and why the others do not, or ""."""
     chosen, one, free = _chosen(settings), 4 * values, available(settings.place)
     if free is None or one * (len(chosen) + 4) <= 0.8 * free:
         return chosen, ""
-    lacks = f"all of it needs {one * (len(chosen) + 4) / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free"
+    lacks = f"all of it needs {byte_size(one * (len(chosen) + 4))} of memory, and {byte_size(free)} are free"
     fewer = [*chosen[:1], *(entrant for entrant in chosen[1:] if entrant.name == REFERENCE)]
     return fewer if one * (len(fewer) + 1) <= 0.8 * free else [], lacks
 

@@ -44,8 +44,8 @@ def step(subject: Subject, settings: Settings) -> list[Row]:
     try:
         train()
     except Exception as error:  # the model is the user's: it may raise anything
-        told = " ".join(str(error).split())
-        message = f"the case 'step' cannot train {subject.name!r} on its inputs: {type(error).__name__}: {told}"
+        reason = " ".join(str(error).split())
+        message = f"the case 'step' cannot train {subject.name!r} on its inputs: {type(error).__name__}: {reason}"
         raise ConfigError(message) from error
     field.warm_up()
 
@@ -53,10 +53,10 @@ def step(subject: Subject, settings: Settings) -> list[Row]:
         steps.append(seconds(train, settings.place))
 
     samples = race(field.updates, settings.seconds, settings.place, f"step {subject.name}", before)
-    steps = steps[1:]  # the first told how many rounds there is time for
+    steps = steps[1:]  # the first showed how many rounds there is time for
     more = {name: {"share": Quantiles.of(_shares(samples, name, steps))} for name in field.updates}
     first = Row(
-        case="step", model=subject.name, subject=STEP, group="limit", remark=subject.told,
+        case="step", model=subject.name, subject=STEP, group="limit", remark=subject.description,
         milliseconds=Quantiles.of([1e3 * time for time in steps]),
     )  # fmt: skip
     rows = rows_of("step", subject, samples, compared_with(field), more=more)

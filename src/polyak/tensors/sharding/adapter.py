@@ -1,4 +1,4 @@
-"""The adapter for models whose tensors are spread over ranks: FSDP2, tensor parallel, and both."""
+"""The adapter for models with sharded tensors: FSDP2, tensor parallel, and both."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Sharded(Adapter):
     """Reaches the shards that this rank holds; an update needs nothing of the other ranks.
 
     Under FSDP2 a module shows its whole parameters after a forward without a backward, and computes with them again in
-    the next one, whatever was written into the shards: so whoever walks or writes lets it drop them first.
+    the next one, whatever was written into the shards: so FSDP drops them before tensors are walked or written.
     """
 
     @override

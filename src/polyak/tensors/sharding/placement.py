@@ -1,4 +1,4 @@
-"""How a tensor is spread over ranks: what makes a DTensor of the part that this rank holds, and tells two apart."""
+"""How a tensor is sharded: how this rank's part becomes a DTensor, and whether two are sharded alike."""
 
 from __future__ import annotations
 
@@ -69,5 +69,5 @@ class Spread(NamedTuple):
 
 
 def described(spread: Spread | None) -> str:
-    """Return in words how a tensor is spread."""
+    """Return in words how a tensor is sharded."""
     return "a whole tensor" if spread is None else f"a DTensor {spread}"
