@@ -57,7 +57,7 @@ PORTABLE = [
     "tests/parity",
     "tests/laws/test_kernels_agree.py",
     "tests/test_bank.py",
-    "tests/test_optim.py",
+    "tests/optim",
     "tests/test_testing.py",
 ]
 SMOKE = "import polyak as p, torch; m = torch.nn.Linear(2, 1); p.average(m, 'ema').update(); print(*p.strategies())"

@@ -1,4 +1,4 @@
-"""Putting the average in and out: nested, interrupted, shared, with graphs, gradients and odd memory."""
+"""Putting the average in and out: nested, of several averagers, beside graphs, in little memory."""
 
 from __future__ import annotations
 
@@ -13,32 +13,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyak
-from interrupts import AtOperation, at_line
-from models import ZOO, Buffers, Conv, Shapes, Tied, average_bits, bits, drifting, mlp, model_bits
-from polyak.engine import binding, core, engine
-from polyak.engine.plan import plan, tensor_update
-from polyak.kernels import threads
-from polyak.kernels.cpu import fused as cpu
-from polyak.kernels.eager import foreach
-from polyak.tensors import swap
-
-MOVING = (tensor_update, foreach, cpu, threads)
-OPTIONS = [{}, {"kernel": "loop"}, {"dtype": "float64"}, {"buffers": "skip"}]
-
-
-def _moved(build=mlp, steps=3, **options):
-    model = build()
-    averager = polyak.average(model, "ema", decay=0.7, **options)
-    for _ in drifting(model, steps):
-        averager.update()
-    return model, averager
-
+from models import Buffers, Conv, Shapes, Tied, average_bits, bits, drifting, mlp, model_bits
+from swaps import moved_once
 
 # Leaving the context, whatever happens
 
 
 def test_an_exception_inside_restores_and_goes_on():
-    model, averager = _moved()
+    model, averager = moved_once()
     own, stored = model_bits(model), average_bits(averager)
     with pytest.raises(ZeroDivisionError), averager.applied():
         1 / 0  # noqa: B018 - an exception of the user's own
@@ -48,7 +30,7 @@ def test_an_exception_inside_restores_and_goes_on():
 
 
 def test_contexts_nest_and_only_the_outermost_swaps():
-    model, averager = _moved()
+    model, averager = moved_once()
     own = model_bits(model)
     with averager.applied():
         inside = model_bits(model)
@@ -61,7 +43,7 @@ def test_contexts_nest_and_only_the_outermost_swaps():
 
 
 def test_one_context_cannot_be_entered_twice():
-    _, averager = _moved()
+    _, averager = moved_once()
     context = averager.applied()
     with context:
         pass
@@ -70,7 +52,7 @@ def test_one_context_cannot_be_entered_twice():
 
 
 def test_a_generator_closed_early_restores_the_model():
-    model, averager = _moved()
+    model, averager = moved_once()
     own = model_bits(model)
 
     def predictions():
@@ -87,7 +69,7 @@ def test_a_generator_closed_early_restores_the_model():
 
 
 def test_a_generator_forgotten_half_way_restores_the_model():
-    model, averager = _moved()
+    model, averager = moved_once()
     own = model_bits(model)
 
     def predictions():
@@ -180,163 +162,11 @@ def test_leaving_two_averagers_in_the_wrong_order_corrupts_nothing():
     assert (model_bits(model), average_bits(first), average_bits(second)) == before
 
 
-# Ctrl-C in the middle
-
-
-def _operations(action):
-    with AtOperation() as counter:
-        action()
-    return counter.seen
-
-
-def _swap_in_and_out(averager):
-    with averager.applied():
-        pass
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("kind", ["mlp", "tied", "shapes", "buffers", "mixed_dtypes"])
-def test_ctrl_c_at_any_operation_of_a_swap_leaves_model_and_average_as_they_were(kind, options, when):
-    model, averager = _moved(ZOO[kind].build, **options)
-    own, stored = model_bits(model), average_bits(averager)
-    _swap_in_and_out(averager)  # the first one also looks whether the memory can be written
-    total = _operations(lambda: _swap_in_and_out(averager))
-    assert total > 8
-    for k in range(total):
-        with pytest.raises(KeyboardInterrupt), AtOperation(k, when):
-            _swap_in_and_out(averager)
-        assert model_bits(model) == own, f"operation {k}"
-        assert average_bits(averager) == stored, f"operation {k}"
-        assert not averager.is_applied
-    averager.update()
-
-
-@pytest.mark.parametrize("modules", [(swap,), (swap, binding, engine)], ids=["swap.py", "all"])
-@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
-def test_ctrl_c_at_any_line_of_a_swap_leaves_model_and_average_as_they_were(options, modules):
-    model, averager = _moved(Tied, **options)
-    own, stored = model_bits(model), average_bits(averager)
-    with at_line(modules) as lines:
-        _swap_in_and_out(averager)
-    assert len(lines) > 50
-    wrong = []
-    for k, line in enumerate(lines):
-        with pytest.raises(KeyboardInterrupt), at_line(modules, k):
-            _swap_in_and_out(averager)
-        if (model_bits(model), average_bits(averager), averager.is_applied) != (own, stored, False):
-            wrong.append(line)
-            model, averager = _moved(Tied, **options)
-            own, stored = model_bits(model), average_bits(averager)
-    assert not wrong
-
-
-def _whole(averager, old, new, n):
-    return (average_bits(averager), averager.n, len(averager.profile())) in [(old, n, n), (new, n + 1, n + 1)]
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("options", [*OPTIONS, {"dtype": "float64", "kernel": "loop"}], ids=str)
-@pytest.mark.parametrize("kind", ["mlp", "tied", "buffers", "mixed_dtypes", "complex"])
-@pytest.mark.parametrize("decay", [0.7, 0.0])
-def test_ctrl_c_at_any_operation_of_an_update_leaves_the_old_or_the_new_average(kind, options, when, decay):
-    model = ZOO[kind].build()
-    # The fused kernel is no operation of torch; it is interrupted line by line below.
-    averager = polyak.average(model, "ema", decay=decay, **{"kernel": "foreach", **options})
-    for _ in drifting(model, 2):
-        averager.update()
-    for _ in drifting(model, 1, seed=3):
-        pass
-    state = averager.state_dict()
-    old = average_bits(averager)
-    averager.load_state_dict(state)
-    averager.averaged_state_dict()
-    total = _operations(averager.update)
-    new = average_bits(averager)
-    assert old != new
-    seen = set()
-    for k in range(total):
-        averager.load_state_dict(state)
-        averager.averaged_state_dict()  # plans anew, outside of what is interrupted
-        with pytest.raises(KeyboardInterrupt), AtOperation(k, when):
-            averager.update()
-        assert _whole(averager, old, new, 2), f"operation {k} of {total}"
-        seen.add(averager.n)
-    assert seen == ({2, 3} if when == "after" else seen | {2})
-
-
-@pytest.mark.parametrize(
-    "options",
-    [*OPTIONS, {"dtype": "bfloat16"}, {"kernel": "foreach"}, {"kernel": "foreach", "dtype": "bfloat16"}],
-    ids=str,
-)
-@pytest.mark.parametrize("modules", [MOVING[:1], MOVING, (*MOVING, engine, core, binding, plan)], ids=lambda m: len(m))
-def test_ctrl_c_at_any_line_of_an_update_leaves_the_old_or_the_new_average(options, modules):
-    model, averager = _moved(Tied, steps=2, **options)
-    for _ in drifting(model, 1, seed=3):
-        pass
-    state, old = averager.state_dict(), average_bits(averager)
-    with at_line(modules) as lines:
-        averager.update()
-    new, wrong = average_bits(averager), []
-    for k, line in enumerate(lines):
-        averager.load_state_dict(state)
-        averager.averaged_state_dict()
-        with pytest.raises(KeyboardInterrupt), at_line(modules, k):
-            averager.update()
-        moved = averager.n == 3
-        # Stochastic rounding may draw again after an interruption: then each value is one of the two neighbours.
-        whole = _close(averager, new) if moved and options.get("dtype") == "bfloat16" else _whole(averager, old, new, 2)
-        wrong += [] if whole else [line]
-    assert not wrong
-
-
-def _close(averager, new):
-    for name, tensor in averager.averages.items():
-        wanted = torch.frombuffer(bytearray(new[name][-2 * tensor.numel() :]), dtype=torch.bfloat16).view(tensor.shape)
-        up, down = (torch.nextafter(wanted, torch.tensor(end).bfloat16()) for end in (torch.inf, -torch.inf))
-        if not ((tensor >= down) & (tensor <= up)).all():
-            return False
-    return len(averager.profile()) == averager.n
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_ctrl_c_in_the_first_update_leaves_the_start_or_the_first_weights(when):
-    model = Tied()
-    averager = polyak.average(model, "swa")
-    for _ in drifting(model, 1):
-        pass
-    state, old = averager.state_dict(), average_bits(averager)
-    total = _operations(averager.update)
-    new = average_bits(averager)
-    for k in range(total):
-        averager.load_state_dict(state)
-        with pytest.raises(KeyboardInterrupt), AtOperation(k, when):
-            averager.update()
-        assert _whole(averager, old, new, 0)
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_ctrl_c_in_copy_to_leaves_the_own_weights_or_the_whole_average(when):
-    model, averager = _moved()
-    own, stored = model_bits(model), average_bits(averager)
-    averager.copy_to(mlp())
-    another = mlp()
-    for k in range(_operations(lambda: averager.copy_to(another))):
-        other = mlp()
-        other.load_state_dict(model.state_dict())
-        averager.copy_to(another)  # so that as much is planned before each as before the counted one
-        with pytest.raises(KeyboardInterrupt), AtOperation(k, when):
-            averager.copy_to(other)
-        assert model_bits(other) in (own, stored)
-        assert average_bits(averager) == stored
-
-
 # What training sees
 
 
 def test_the_optimiser_steps_the_same_objects_after_a_swap():
-    model, averager = _moved(Conv)
+    model, averager = moved_once(Conv)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     objects = [id(p) for p in model.parameters()]
     model(torch.randn(2, 3, 8, 8)).sum().backward()
@@ -350,7 +180,7 @@ def test_the_optimiser_steps_the_same_objects_after_a_swap():
 
 
 def test_a_graph_recorded_before_applied_still_backpropagates_after_it():
-    model, averager = _moved(Conv)
+    model, averager = moved_once(Conv)
     model.eval()
     x = torch.randn(2, 3, 8, 8)
     expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
@@ -362,7 +192,7 @@ def test_a_graph_recorded_before_applied_still_backpropagates_after_it():
 
 
 def test_a_graph_recorded_inside_applied_backpropagates_inside_it():
-    model, averager = _moved()
+    model, averager = moved_once()
     with averager.applied():
         model(torch.ones(2, 3)).square().sum().backward()
     other = mlp()
@@ -374,7 +204,7 @@ def test_a_graph_recorded_inside_applied_backpropagates_inside_it():
 
 def test_a_compiled_forward_sees_the_applied_average_and_is_not_compiled_again():
     torch.compiler.reset()  # torch compiles a function anew only so many times, and other tests count
-    model, averager = _moved()
+    model, averager = moved_once()
     graphs = []
 
     def backend(graph, _):
@@ -396,7 +226,7 @@ def test_a_compiled_forward_sees_the_applied_average_and_is_not_compiled_again()
 
 @pytest.mark.parametrize("around", [torch.inference_mode, torch.no_grad, torch.enable_grad], ids=lambda m: m.__name__)
 def test_a_swap_under_any_grad_mode_restores_the_model(around):
-    model, averager = _moved(Buffers)
+    model, averager = moved_once(Buffers)
     own, stored = model_bits(model), average_bits(averager)
     with around(), averager.applied():
         model(torch.ones(1, 3))
@@ -424,7 +254,7 @@ def test_a_model_of_inference_tensors_swaps_and_updates():
 
 
 def test_an_expanded_buffer_is_averaged_and_swapped_through_its_one_value():
-    model, averager = _moved(Buffers)
+    model, averager = moved_once(Buffers)
     stride = model.expanded.stride()
     expected = averager.averages["expanded"].clone()
     with averager.applied():
@@ -433,7 +263,7 @@ def test_an_expanded_buffer_is_averaged_and_swapped_through_its_one_value():
 
 
 def test_overlapping_views_get_their_own_bits_back():
-    model, averager = _moved(Shapes)
+    model, averager = moved_once(Shapes)
     own, stored = model_bits(model), average_bits(averager)
     for _ in range(3):
         with averager.applied():
@@ -467,7 +297,7 @@ def _layers(dtype=torch.float32):
 
 
 def test_a_swap_needs_one_tensors_worth_of_extra_memory():
-    model, averager = _moved(_layers)
+    model, averager = moved_once(_layers)
     one = model[0].weight.nbytes
     with _Peak() as memory, averager.applied():
         pass
@@ -475,7 +305,7 @@ def test_a_swap_needs_one_tensors_worth_of_extra_memory():
 
 
 def test_a_swap_of_a_differently_stored_average_needs_one_copy_of_the_model():
-    model, averager = _moved(lambda: _layers(torch.bfloat16))
+    model, averager = moved_once(lambda: _layers(torch.bfloat16))
     size = sum(p.nbytes for p in model.parameters())
     with _Peak() as memory, averager.applied():
         pass
@@ -483,7 +313,7 @@ def test_a_swap_of_a_differently_stored_average_needs_one_copy_of_the_model():
 
 
 def test_an_update_in_one_dtype_needs_no_extra_memory_for_the_model():
-    _, averager = _moved(_layers, nonfinite="propagate")
+    _, averager = moved_once(_layers, nonfinite="propagate")
     with _Peak() as memory:
         averager.update()
     assert memory.peak == 0
@@ -491,7 +321,7 @@ def test_an_update_in_one_dtype_needs_no_extra_memory_for_the_model():
 
 @pytest.mark.parametrize("times", [1, 9])
 def test_a_model_that_cannot_be_made_ready_gets_its_own_weights_back_all_the_same(times, monkeypatch):
-    model, averager = _moved(Tied)
+    model, averager = moved_once(Tied)
     own, stored = model_bits(model), average_bits(averager)
     failures = iter([RuntimeError("a rank is gone")] * times)
 
