@@ -49,6 +49,25 @@ def test_memory_is_bounded_whatever_the_size(suffix, count, tmp_path):
         assert checkpoint.read("a", 0, 5).eq((count - 1) / 2).all()
 
 
+MERGE = PEAK.replace(
+    "files.average(sys.argv[2:], out=sys.argv[1])",
+    "files.merge(sys.argv[3:], sys.argv[2], base=sys.argv[3].replace('0.', 'base.'), out=sys.argv[1])",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+@pytest.mark.parametrize("method", ["ties", "model_stock", "breadcrumbs", "magnitude_prune", "task_arithmetic"])
+def test_whole_tensor_merges_hold_one_tensor_of_each_input(method, tmp_path):
+    size = 10_000_000
+    for name in ("0", "1", "2", "base"):
+        save_file({"w": torch.randn(size), "b": torch.ones(3)}, tmp_path / f"{name}.safetensors")
+    names = [str(tmp_path / f"{number}.safetensors") for number in range(3)]
+    command = [sys.executable, "-c", MERGE, str(tmp_path / "o.safetensors"), method, *names]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert float(done.stdout) < MOST + (method != "task_arithmetic") * (3 + 2) * size * 8 / 2**20
+
+
 def test_ctrl_c_leaves_nothing_wherever_it_comes(run, tmp_path, left):
     out = tmp_path / "o.safetensors"
     folder = Path(polyak.__file__).parent / "files"

@@ -26,7 +26,7 @@ def test_two_inputs_of_one_size_are_slerp() -> None:
     a, b = torch.randn(2, 50, dtype=torch.float64)
     b = b * (a.norm() / b.norm())
     for t in (0.25, 0.5):
-        wanted = Slerp(t=t).merge([a, b], None, about((0.5, 0.5), 50))
+        wanted = Slerp(t=t).merge([a.clone(), b], None, about((0.5, 0.5), 50))
         made = karcher.Karcher().merge([a, b], None, about((1 - t, t), 50))
         torch.testing.assert_close(made, wanted, rtol=1e-10, atol=1e-10)
 

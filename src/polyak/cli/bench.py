@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 from polyak.cli.outputs import check_folder, check_picture
 from polyak.cli.reporting import errors_reported
 from polyak.cli.tables import Listing, show
+from polyak.errors import ConfigError
 
 if TYPE_CHECKING:
     from polyak.bench import Report
@@ -17,12 +19,15 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 Names = list[str] | None
+_OTHERS = ("load all", "one at a time", "read")
 
 
-def bench(
+def bench(  # noqa: PLR0913, PLR0917 - each is one axis, and users complete from this signature
     cases: Annotated[
         Names,
-        typer.Argument(help="update (default), construction, host, precision, bank, adamw, scaling, step, ranks."),
+        typer.Argument(
+            help="update (default), construction, host, precision, bank, adamw, scaling, step, ranks, or files alone."
+        ),
     ] = None,
     model: Annotated[
         Names,
@@ -52,6 +57,8 @@ def bench(
         typer.Option(help="Threads that torch computes with (default: as torch chooses, and for update also 1)."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Where the models live (default: accelerator, or cpu).")] = None,
+    size: Annotated[int, typer.Option(help="MiB of each of five files, for the case files.")] = 256,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds, for the case files.")] = 5,
     seconds: Annotated[float, typer.Option(help="About how long one case measures one model.")] = 15.0,
     json: Annotated[Path | None, typer.Option(help="A file for the numbers.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A file for the picture; one for each case.")] = None,
@@ -61,6 +68,9 @@ def bench(
 
     with errors_reported():
         _check(json, plot)
+        if cases and "files" in cases:
+            _of_files(cases, size, rounds, json, plot)
+            return
         settings = Settings(
             models=tuple(model or ["resnet50"]), strategies=tuple(strategy or ["ema"]), kernels=tuple(kernel or []),
             against=tuple(against) if against else None, device=device, threads=threads, seconds=seconds,
@@ -75,6 +85,32 @@ def bench(
 
             for file in draw(report, plot):
                 typer.echo(f"drawn: {file}")
+
+
+def _of_files(cases: list[str], size_: int, rounds: int, json: Path | None, plot: Path | None) -> None:
+    from polyak.bench.files import measure_files
+
+    if cases != ["files"] or plot is not None:
+        message = "the case files is measured alone and has no picture; leave the other cases and --plot out"
+        raise ConfigError(message)
+    found = measure_files(size_, rounds=rounds)
+    if json is not None:
+        found.write(json)
+    rows = [
+        (
+            row.format, row.method, "cold" if row.cold else "hot", f"{row.rate:,.0f}", f"{row.peak:,.0f}",
+            *(f"{ratio:.2f}" if math.isfinite(ratio := found.against(row, other)) else "-" for other in _OTHERS),
+        )
+        for row in found.rows
+    ]  # fmt: skip
+    typer.echo(f"Averaging {found.files} files of {found.size} MiB, medians of {rounds} interleaved rounds\n")
+    show(
+        Listing(("format", "method", "files", "MiB/s", "peak, MiB", *(f"× {name}" for name in _OTHERS)), rows, wraps=1)
+    )
+    typer.echo(
+        "\nMiB/s of input. Peak: above an interpreter with torch. Cold: the files were dropped from memory before."
+    )
+    typer.echo(f"Machine: {found.machine}.")
 
 
 def _show(report: Report) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["round_into"]
 
 _LONG = {torch.float32, torch.float64}
+_PART = 1 << 18  # values
 
 
 def round_into(out: Tensor, exact: Tensor) -> None:
@@ -34,6 +35,10 @@ def round_into(out: Tensor, exact: Tensor) -> None:
     """
     if out.dtype in _LONG:  # which one conversion rounds once
         out.copy_(exact)
+        return
+    if exact.numel() > _PART:
+        for short, part in zip(torch.split(out, _PART), torch.split(exact, _PART), strict=True):
+            round_into(short, part)
         return
     single = exact.to(torch.float32)
     back = single.to(torch.float64)

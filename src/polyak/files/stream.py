@@ -176,6 +176,8 @@ class _Worker:
                     for file, offset, first, last in spans(stored, piece.begin, piece.end):
                         self._digests[index][file].feed(offset, data[first:last])
             found.append(tensor.to(torch.float64, copy=True) if widens else tensor)
+        if widens:
+            self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")  # it is as large as an input
         for lane in self._lanes[len(found) :]:  # files that this tensor is not read from
             with lane.turn(number):
                 pass

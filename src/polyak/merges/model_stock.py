@@ -9,6 +9,7 @@ import torch
 from typing_extensions import override
 
 from polyak.merges.base import Merge
+from polyak.merges.chunks import in_chunks
 from polyak.merges.weighted import added, changes_of
 
 if TYPE_CHECKING:
@@ -48,11 +49,15 @@ class ModelStock(Merge):
         cosine = torch.stack([_cosine(a, b) for a, b in combinations(rows, 2)]).mean(0)
         count = len(rows)
         ratio = count * cosine / (1.0 + (count - 1) * cosine)
-        mean = torch.stack(rows).sum(0).div_(count)
-        return added(base, (ratio * mean).reshape(shape), 1.0)
+        mean = rows[0]
+        for row in rows[1:]:
+            mean.add_(row)
+        mean = mean.div_(count).mul_(ratio).reshape(shape)
+        return in_chunks(lambda parts, below: added(below, parts[0], 1.0), [mean], base)
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     sizes = a.norm(dim=-1, keepdim=True) * b.norm(dim=-1, keepdim=True)
-    cosine = (a * b).sum(-1, keepdim=True) / sizes.clamp(min=1e-300)
+    product = torch.dot(a[0], b[0]).reshape(1, 1) if len(a) == 1 else (a * b).sum(-1, keepdim=True)
+    cosine = product / sizes.clamp(min=1e-300)
     return torch.where(sizes > 0, cosine, torch.zeros_like(sizes)).clamp(-1.0, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
@@ -10,12 +11,13 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from polyak.merges.base import Merge
+from polyak.merges.chunks import in_chunks
 from polyak.merges.election import Divide, Elect, agreed, elected
-from polyak.merges.trimming import count_of, largest
+from polyak.merges.trimming import count_of, trim
 from polyak.merges.weighted import Finite, added, changes_of, weighted
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Self
 
     from torch import Tensor
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Breadcrumbs", "Dare", "Della", "MagnitudePrune", "Pruned"]
 
+_CHUNK = 1 << 18  # values
 Rescale = Literal["density", "l1", "none"]
 Density = Annotated[float, Field(gt=0, le=1)]
 
@@ -45,28 +48,55 @@ class Pruned(Merge):
     """The factor of the merged change."""
 
     @abstractmethod
-    def pruned(self, change: Tensor, number: int, about: About) -> Tensor:
-        """Return a change without a part of it.
+    def prune(self, change: Tensor, number: int, about: About) -> None:
+        """Set a part of a change to 0, in place.
 
         Args:
-            change: The change.
+            change: The change, contiguous.
             number: The number of the input.
             about: What else is known.
         """
 
     @override
     def merge(self, tensors: Sequence[Tensor], base: Tensor | None, about: About) -> Tensor:
-        changes = [self.pruned(change, number, about) for number, change in enumerate(changes_of(tensors, base))]
+        changes = changes_of(tensors, base)
+        for number, change in enumerate(changes):
+            self.prune(change, number, about)
+        return in_chunks(lambda parts, below: self._joined(parts, below, about), changes, base)
+
+    def _joined(self, changes: Sequence[Tensor], base: Tensor | None, about: About) -> Tensor:
         if self.then == "linear":
             return added(base, weighted(changes, about.weights), self.lam)
         votes = elected(changes, about.weights, self.elect)
         return added(base, agreed(changes, about.weights, votes, self.divide, 1.0), self.lam)
 
 
-def _rescaled(kept: Tensor, change: Tensor) -> Tensor:
-    """Return what was kept with the L1 norm of all."""
-    size = kept.abs().sum()
-    return kept * (change.abs().sum() / size) if size > 0 else kept
+def _keep(
+    change: Tensor, number: int, about: About, chance: Callable[[Tensor], Tensor], rescale: Rescale, block: int
+) -> None:
+    """Keep values by chance, block after block, and make up for those that are dropped.
+
+    Args:
+        change: The change, which is changed in place.
+        number: The number of the input.
+        about: What else is known.
+        chance: Returns the chance of each value of a block.
+        rescale: How to make up for it.
+        block: How many values are in a block.
+    """
+    flat = change.reshape(-1)
+    before = after = 0.0
+    for begin in range(0, flat.numel(), block):
+        part = flat[begin : begin + block]
+        chances = chance(part)
+        place = replace(about, offset=about.offset + begin, count=part.numel())
+        before += part.abs().sum().item()
+        part.masked_fill_(place.uniform(number) >= chances, 0.0)
+        after += part.abs().sum().item()
+        if rescale == "density":
+            part.div_(chances.clamp(min=torch.finfo(part.dtype).tiny))
+    if rescale == "l1" and after:
+        flat.mul_(before / after)
 
 
 class Dare(Pruned):
@@ -96,13 +126,10 @@ class Dare(Pruned):
         return self.rescale != "l1"
 
     @override
-    def pruned(self, change: Tensor, number: int, about: About) -> Tensor:
-        if self.density == 1:
-            return change
-        kept = torch.where(about.uniform(number).reshape(change.shape) < self.density, change, 0.0)
-        if self.rescale == "l1":
-            return _rescaled(kept, change)
-        return kept / self.density if self.rescale == "density" else kept
+    def prune(self, change: Tensor, number: int, about: About) -> None:
+        if self.density < 1:
+            density = torch.tensor(self.density, dtype=change.dtype)
+            _keep(change, number, about, lambda _: density, self.rescale, _CHUNK)
 
 
 class Della(Pruned):
@@ -137,19 +164,18 @@ class Della(Pruned):
         return self
 
     @override
-    def pruned(self, change: Tensor, number: int, about: About) -> Tensor:
-        if self.density == 1:
-            return change
-        rows = change.reshape(-1, change.shape[-1]) if change.ndim > 1 else change.reshape(1, -1)
-        ranks = rows.abs().argsort(dim=1, stable=True).argsort(dim=1).to(change.dtype)
-        chance = self.density - self.epsilon + 2 * self.epsilon * ranks / max(1, rows.shape[1] - 1)
-        if rows.shape[1] == 1:
-            chance = torch.full_like(ranks, self.density)
-        kept = torch.where(about.uniform(number).reshape(rows.shape) < chance, rows, 0.0)
-        if self.rescale == "density":
-            kept = kept / chance.clamp(min=torch.finfo(kept.dtype).tiny)
-        made = kept.reshape(change.shape)
-        return _rescaled(made, change) if self.rescale == "l1" else made
+    def prune(self, change: Tensor, number: int, about: About) -> None:
+        if self.density == 1 or not change.numel():
+            return
+        length = change.shape[-1] if change.ndim > 1 else change.numel()
+
+        def chance(part: Tensor) -> Tensor:
+            if length == 1:
+                return torch.full_like(part, self.density)
+            ranks = part.reshape(-1, length).abs().argsort(dim=1, stable=True).argsort(dim=1).to(part.dtype)
+            return (self.density - self.epsilon + 2 * self.epsilon * ranks / (length - 1)).reshape(-1)
+
+        _keep(change, number, about, chance, self.rescale, max(1, _CHUNK // length) * length)
 
 
 class Breadcrumbs(Pruned):
@@ -172,15 +198,11 @@ class Breadcrumbs(Pruned):
     """The part of the largest values that is dropped."""
 
     @override
-    def pruned(self, change: Tensor, number: int, about: About) -> Tensor:
+    def prune(self, change: Tensor, number: int, about: About) -> None:
         values = change.numel()
         kept = count_of(self.density, values)
         top = min(int(self.gamma * values), values - kept)  # the density counts more than gamma
-        order = change.abs().reshape(-1).argsort(descending=True, stable=True)
-        made = torch.zeros_like(change).reshape(-1)
-        chosen = order[top : top + kept]
-        made[chosen] = change.reshape(-1)[chosen]
-        return made.reshape(change.shape)
+        trim(trim(change, top, largest=True), kept)
 
 
 class MagnitudePrune(Pruned):
@@ -198,5 +220,5 @@ class MagnitudePrune(Pruned):
     """The part that is kept."""
 
     @override
-    def pruned(self, change: Tensor, number: int, about: About) -> Tensor:
-        return torch.where(largest(change, count_of(self.density, change.numel())), change, 0.0)
+    def prune(self, change: Tensor, number: int, about: About) -> None:
+        trim(change, count_of(self.density, change.numel()))

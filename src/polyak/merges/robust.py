@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from polyak.errors import ConfigError
 from polyak.merges.base import Merge
+from polyak.merges.chunks import in_chunks
 from polyak.merges.weighted import weighted
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from polyak.merges.about import About
 
 __all__ = ["GeometricMedian", "Median", "TrimmedMean"]
+
+_CHUNK = 1 << 18  # values
 
 
 class Median(Merge):
@@ -100,8 +103,12 @@ class GeometricMedian(Merge):
 
     @override
     def measure(self, tensors: Sequence[Tensor], base: Tensor | None, about: About) -> Tensor:
-        rows = torch.stack([tensor.reshape(-1) - tensors[0].reshape(-1) for tensor in tensors])
-        return rows @ rows.T
+        flat = [tensor.reshape(-1) for tensor in tensors]
+        products = torch.zeros(len(flat), len(flat), dtype=torch.float64)
+        for begin in range(0, flat[0].numel(), _CHUNK):
+            rows = torch.stack([row[begin : begin + _CHUNK] - flat[0][begin : begin + _CHUNK] for row in flat])
+            products += rows @ rows.T
+        return products
 
     @override
     def gather(self, measured: Iterable[Tensor]) -> list[float]:
@@ -113,8 +120,11 @@ class GeometricMedian(Merge):
     @override
     def merge(self, tensors: Sequence[Tensor], base: Tensor | None, about: About) -> Tensor:
         shares = about.statistics or self._shares(self.measure(tensors, base, about))
-        changes = [tensor - tensors[0] for tensor in tensors]
-        return tensors[0] + weighted(changes, shares)
+
+        def result(parts: Sequence[Tensor], _: Tensor | None) -> Tensor:
+            return parts[0] + weighted([part - parts[0] for part in parts], shares)
+
+        return in_chunks(result, tensors)
 
     def _shares(self, products: Tensor) -> list[float]:
         count = len(products)

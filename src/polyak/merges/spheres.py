@@ -10,7 +10,8 @@ from pydantic import Field
 from typing_extensions import override
 
 from polyak.merges.base import Merge
-from polyak.merges.weighted import added, weighted
+from polyak.merges.chunks import in_chunks
+from polyak.merges.weighted import added, changes_of, weighted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -69,7 +70,7 @@ class Slerp(Merge):
         if abs(cosine) <= self.straight:
             angle = math.acos(cosine)
             shares = math.sin((1.0 - self.t) * angle) / math.sin(angle), math.sin(self.t * angle) / math.sin(angle)
-        return weighted(tensors, shares)
+        return in_chunks(lambda parts, _: weighted(parts, shares), tensors)
 
 
 class NuSlerp(Merge):
@@ -94,21 +95,31 @@ class NuSlerp(Merge):
 
     @override
     def merge(self, tensors: Sequence[Tensor], base: Tensor | None, about: About) -> Tensor:
-        changes = [tensor if base is None else tensor - base for tensor in tensors]
-        shape = changes[0].shape
-        rows = [x.reshape(1, -1) if self.scope == "tensor" or x.ndim == 0 else x for x in changes]
+        changes = tensors if base is None else changes_of(tensors, base)
         total = about.weights[0] + about.weights[1]
         t = about.weights[1] / total if total else 0.5
-        made = self._between(rows[0], rows[1], t).reshape(shape)
-        return made if base is None else added(base, made, 1.0)
+        a, b = changes
+        if self.scope == "row" and a.ndim > 1:
+            sizes = [x.norm(dim=-1, keepdim=True) for x in (a, b)]
+            first, second = self._shares((a * b).sum(-1, keepdim=True), sizes[0], sizes[1], t)
+            made = a.mul_(first).add_(b.mul_(second))
+            return made if base is None else added(base, made, 1.0)
+        first, second = self._shares(torch.dot(a.reshape(-1), b.reshape(-1)), a.norm(), b.norm(), t)
 
-    def _between(self, a: Tensor, b: Tensor, t: float) -> Tensor:
-        sizes = a.norm(dim=-1, keepdim=True) * b.norm(dim=-1, keepdim=True)
-        cosine = torch.where(sizes > 0, (a * b).sum(-1, keepdim=True) / sizes.clamp(min=1e-300), torch.ones_like(sizes))
+        def result(parts: Sequence[Tensor], below: Tensor | None) -> Tensor:
+            between = first * parts[0] + second * parts[1]
+            return between if below is None else below + between
+
+        return in_chunks(result, changes, base)
+
+    def _shares(self, product: Tensor, a: Tensor, b: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """Return what both inputs count, by their product and sizes; on a straight line where they are colinear."""
+        sizes = a * b
+        cosine = torch.where(sizes > 0, product / sizes.clamp(min=1e-300), torch.ones_like(sizes))
         angle = cosine.clamp(-1.0, 1.0).acos()
         sine = angle.sin()
         curved = sine.abs() >= self._LEAST
         divisor = torch.where(curved, sine, torch.ones_like(sine))
         first = torch.where(curved, ((1.0 - t) * angle).sin() / divisor, torch.full_like(sine, 1.0 - t))
         second = torch.where(curved, (t * angle).sin() / divisor, torch.full_like(sine, t))
-        return first * a + second * b
+        return first, second

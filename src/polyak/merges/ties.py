@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
-import torch
 from pydantic import Field
 from typing_extensions import override
 
 from polyak.merges.base import Merge
+from polyak.merges.chunks import in_chunks
 from polyak.merges.election import Divide, Elect, agreed, elected
-from polyak.merges.trimming import Search, count_of, counted, largest, narrowed
+from polyak.merges.trimming import Search, count_of, counted, narrowed, trim
 from polyak.merges.weighted import Finite, added, changes_of
 
 if TYPE_CHECKING:
@@ -116,17 +116,20 @@ class Ties(Merge):
     def merge(self, tensors: Sequence[Tensor], base: Tensor | None, about: About) -> Tensor:
         known: _Statistics | None = about.statistics
         changes = self._trimmed(changes_of(tensors, base), known.search if known else None)
-        votes = elected(changes, about.weights, self.elect)
         zero = known.majority if known and known.majority is not None and self.zero == "majority" else 1.0
-        made = agreed(changes, about.weights, votes, self.divide, zero)
-        return added(base, made, self.lam)
+
+        def result(parts: Sequence[Tensor], below: Tensor | None) -> Tensor:
+            votes = elected(parts, about.weights, self.elect)
+            return added(below, agreed(parts, about.weights, votes, self.divide, zero), self.lam)
+
+        return in_chunks(result, changes, base)
 
     def _trimmed(self, changes: Sequence[Tensor], search: Search | None) -> list[Tensor]:
         if self.density >= 1:
             return [*changes]
         if search is not None:
-            kept = [change.abs() >= limit for change, limit in zip(changes, search.limits(), strict=True)]
-        else:
-            count = count_of(self.density, changes[0].numel(), self.least)
-            kept = [largest(change, count, at_least=self.keep == "at_least") for change in changes]
-        return [torch.where(mask, change, 0.0) for mask, change in zip(kept, changes, strict=True)]
+            pairs = zip(changes, search.limits(), strict=True)
+            return [change.masked_fill_(change.abs() < limit, 0.0) for change, limit in pairs]
+        count = count_of(self.density, changes[0].numel(), self.least)
+        at_least = self.keep == "at_least"
+        return [trim(change, count, at_least=at_least) for change in changes]

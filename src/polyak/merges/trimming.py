@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Search", "count_of", "counted", "largest", "narrowed"]
+__all__ = ["Search", "count_of", "counted", "narrowed", "trim"]
 
 _BITS = 64
+_CHUNK = 1 << 18  # values
 _DIGIT = 16  # bits that are counted in one pass
 
 
@@ -24,23 +25,42 @@ def count_of(density: float, values: int, least: int = 0) -> int:
     return min(values, max(least, int(density * values)))
 
 
-def largest(change: Tensor, kept: int, *, at_least: bool = False) -> Tensor:
-    """Return which values are the largest by size, as a mask.
+def trim(change: Tensor, count: int, *, at_least: bool = False, largest: bool = False) -> Tensor:
+    """Set all values but the largest by size to 0, in place and without a copy of the tensor.
 
     Args:
-        change: The values.
-        kept: How many; of equal ones the first.
-        at_least: Whether to keep all that are as large as the next one: one more, or several where they are equal.
+        change: The values, contiguous.
+        count: How many are the largest; of equal ones the first.
+        at_least: Whether all that are as large as the next one are among them: one more, or several equal ones.
+        largest: Whether the largest are set to 0 instead of all others.
     """
-    flat = change.abs().reshape(-1)
-    mask = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
-    if at_least:
-        if kept >= flat.numel():
-            return mask.logical_not_().reshape(change.shape)
-        limit = flat.kthvalue(flat.numel() - kept).values
-        return (flat >= limit).reshape(change.shape)
-    mask[flat.argsort(descending=True, stable=True)[:kept]] = True
-    return mask.reshape(change.shape)
+    flat = change.reshape(-1)
+    rank = min(count + int(at_least), flat.numel())
+    if count >= flat.numel() or rank == 0:
+        return change if (count > 0) != largest else change.zero_()
+    limit = _size_of_rank(flat, rank)
+    equal = flat.numel() if at_least else rank - _count_above(flat, limit)
+    for part in torch.split(flat, _CHUNK):
+        sizes = part.abs()
+        chosen = sizes > limit
+        places = (sizes == limit).nonzero().reshape(-1)[:equal]
+        chosen[places] = True
+        equal -= len(places)
+        part.masked_fill_(chosen if largest else ~chosen, 0.0)
+    return change
+
+
+def _size_of_rank(flat: Tensor, rank: int) -> float:
+    """Return the size that so many values are at least as large as."""
+    search = Search((rank,), (0,), 0)
+    while not search.is_done:
+        counts = (counted([part], search) for part in torch.split(flat, _CHUNK))
+        search = narrowed(counts, search, 1.0, 0)
+    return search.limits()[0]
+
+
+def _count_above(flat: Tensor, limit: float) -> int:
+    return sum(int((part.abs() > limit).sum()) for part in torch.split(flat, _CHUNK))
 
 
 class Search(NamedTuple):
@@ -75,8 +95,9 @@ def counted(changes: Sequence[Tensor], search: Search | None) -> list[Counter[in
         if search and known:
             bits = bits[bits >> np.uint64(_BITS - known) == np.uint64(search.prefixes[number])]
         digits = (bits >> np.uint64(_BITS - known - _DIGIT)) & np.uint64((1 << _DIGIT) - 1)
-        values, counts = np.unique(digits, return_counts=True)
-        found.append(Counter(dict(zip(values.tolist(), counts.tolist(), strict=True))))
+        counts = np.bincount(digits.astype(np.int64), minlength=1 << _DIGIT)
+        values = counts.nonzero()[0]
+        found.append(Counter(dict(zip(values.tolist(), counts[values].tolist(), strict=True))))
     return found
 
 

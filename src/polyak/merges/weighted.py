@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from polyak.errors import ConfigError
 from polyak.merges.base import Merge
+from polyak.merges.chunks import in_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,7 +98,8 @@ class TaskArithmetic(Merge):
 
     @override
     def merge(self, tensors: Sequence[Tensor], base: Tensor | None, about: About) -> Tensor:
-        return added(base, weighted(changes_of(tensors, base), about.weights), self.lam)
+        changes = changes_of(tensors, base)
+        return in_chunks(lambda parts, below: added(below, weighted(parts, about.weights), self.lam), changes, base)
 
 
 class Fisher(Merge):
