@@ -65,7 +65,9 @@ def test_whole_tensor_merges_hold_one_tensor_of_each_input(method, tmp_path):
     names = [str(tmp_path / f"{number}.safetensors") for number in range(3)]
     command = [sys.executable, "-c", MERGE, str(tmp_path / "o.safetensors"), method, *names]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert float(done.stdout) < MOST + (method != "task_arithmetic") * (3 + 2) * size * 8 / 2**20
+    # What is streamed holds a piece of each of four inputs, in float64.
+    tensors = 0 if method == "task_arithmetic" else 3 + 2
+    assert float(done.stdout) < 2 * MOST + tensors * size * 8 / 2**20
 
 
 def test_ctrl_c_leaves_nothing_wherever_it_comes(run, tmp_path, left):

@@ -206,7 +206,8 @@ class AveragerConfig(Options):
         cadence = {"every": self.every, "start": self.start, "first": first}
         return Profile.of(self.strategy, n, **cadence, origin=self.origin)
 
-    @field_serializer("strategy", mode="wrap")
+    # Without return_type, pydantic 2.10 looks for Any in the module of a class that derives from this one.
+    @field_serializer("strategy", mode="wrap", return_type=dict[str, Any])
     def _named(self, strategy: Strategy, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # A name that two plugins offer is written as it was chosen: "dist:name".
         computed = type(strategy).model_computed_fields

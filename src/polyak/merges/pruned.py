@@ -128,7 +128,7 @@ class Dare(Pruned):
     @override
     def prune(self, change: Tensor, number: int, about: About) -> None:
         if self.density < 1:
-            density = torch.tensor(self.density, dtype=change.dtype)
+            density = torch.tensor(self.density, dtype=change.dtype, device=change.device)
             _keep(change, number, about, lambda _: density, self.rescale, _CHUNK)
 
 

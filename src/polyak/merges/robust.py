@@ -104,7 +104,7 @@ class GeometricMedian(Merge):
     @override
     def measure(self, tensors: Sequence[Tensor], base: Tensor | None, about: About) -> Tensor:
         flat = [tensor.reshape(-1) for tensor in tensors]
-        products = torch.zeros(len(flat), len(flat), dtype=torch.float64)
+        products = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat[0].device)
         for begin in range(0, flat[0].numel(), _CHUNK):
             rows = torch.stack([row[begin : begin + _CHUNK] - flat[0][begin : begin + _CHUNK] for row in flat])
             products += rows @ rows.T
