@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import polyak
+from interrupts import at_line
 from polyak.distributed.atomic_folder import AtomicFolder
+from polyak.io import atomic
 from polyak.io.atomic import exclusive, remove_stale, scratch_folder, write_whole
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="locks, FIFOs and devices are POSIX's")
@@ -75,6 +77,18 @@ def test_what_a_living_writer_has_is_left_alone_and_becomes_its_file(tmp_path):
     assert process.returncode == 0
     assert (tmp_path / "it.pt").read_text() == "half"
     assert not hidden(tmp_path)
+
+
+@posix
+def test_ctrl_c_at_any_line_leaves_no_scratch_folder(tmp_path):
+    with at_line((atomic,)) as lines:
+        write_whole(tmp_path / "it", lambda scratch: scratch.write_text("whole"))
+    assert hidden(tmp_path) == []
+    for k in range(len(lines)):
+        with pytest.raises(KeyboardInterrupt), at_line((atomic,), k):
+            write_whole(tmp_path / "it", lambda scratch: scratch.write_text("whole"))
+        assert hidden(tmp_path) == []
+        assert (tmp_path / "it").read_text() == "whole"
 
 
 @posix

@@ -163,6 +163,33 @@ def test_della_keeps_large_values_more_often(tmp_path):
     assert_close(made.mean(), change.mean(), rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(3, 7), (2, 300_000), (300_000,), (5, 1), (2, 4, 6)])
+def test_della_ranks_each_row_also_where_it_is_longer_than_a_block(shape, tmp_path, monkeypatch):
+    asked = []
+    uniform = polyak.merges.about.About.uniform
+
+    def recorded(about, number=0):
+        asked.append(uniform(about, number))
+        return asked[-1]
+
+    monkeypatch.setattr(polyak.merges.about.About, "uniform", recorded)
+    change = torch.randn(shape, dtype=torch.float64)
+    settings = {"density": 0.5, "epsilon": 0.4, "then": "linear", "rescale": "none"}
+    made = merged(tmp_path, (change,), "della", base=torch.zeros_like(change), **settings)
+    length = shape[-1]
+    ranks = change.abs().argsort(-1).argsort(-1).double()
+    chances = 0.1 + 0.8 * ranks / (length - 1) if length > 1 else torch.full(shape, 0.5, dtype=torch.float64)
+    kept = torch.cat(asked).reshape(shape) < chances
+    assert_close(made, torch.where(kept, change, 0.0), rtol=0, atol=0)
+
+
+def test_della_gives_equal_values_equal_chances(tmp_path):
+    change = torch.ones(200, 100, dtype=torch.float64)
+    made = merged(tmp_path, (change,), "della", base=torch.zeros_like(change), density=0.5, epsilon=0.4, then="linear")
+    assert made.unique().tolist() == [0.0, 2.0]  # by position the first values would have the chance 0.1
+    assert ((made[:, :10] != 0).double().mean() - 0.5).abs() < 0.05
+
+
 @pytest.mark.parametrize(("method", "settings"), VARIANTS)
 def test_the_laws(method, settings):
     check_merge(method, **settings)

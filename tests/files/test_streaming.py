@@ -57,7 +57,9 @@ MERGE = PEAK.replace(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
-@pytest.mark.parametrize("method", ["ties", "model_stock", "breadcrumbs", "magnitude_prune", "task_arithmetic"])
+@pytest.mark.parametrize(
+    "method", ["ties", "model_stock", "breadcrumbs", "magnitude_prune", "task_arithmetic", "della"]
+)
 def test_whole_tensor_merges_hold_one_tensor_of_each_input(method, tmp_path):
     size = 10_000_000
     for name in ("0", "1", "2", "base"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -93,6 +94,15 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def _processors() -> float:
+    """Return for how many seconds processors have worked for anyone, NaN where Linux does not say it."""
+    told = Path("/proc/stat")
+    if not told.exists():
+        return math.nan
+    user, nice, system, _, _, *rest = map(int, told.read_text(encoding="ascii").split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+
 def _main() -> None:
     method, state, out, *files = sys.argv[1:]
     import polyak.files  # noqa: F401 - so that it is in memory before
@@ -103,11 +113,13 @@ def _main() -> None:
         for path in paths:
             with path.open("rb") as opened:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    before = _peak()
+    before, worked, own = _peak(), _processors(), time.process_time()
     started = time.perf_counter()
     METHODS[method](paths, Path(out))
     seconds = time.perf_counter() - started
-    sys.stdout.write(json.dumps({"seconds": seconds, "peak": _peak() - before}))
+    others = (_processors() - worked - (time.process_time() - own)) / (seconds * (os.cpu_count() or 1))
+    found = {"seconds": seconds, "peak": _peak() - before, "others": others if others == others else 0.0}  # noqa: PLR0124 - NaN
+    sys.stdout.write(json.dumps(found))
 
 
 if __name__ == "__main__":

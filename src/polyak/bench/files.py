@@ -7,26 +7,42 @@ import os
 import statistics
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from polyak.bench.file_methods import METHODS
-from polyak.bench.machine import machine, versions
+from polyak.bench.machine import machine
 from polyak.errors import ConfigError
 from polyak.io.atomic import write_whole
 from polyak.io.progress import track
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["FilesReport", "FilesRow", "measure_files"]
 
 _TENSOR = 1 << 22  # values: 16 MiB in float32
 _KINDS = ("safetensors", "pt")
+_BUSY = 0.1  # of the processors' time
+
+
+class _Sample(NamedTuple):
+    """What ``polyak.bench.file_methods`` prints.
+
+    Attributes:
+        seconds: How long it took.
+        peak: The largest memory above that of an interpreter with torch, in MiB.
+        others: Which part of the processors' time other programs used.
+    """
+
+    seconds: float
+    peak: float
+    others: float
 
 
 class FilesRow(BaseModel):
@@ -38,6 +54,7 @@ class FilesRow(BaseModel):
         cold: Whether the files were out of memory.
         rates: MiB of input per second, of each round.
         peak: The largest memory above that of an interpreter with torch, in MiB.
+        busy: The share of the samples in which other programs used the processors.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -47,6 +64,7 @@ class FilesRow(BaseModel):
     cold: bool
     rates: tuple[float, ...]
     peak: float
+    busy: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -79,6 +97,14 @@ class FilesReport(BaseModel):
         ratios = [a / b for other in others for a, b in zip(row.rates, other.rates, strict=True)]
         return statistics.median(ratios) if ratios else float("nan")
 
+    @classmethod
+    def read(cls, path: Path) -> FilesReport | None:
+        """Return the report in a file that ``write`` wrote; None if it is no report of files."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError):
+            return None
+
     def write(self, path: Path) -> None:
         """Write it as JSON; the file is whole or absent.
 
@@ -89,13 +115,16 @@ class FilesReport(BaseModel):
         write_whole(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
-def measure_files(size: int = 256, files: int = 5, rounds: int = 5) -> FilesReport:
+def measure_files(
+    size: int = 256, files: int = 5, rounds: int = 5, after: Callable[[FilesReport], object] | None = None
+) -> FilesReport:
     """Measure all methods on both formats; each sample is a process of its own, so that its memory is its own.
 
     Args:
         size: MiB of each file.
         files: How many files.
         rounds: How many interleaved rounds.
+        after: Gets the report of the rounds so far after each one, so that an interruption loses one round only.
 
     Raises:
         ConfigError: If a number is out of range, or a method fails.
@@ -113,19 +142,26 @@ def measure_files(size: int = 256, files: int = 5, rounds: int = 5) -> FilesRepo
             for method in METHODS
             if _asked(method, cold=cold)
         ]
-        found: dict[tuple[str, str, bool], list[tuple[float, float]]] = {one: [] for one in plan}
+        found: dict[tuple[str, str, bool], list[_Sample]] = {one: [] for one in plan}
         for number in track(range(rounds), "rounds"):
             for kind, method, cold in plan[number % len(plan) :] + plan[: number % len(plan)]:
                 found[kind, method, cold].append(_sample(paths[kind], method, Path(folder) / f"out.{kind}", cold=cold))
+            if after is not None:
+                after(_report(found, size, files))
+    return _report(found, size, files)
+
+
+def _report(found: Mapping[tuple[str, str, bool], Sequence[_Sample]], size: int, files: int) -> FilesReport:
     rows = [
         FilesRow(
-            format=kind, method=method, cold=cold, peak=max(peak for _, peak in samples),
-            rates=tuple(size * files / seconds for seconds, _ in samples),
+            format=kind, method=method, cold=cold, peak=max(sample.peak for sample in samples),
+            rates=tuple(size * files / sample.seconds for sample in samples),
+            busy=sum(sample.others > _BUSY for sample in samples) / len(samples),
         )
         for (kind, method, cold), samples in found.items()
     ]  # fmt: skip
-    told = machine(torch.device("cpu"))
-    return FilesReport(machine=told, versions=versions(), files=files, size=size, rows=rows)
+    took_part = {name: version(name) for name in ("polyak", "safetensors")}
+    return FilesReport(machine=machine(torch.device("cpu")), versions=took_part, files=files, size=size, rows=rows)
 
 
 def _asked(method: str, *, cold: bool) -> bool:
@@ -153,7 +189,7 @@ def _written(folder: Path, kind: str, size: int, files: int) -> list[Path]:
     return paths
 
 
-def _sample(paths: Sequence[Path], method: str, out: Path, *, cold: bool) -> tuple[float, float]:
+def _sample(paths: Sequence[Path], method: str, out: Path, *, cold: bool) -> _Sample:
     out.unlink(missing_ok=True)
     command = [sys.executable, "-m", "polyak.bench.file_methods", method, "cold" if cold else "hot", str(out)]
     done = subprocess.run([*command, *map(str, paths)], capture_output=True, text=True, check=False)  # noqa: S603 - our own module
@@ -161,5 +197,4 @@ def _sample(paths: Sequence[Path], method: str, out: Path, *, cold: bool) -> tup
         last = (done.stderr.strip().splitlines() or ["it was killed"])[-1]
         message = f"the method {method!r} failed: {last}. Give a smaller --size"
         raise ConfigError(message)
-    found = json.loads(done.stdout)
-    return found["seconds"], found["peak"]
+    return _Sample(**json.loads(done.stdout))

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from polyak.bench.file_table import busy_files, draw_files, files_table
+from polyak.bench.files import FilesReport
 from polyak.bench.picture import draw
 from polyak.bench.report import Report
 from polyak.bench.table import caption, disturbed, summaries, tables
@@ -36,12 +38,14 @@ def markdown(table: Table) -> str:
     return "".join(lines) + "".join(f"\n{note}\n" for note in table.notes)
 
 
-def filled(page: str, reports: Sequence[Report]) -> str:
+def filled(page: str, reports: Sequence[Report], files: Sequence[FilesReport] = ()) -> str:
     """Return a page with the tables of the reports; cases that no report has stay as they are."""
     new = {table.case: markdown(table) for report in reports for table in tables(report)}
+    new |= {table.case: markdown(table) for table in map(files_table, files)}
     new |= {f"{table.case}-summary": markdown(table) for report in reports for table in summaries(report)}
     lines = dict.fromkeys(line for report in reports for line in caption(report))
-    new[_MACHINE] = "".join(f"- {line}\n" for line in lines)
+    if lines:
+        new[_MACHINE] = "".join(f"- {line}\n" for line in lines)
 
     def block(found: re.Match[str]) -> str:
         return f"{found[1]}\n{new[found['name']]}\n{found[3]}" if found["name"] in new else found[0]
@@ -72,15 +76,21 @@ def main(*files: Path, busy: bool = False) -> None:
     if missing := [str(page) for page in pages if not page.is_file()]:
         message = f"there is no page {missing[0]}"
         raise MissingFileError(message)
-    reports = [Report.read(file) for file in saved]
-    for report, file in zip(reports, saved, strict=True):
-        for found in [] if busy else disturbed(report.rows):
-            message = f"{file}: {found} --busy takes it all the same."
+    of_files = {file: found for file in saved if (found := FilesReport.read(file)) is not None}
+    reports = {file: Report.read(file) for file in saved if file not in of_files}
+    remarks = {file: disturbed(report.rows) for file, report in reports.items()}
+    remarks |= {file: busy_files(found) for file, found in of_files.items()}
+    for file, lines in () if busy else remarks.items():
+        for line in lines:
+            message = f"{file}: {line} --busy takes it all the same."
             raise ConfigError(message)
     for page in pages:
-        _write(page, filled(page.read_text(encoding="utf-8"), reports))
-    for report, file in zip(reports, saved, strict=True):
+        text = page.read_text(encoding="utf-8")
+        _write(page, filled(text, [*reports.values()], [*of_files.values()]))
+    for file, report in reports.items():
         draw(report, file.with_suffix(".png"))
+    for file, found in of_files.items():
+        draw_files(found, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,11 +14,11 @@ from polyak.errors import ConfigError
 
 if TYPE_CHECKING:
     from polyak.bench import Report
+    from polyak.bench.table import Table
 
 __all__ = ["bench"]
 
 Names = list[str] | None
-_OTHERS = ("load all", "one at a time", "read")
 
 
 def bench(  # noqa: PLR0913, PLR0917 - each is one axis, and users complete from this signature
@@ -87,43 +86,36 @@ def bench(  # noqa: PLR0913, PLR0917 - each is one axis, and users complete from
                 typer.echo(f"drawn: {file}")
 
 
-def _of_files(cases: list[str], size_: int, rounds: int, json: Path | None, plot: Path | None) -> None:
+def _of_files(cases: list[str], size: int, rounds: int, json: Path | None, plot: Path | None) -> None:
+    from polyak.bench.file_table import draw_files, files_table
     from polyak.bench.files import measure_files
 
-    if cases != ["files"] or plot is not None:
-        message = "the case files is measured alone and has no picture; leave the other cases and --plot out"
+    if cases != ["files"]:
+        message = "the case files is measured alone; leave the other cases out"
         raise ConfigError(message)
-    found = measure_files(size_, rounds=rounds)
-    if json is not None:
-        found.write(json)
-    rows = [
-        (
-            row.format, row.method, "cold" if row.cold else "hot", f"{row.rate:,.0f}", f"{row.peak:,.0f}",
-            *(f"{ratio:.2f}" if math.isfinite(ratio := found.against(row, other)) else "-" for other in _OTHERS),
-        )
-        for row in found.rows
-    ]  # fmt: skip
-    typer.echo(f"Averaging {found.files} files of {found.size} MiB, medians of {rounds} interleaved rounds\n")
-    show(
-        Listing(("format", "method", "files", "MiB/s", "peak, MiB", *(f"× {name}" for name in _OTHERS)), rows, wraps=1)
-    )
-    typer.echo(
-        "\nMiB/s of input. Peak: above an interpreter with torch. Cold: the files were dropped from memory before."
-    )
-    typer.echo(f"Machine: {found.machine}.")
+    # An interruption of the minutes that this takes leaves the rounds before it.
+    report = measure_files(size, rounds=rounds, after=None if json is None else lambda found: found.write(json))
+    _print(files_table(report))
+    if plot is not None:
+        draw_files(report, plot)
+        typer.echo(f"drawn: {plot}")
 
 
 def _show(report: Report) -> None:
     from polyak.bench.table import caption, tables
 
     for shown in tables(report):
-        typer.echo(f"{shown.title}\n")
-        show(Listing(shown.head, shown.rows, wraps=len(shown.head) - 1))
-        for note in shown.notes:
-            typer.echo(note)
-        typer.echo("")
+        _print(shown)
     for line in caption(report):
         typer.echo(line)
+
+
+def _print(table: Table) -> None:
+    typer.echo(f"{table.title}\n")
+    show(Listing(table.head, table.rows, wraps=len(table.head) - 1))
+    for note in table.notes:
+        typer.echo(note)
+    typer.echo("")
 
 
 def _check(json: Path | None, plot: Path | None) -> None:

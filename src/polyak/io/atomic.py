@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -15,7 +15,7 @@ from polyak.errors import ArgumentError, PolyakError, WriteError
 from polyak.errors.formatting import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 try:
     import fcntl
@@ -112,11 +112,17 @@ def open_regular(file: Path, buffering: int = -1) -> IO[bytes]:
 def scratch_folder(parent: Path) -> Iterator[Path]:
     """Make an empty folder in ``parent`` for the time of the context; folders of dead processes are removed."""
     remove_stale(parent)
-    folder, lock = _claimed(parent)
+    claimed: list[Path] = []  # a folder is named before it is made: Ctrl-C may come as soon as it is there
+    lock = None
     try:
-        yield folder
-    finally:
-        _remove(folder, lock)
+        try:
+            lock = _claimed(parent, claimed)
+            yield claimed[-1]
+        finally:
+            _clear(claimed)
+    finally:  # where Ctrl-C interrupted the removal
+        _clear(claimed)
+        _unlock(claimed, lock)
 
 
 @contextmanager
@@ -155,23 +161,35 @@ def remove_stale(parent: Path) -> None:
     for folder in parent.glob(f"{_SCRATCH}*"):
         with suppress(OSError):  # another one is removing it, it is another user's, or its disk has no locks
             if (folder / _LOCK).exists() or not any(folder.iterdir()):  # else it is somebody's own
-                _remove(folder, _locked(folder))
+                lock = _locked(folder)
+                _clear([folder])
+                _unlock([folder], lock)
 
 
-def _claimed(parent: Path) -> tuple[Path, int | None]:
-    """Return a new folder and its lock, which ends with the process, however that ends."""
+def _claimed(parent: Path, claimed: list[Path]) -> int | None:
+    """Make a folder and return its lock, which ends with the process, however that ends.
+
+    Args:
+        parent: Where the folder is made.
+        claimed: Gets the folder's path; earlier ones were taken by other processes.
+    """
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
-        if fcntl is None:
-            return folder, None
+        claimed.append(parent / f"{_SCRATCH}{secrets.token_hex(8)}")
         try:
-            return folder, _locked(folder)
+            claimed[-1].mkdir(mode=0o700)
+        except FileExistsError:
+            claimed.pop()
+            continue
+        if fcntl is None:
+            return None
+        try:
+            return _locked(claimed[-1])
         except (FileNotFoundError, BlockingIOError):
             continue  # another process took it for a stale one before it was locked
         except OSError:
-            if not folder.is_dir():
+            if not claimed[-1].is_dir():
                 raise
-            return folder, None  # a disk without locks, where no folder is ever taken for stale
+            return None  # a disk without locks, where no folder is ever taken for stale
 
 
 def _locked(folder: Path) -> int:
@@ -190,12 +208,17 @@ def _locked(folder: Path) -> int:
     return lock
 
 
-def _remove(folder: Path, lock: int | None) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def _clear(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unlock(folders: Sequence[Path], lock: int | None) -> None:
     if lock is not None:
         os.close(lock)
-        with suppress(OSError):  # a network disk keeps an open file, and so the folder, until now
-            folder.rmdir()
+        for folder in folders:
+            with suppress(OSError):  # a network disk keeps an open file, and so the folder, until now
+                folder.rmdir()
 
 
 def _opened(path: str, flags: int) -> int:

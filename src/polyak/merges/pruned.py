@@ -17,7 +17,7 @@ from polyak.merges.trimming import count_of, trim
 from polyak.merges.weighted import Finite, added, changes_of, weighted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import Self
 
     from torch import Tensor
@@ -72,7 +72,12 @@ class Pruned(Merge):
 
 
 def _keep(
-    change: Tensor, number: int, about: About, chance: Callable[[Tensor], Tensor], rescale: Rescale, block: int
+    change: Tensor,
+    number: int,
+    about: About,
+    chance: Callable[[Tensor, int, int], Tensor],
+    rescale: Rescale,
+    blocks: Iterable[tuple[int, int]],
 ) -> None:
     """Keep values by chance, block after block, and make up for those that are dropped.
 
@@ -80,15 +85,15 @@ def _keep(
         change: The change, which is changed in place.
         number: The number of the input.
         about: What else is known.
-        chance: Returns the chance of each value of a block.
+        chance: Returns the chance of each value from one index to another of the flat change.
         rescale: How to make up for it.
-        block: How many values are in a block.
+        blocks: The first index of each block, and the one behind it.
     """
     flat = change.reshape(-1)
     before = after = 0.0
-    for begin in range(0, flat.numel(), block):
-        part = flat[begin : begin + block]
-        chances = chance(part)
+    for begin, end in blocks:
+        part = flat[begin:end]
+        chances = chance(flat, begin, end)
         place = replace(about, offset=about.offset + begin, count=part.numel())
         before += part.abs().sum().item()
         part.masked_fill_(place.uniform(number) >= chances, 0.0)
@@ -97,6 +102,36 @@ def _keep(
             part.div_(chances.clamp(min=torch.finfo(part.dtype).tiny))
     if rescale == "l1" and after:
         flat.mul_(before / after)
+
+
+def _blocks(values: int, length: int) -> Iterator[tuple[int, int]]:
+    """Yield blocks of several whole rows, or of parts of one row where that is long."""
+    step = max(1, _CHUNK // length) * length
+    for begin in range(0, values, step):
+        row = min(begin + step, values)
+        for start in range(begin, row, _CHUNK):
+            yield start, min(start + _CHUNK, row)
+
+
+class _Ranks:
+    """The ranks of values by size within their rows, from 0 up; equal values have the mean of theirs.
+
+    Sorting a copy in place and searching in it takes less memory than sorting indices twice.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._sorted = torch.empty(0, device="cpu")
+
+    def __call__(self, flat: Tensor, begin: int, end: int) -> Tensor:
+        """Return the ranks of a block; the blocks of a row come in order, before the row is changed."""
+        if begin % self._length == 0:
+            sizes = flat[begin : max(end, begin + self._length)].abs().reshape(-1, self._length)
+            sizes.numpy().sort(axis=1)
+            self._sorted = sizes
+        part = flat[begin:end].abs().reshape(len(self._sorted), -1)
+        smaller, more = (torch.searchsorted(self._sorted, part, right=right) for right in (False, True))
+        return ((smaller + more - 1) / 2).reshape(-1)
 
 
 class Dare(Pruned):
@@ -129,13 +164,14 @@ class Dare(Pruned):
     def prune(self, change: Tensor, number: int, about: About) -> None:
         if self.density < 1:
             density = torch.tensor(self.density, dtype=change.dtype, device=change.device)
-            _keep(change, number, about, lambda _: density, self.rescale, _CHUNK)
+            _keep(change, number, about, lambda *_: density, self.rescale, _blocks(change.numel(), 1))
 
 
 class Della(Pruned):
     """Drop by chance, large values less often.
 
     In each row the chance of the value of rank r of n, from 0 up, is ``density - epsilon + 2 epsilon r / (n - 1)``.
+    Equal values have the mean of their ranks.
 
     Source: Deep et al., "DELLA-Merging" (2024), arXiv:2406.11617, with ``rescale="density"``, which divides by the
     chance of each value, and ``then="ties"``; mergekit's ``della`` and ``della_linear``: ``rescale="l1"``.
@@ -169,13 +205,15 @@ class Della(Pruned):
             return
         length = change.shape[-1] if change.ndim > 1 else change.numel()
 
-        def chance(part: Tensor) -> Tensor:
-            if length == 1:
-                return torch.full_like(part, self.density)
-            ranks = part.reshape(-1, length).abs().argsort(dim=1, stable=True).argsort(dim=1).to(part.dtype)
-            return (self.density - self.epsilon + 2 * self.epsilon * ranks / (length - 1)).reshape(-1)
+        ranks = _Ranks(length)
 
-        _keep(change, number, about, chance, self.rescale, max(1, _CHUNK // length) * length)
+        def chance(flat: Tensor, begin: int, end: int) -> Tensor:
+            if length == 1:
+                return torch.full_like(flat[begin:end], self.density)
+            rank = ranks(flat, begin, end).to(flat.dtype)
+            return self.density - self.epsilon + 2 * self.epsilon * rank / (length - 1)
+
+        _keep(change, number, about, chance, self.rescale, _blocks(change.numel(), length))
 
 
 class Breadcrumbs(Pruned):
