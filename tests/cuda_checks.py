@@ -5,13 +5,12 @@ The script needs TRITON_INTERPRET=1: Triton looks for its interpreter when it is
 
 from __future__ import annotations
 
-import json
 import math
-import traceback
 
 import numpy as np
 import torch
 
+from interpreted import Checks
 from models import bits
 from polyak.kernels.cuda import fused as cuda
 from polyak.kernels.select import KERNELS
@@ -21,19 +20,7 @@ SHORT = [torch.bfloat16, torch.float16]
 RATES = [0.0, 0.3, 0.5, math.nextafter(0.5, 0), 0.9, 1.0]
 # A whole block and a rest, exactly one, none, a scalar.
 SHAPES = [(2100,), (2048,), (0,), ()]
-CHECKS = {}
-
-
-def _check(*cases):
-    """Collect a check of a device, once for each case of further arguments."""
-
-    def collect(check):
-        for case in cases or [()]:
-            names = [str(value).removeprefix("torch.") for value in case]
-            CHECKS["-".join([check.__name__, *names])] = lambda on, case=case: check(on, *case)
-        return check
-
-    return collect
+CHECKS = Checks()
 
 
 def seeded(device, seed=0):
@@ -68,7 +55,7 @@ def same_bits(first, second):
 # What holds on each device
 
 
-@_check(
+@CHECKS.collect(
     *[(dtype, dtype, rate) for dtype in WIDE for rate in RATES],
     *[(a, w, rate) for a in WIDE for w in WIDE + SHORT if w != a for rate in (0.3, 0.9, 1.0)],
 )
@@ -79,7 +66,7 @@ def it_equals_the_loop_bit_for_bit(on, average, weight, rate):
     assert same_bits(averages, expected)
 
 
-@_check(*[(average, weight) for average in SHORT for weight in WIDE + SHORT])
+@CHECKS.collect(*[(average, weight) for average in SHORT for weight in WIDE + SHORT])
 def a_rate_of_one_copies_to_the_nearest_short_float_and_of_zero_keeps(on, average, weight):
     averages, weights = random_tensors(on, average, 0), random_tensors(on, weight, 1)
     before, copies = _copies(averages), [tensor.to(average) for tensor in weights]
@@ -90,7 +77,9 @@ def a_rate_of_one_copies_to_the_nearest_short_float_and_of_zero_keeps(on, averag
     assert same_bits(averages, copies)
 
 
-@_check(*[(average, weight, 0.3) for average in SHORT for weight in WIDE + SHORT], *[(a, a, 0.9) for a in SHORT])
+@CHECKS.collect(
+    *[(average, weight, 0.3) for average in SHORT for weight in WIDE + SHORT], *[(a, a, 0.9) for a in SHORT]
+)
 def short_averages_become_a_neighbour_of_the_exact_value(on, average, weight, rate):
     averages, weights = random_tensors(on, average, 0), random_tensors(on, weight, 1)
     exact = looped([tensor.float() for tensor in averages], weights, rate)
@@ -102,7 +91,7 @@ def short_averages_become_a_neighbour_of_the_exact_value(on, average, weight, ra
         assert ((moved == nearest) | ((moved == neighbour) & (value != nearest.float()))).all()
 
 
-@_check(*[(dtype, start) for dtype in SHORT for start in [-1.0, 3.1415, 2e-5, 0.0]])
+@CHECKS.collect(*[(dtype, start) for dtype in SHORT for start in [-1.0, 3.1415, 2e-5, 0.0]])
 def rounding_is_unbiased(on, dtype, start):
     count, rate = 20_000, 0.01
     average = torch.full((count,), start, device=on).to(dtype)
@@ -114,7 +103,7 @@ def rounding_is_unbiased(on, dtype, start):
     assert (average.double().mean() - exact).abs() <= 5 * (high - low) / 2 / math.sqrt(count)
 
 
-@_check(*[(dtype,) for dtype in SHORT])
+@CHECKS.collect(*[(dtype,) for dtype in SHORT])
 def a_value_of_the_short_dtype_is_a_fixed_point_of_rounding(on, dtype):
     every = torch.arange(-(1 << 15), 1 << 15, 7, device=on).to(torch.int16).view(dtype)
     every = every[every.isfinite()]
@@ -125,7 +114,7 @@ def a_value_of_the_short_dtype_is_a_fixed_point_of_rounding(on, dtype):
     assert torch.equal(average, every)
 
 
-@_check()
+@CHECKS.collect()
 def nan_infinities_and_overflow_pass_through_rounding(on):
     for dtype in SHORT:
         average = torch.tensor([1.0, 1.0, 1.0, torch.nan, torch.finfo(dtype).max / 2], dtype=dtype, device=on)
@@ -136,7 +125,7 @@ def nan_infinities_and_overflow_pass_through_rounding(on):
         assert average[4] > torch.finfo(dtype).max / 2
 
 
-@_check(*[(dtype, rate) for dtype in SHORT for rate in (0.3, 1.0)])
+@CHECKS.collect(*[(dtype, rate) for dtype in SHORT for rate in (0.3, 1.0)])
 def every_nan_stays_one_whatever_its_bits(on, dtype, rate):
     weight = torch.tensor([0x7F800001, 0x7FFFFFFF, -1, -0x7FFFFF], dtype=torch.int32, device=on).view(torch.float32)
     assert weight.isnan().all()
@@ -145,7 +134,7 @@ def every_nan_stays_one_whatever_its_bits(on, dtype, rate):
     assert average.isnan().all()
 
 
-@_check(*[(dtype,) for dtype in WIDE + SHORT])
+@CHECKS.collect(*[(dtype,) for dtype in WIDE + SHORT])
 def a_rate_of_one_replaces_even_what_is_not_finite(on, dtype):
     average, weight = torch.full((2100,), torch.nan, dtype=dtype, device=on), torch.ones(2100, device=on)
     average[0] = torch.inf
@@ -153,7 +142,7 @@ def a_rate_of_one_replaces_even_what_is_not_finite(on, dtype):
     assert torch.equal(average.float(), weight)
 
 
-@_check(*[(dtype,) for dtype in WIDE])
+@CHECKS.collect(*[(dtype,) for dtype in WIDE])
 def lanes_move_as_they_would_alone(on, dtype):
     weights, rates = random_tensors(on, torch.float32, 9), [0.9, 0.001, 1.0, 0.5]
     lanes = [random_tensors(on, dtype, seed) for seed in range(len(rates))]
@@ -162,7 +151,7 @@ def lanes_move_as_they_would_alone(on, dtype):
     assert all(map(same_bits, lanes, expected))
 
 
-@_check()
+@CHECKS.collect()
 def each_lane_draws_from_its_own_generator(on):
     weight, seeds = torch.ones(5000, device=on), [0, 1, 0]
     lanes = [[torch.zeros(5000, dtype=torch.bfloat16, device=on)] for _ in seeds]
@@ -174,7 +163,7 @@ def each_lane_draws_from_its_own_generator(on):
     assert not torch.equal(lanes[0][0], lanes[1][0])
 
 
-@_check()
+@CHECKS.collect()
 def one_call_rounds_otherwise_than_the_next(on):
     generator = seeded(on)
     first, second = (torch.zeros(5000, dtype=torch.bfloat16, device=on) for _ in range(2))
@@ -185,7 +174,7 @@ def one_call_rounds_otherwise_than_the_next(on):
     assert not torch.equal(first[:2048], first[2048:4096])
 
 
-@_check(*[(dtype, value) for dtype in WIDE + SHORT for value in [math.nan, math.inf, -math.inf]])
+@CHECKS.collect(*[(dtype, value) for dtype in WIDE + SHORT for value in [math.nan, math.inf, -math.inf]])
 def the_check_finds_one_value_that_is_not_finite(on, dtype, value):
     # One is aligned and one is not.
     weights = [torch.ones(2050, dtype=dtype, device=on), torch.ones(2051, dtype=dtype, device=on)[1:]]
@@ -199,14 +188,14 @@ def the_check_finds_one_value_that_is_not_finite(on, dtype, value):
     assert kernel.finite()
 
 
-@_check(*[(dtype,) for dtype in WIDE + SHORT])
+@CHECKS.collect(*[(dtype,) for dtype in WIDE + SHORT])
 def the_largest_and_smallest_values_are_finite(on, dtype):
     info = torch.finfo(dtype)
     weight = torch.tensor([info.max, info.min, info.tiny, info.smallest_normal, -0.0], dtype=dtype, device=on)
     assert cuda.FusedCUDA([[weight.clone()]], [weight]).finite()
 
 
-@_check()
+@CHECKS.collect()
 def looking_writes_only_what_it_finds(on):
     weight, found = torch.ones(3, device=on), torch.full((1,), 7, dtype=torch.int32, device=on)
     kernel = cuda.FusedCUDA([[weight.clone()]], [weight])
@@ -217,7 +206,7 @@ def looking_writes_only_what_it_finds(on):
     assert found.item() == 1
 
 
-@_check(*[(dtype,) for dtype in WIDE + SHORT])
+@CHECKS.collect(*[(dtype,) for dtype in WIDE + SHORT])
 def nothing_moves_while_the_guard_is_not_zero(on, dtype):
     averages, weights = random_tensors(on, dtype, 0), random_tensors(on, torch.float32, 1)
     before = _copies(averages)
@@ -252,7 +241,7 @@ def _strange(tensors, seed):
     return tensors
 
 
-@_check(*[(average, weight) for average in WIDE for weight in WIDE + SHORT])
+@CHECKS.collect(*[(average, weight) for average in WIDE for weight in WIDE + SHORT])
 def what_would_not_be_finite_is_held(on, average, weight):
     rates = [0.0, 0.3, 0.7, 1.0]
     lanes = [_strange(random_tensors(on, average, seed), seed) for seed in range(4)]
@@ -276,7 +265,7 @@ def what_would_not_be_finite_is_held(on, average, weight):
         ]
 
 
-@_check(*[(dtype, rate) for dtype in SHORT for rate in (0.3, 1.0)])
+@CHECKS.collect(*[(dtype, rate) for dtype in SHORT for rate in (0.3, 1.0)])
 def short_averages_hold_and_draw_as_without_strange_weights(on, dtype, rate):
     average, weight = torch.linspace(1, 3, 5000, device=on).to(dtype), torch.linspace(2, 4, 5000, device=on)
     clean, held = average.clone(), average.clone()
@@ -293,7 +282,7 @@ def short_averages_hold_and_draw_as_without_strange_weights(on, dtype, rate):
     assert torch.equal(held, clean)
 
 
-@_check()
+@CHECKS.collect()
 def tensors_that_moved_are_followed(on):
     average, weight = torch.zeros(5000, device=on), torch.nn.Parameter(torch.ones(5000, device=on))
     kernel = cuda.FusedCUDA([[average]], [weight])
@@ -313,7 +302,7 @@ def tensors_that_moved_are_followed(on):
     assert (average == 2.5).all()
 
 
-@_check(*[(dtype,) for dtype in [torch.float32, torch.float64]])
+@CHECKS.collect(*[(dtype,) for dtype in [torch.float32, torch.float64]])
 def rates_may_come_in_a_tensor_that_changes(on, dtype):
     lanes, weights = [random_tensors(on, torch.float64, seed) for seed in (0, 1)], random_tensors(on, torch.float32, 2)
     kernel = cuda.FusedCUDA(lanes, weights)
@@ -325,7 +314,7 @@ def rates_may_come_in_a_tensor_that_changes(on, dtype):
         assert all(map(same_bits, lanes, expected))
 
 
-@_check()
+@CHECKS.collect()
 def a_number_is_sent_again_after_a_tensor_took_its_place(on):
     average, weights = random_tensors(on, torch.float32, 0), random_tensors(on, torch.float32, 1)
     kernel = cuda.FusedCUDA([average], weights)
@@ -336,7 +325,7 @@ def a_number_is_sent_again_after_a_tensor_took_its_place(on):
         assert same_bits(average, expected)
 
 
-@_check()
+@CHECKS.collect()
 def an_interrupted_call_is_not_repeated(on):
     average, weight = torch.zeros(3, device=on), torch.ones(3, device=on)
     kernel = cuda.FusedCUDA([[average]], [weight])
@@ -346,7 +335,7 @@ def an_interrupted_call_is_not_repeated(on):
     assert (average == 0.5).all()
 
 
-@_check()
+@CHECKS.collect()
 def autograd_knows_that_averages_changed(on):
     averages = [[torch.zeros(3, device=on), torch.zeros(2, device=on)] for _ in range(2)]
     kernel = cuda.FusedCUDA(averages, [torch.ones(3, device=on), torch.ones(2, device=on)])
@@ -355,7 +344,7 @@ def autograd_knows_that_averages_changed(on):
     assert [tensor._version for lane in averages for tensor in lane] == [1] * 4
 
 
-@_check()
+@CHECKS.collect()
 def nothing_but_empty_tensors_is_moved_and_finite(on):
     empty = [torch.empty(0, device=on), torch.empty(3, 0, device=on)]
     kernel = cuda.FusedCUDA([_copies(empty)], empty)
@@ -363,29 +352,12 @@ def nothing_but_empty_tensors_is_moved_and_finite(on):
     assert kernel.finite()
 
 
-@_check()
+@CHECKS.collect()
 def memory_beside_the_tensors_is_left_alone(on):
     storage = torch.zeros(5100, device=on)
     cuda.FusedCUDA([[storage[4:5004]]], [torch.ones(5000, device=on)])([1.0], [seeded], 0)
     assert storage.nonzero().flatten().tolist() == list(range(4, 5004))
 
 
-# All of them
-
-
-def _run_all(on):
-    results = {}
-    for name, check in CHECKS.items():
-        try:
-            check(on)
-            results[name] = ""
-        except Exception:  # noqa: BLE001 - whatever went wrong is the result
-            results[name] = traceback.format_exc()
-    return results
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    # NumPy, which interprets, would warn of what a GPU rounds to infinity.
-    with np.errstate(over="ignore", invalid="ignore"):
-        print(json.dumps(_run_all("cpu")))  # noqa: T201 - the parent reads it
+    CHECKS.run()

@@ -218,7 +218,10 @@ def test_the_rate_is_a_tensor_that_is_written_in_place():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"capturable": True, "nonfinite": "skip"}, "nonfinite='skip', which asks the device and waits"),
+        (
+            {"capturable": True, "nonfinite": "skip"},
+            "nonfinite='skip', which counts an update after a look at its weights",
+        ),
         ({**READY, "dtype": "bfloat16"}, r"an average in a short dtype \(0.weight\)"),
     ],
 )

@@ -145,7 +145,7 @@ def test_a_state_is_loaded_whole_or_not_at_all(names):
 
 
 def test_the_listeners_of_a_whole_update_are_called_once_whatever_interrupts_its_work():
-    from polyak.engine.transaction import Pass
+    from polyak.engine.passes import Pass
 
     def build(model):
         return polyak.bank(model, {"a": "ema", "b": "dema"}, kernel="foreach")
@@ -154,7 +154,7 @@ def test_the_listeners_of_a_whole_update_are_called_once_whatever_interrupts_its
     with at_line(EVERYTHING) as lines:
         bank.update()
     # Ctrl-C between the work and a listener, or between two listeners, can keep one from being called.
-    calling = {f"transaction.py:{number}" for *_, number in Pass.announce.__code__.co_lines()}
+    calling = {f"passes.py:{number}" for *_, number in Pass.announce.__code__.co_lines()}
     worked = next(k for k, line in enumerate(lines) if line in calling) - 1
     for k in range(0, worked, 41):
         bank, heard = trained(build), []

@@ -6,17 +6,15 @@ for its interpreter when it is imported; each check is a test all the same. The 
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import cuda_checks
 from cuda_checks import CHECKS, SHORT, WIDE, looped, random_tensors, same_bits, seeded
+from interpreted import results_of
 from polyak.errors import RateError
 from polyak.kernels.cuda import fused as cuda
 from polyak.kernels.rounding import rounds_once
@@ -33,12 +31,7 @@ def interpreted():
     # The kernel rounds a product and its sum once, as GPUs do.
     if not rounds_once() and "ATEN_CPU_CAPABILITY" not in os.environ:
         pytest.skip("torch rounds twice on this processor")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    environment.pop("ATEN_CPU_CAPABILITY", None)
-    command = [sys.executable, "-W", "error", cuda_checks.__file__]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout)
+    return results_of(cuda_checks.__file__)
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -23,6 +23,7 @@ _SAME = 1e-4
 _RESOLUTION = {torch.bfloat16: 0.03, torch.float16: 4e-3}
 """How far a short average may be off after a few updates that are rounded at random."""
 _UPDATES = 3
+_WARM = 9  # updates, in which kernel="auto" has tried and chosen
 
 
 class Field:
@@ -44,8 +45,8 @@ class Field:
             self._try(entrant, self._enter)
 
     def warm_up(self) -> None:
-        """Make a few updates of all, as caches and compilers need."""
-        for _ in range(_UPDATES):
+        """Make the updates of all that caches, compilers and the choice of kernels need."""
+        for _ in range(_WARM):
             self._update_all()
 
     def check(self) -> None:
@@ -63,6 +64,7 @@ class Field:
                 reference.update(**({} if strategy == "ema" else {"lr": 0.1}))
         for entrant in [entrant for entrant in self.entrants if entrant.name in self.updates]:
             self._compare(entrant, references[entrant.strategy].averages)
+        self.warm_up()
 
     def unmoved(self, name: str) -> Callable[[], bool]:
         """Return a function that checks whether an entrant's averaged parameters are unchanged."""

@@ -69,8 +69,8 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
         dtype: How precisely it is stored. "auto": as the model, but float32 for shorter floats.
         nonfinite: What an update does about NaN and infinities. "hold": an element whose new value would not be finite
             keeps its old one, and all others move (see ``Averager.held``). "skip": an update with any in the weights is
-            skipped and counted; "raise": it raises. Both read the weights once more, before. "propagate": it is
-            averaged like any other.
+            skipped and counted; "raise": it raises, on a GPU at most one update later. Both read the weights once
+            more, before. "propagate": it is averaged like any other.
         kernel: What moves the tensors: "auto" (the fastest that fits), "fused" (needs Numba on CPUs),
             "foreach", or the reference "loop".
         capturable: Whether ``update()`` can be part of a CUDA graph or of a compiled step (see ``Averager.advance``);

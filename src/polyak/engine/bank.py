@@ -15,7 +15,8 @@ from polyak.engine.pending import PendingUpdate, Seen
 from polyak.engine.plan.tensor_update import TensorUpdate
 from polyak.engine.schema import FORMAT, check_bank
 from polyak.engine.sources import Sources
-from polyak.engine.transaction import Joint, alone, carry_out, whole
+from polyak.engine.transaction import carry_out, whole
+from polyak.engine.unsettled import alone, jointly
 from polyak.errors import AttributeAccessError, UnknownAverageError
 from polyak.errors.attributes import AttributeHints
 from polyak.errors.calls import explained
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from polyak.engine.engine import Engine
+    from polyak.engine.passes import Pass
     from polyak.engine.plan.plan import Plan
-    from polyak.engine.transaction import Pass
     from polyak.tensors.entries import Model
 
 __all__ = ["Bank"]
@@ -206,7 +207,7 @@ class Bank(AttributeHints, Mapping[str, "Averager"]):
     def _passing(self, updates: Sequence[PendingUpdate]) -> Pass:
         if _needs_own_pass(updates[0]):
             return alone(updates[0])
-        return Joint(updates, self._joint_update([update.plan for update in updates]))
+        return jointly(updates, self._joint_update([update.plan for update in updates]))
 
     def _joint_update(self, plans: list[Plan]) -> TensorUpdate:
         key = tuple(map(id, plans))

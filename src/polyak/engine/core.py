@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polyak.engine.plan.plan import Plan
-    from polyak.engine.transaction import Background
+    from polyak.engine.unsettled import Unsettled
     from polyak.strategy.base import Strategy
     from polyak.strategy.profile import Profile
     from polyak.tensors.adapter import Adapter
@@ -46,7 +46,7 @@ class Core:
         knows: Whether a strategy's name can be resolved here; a state of an unknown one loads all the same.
 
     Attributes:
-        pending: The update that another thread is making.
+        pending: The update that another thread is making, or whose weights only their device has looked at.
         warned: The kinds of warnings that were given.
         holds: What the updates held.
         built: How often each tensor had been written to at construction. None once a state was loaded.
@@ -56,7 +56,7 @@ class Core:
         self, strategy: Strategy, options: Options, binding: Binding, state: State, knows: Callable[[str], bool] = bool
     ) -> None:
         self.strategy, self.options, self.binding, self.knows = strategy, options, binding, knows
-        self.pending: Background | None = None
+        self.pending: Unsettled | None = None
         self.warned: set[str] = set()
         self.holds = Holds(self.warn)
         self.built: list[int] | None = None
@@ -88,7 +88,7 @@ class Core:
 
     @property
     def state(self) -> State:
-        """All that changes; waits for an update that another thread is making."""
+        """All that changes; waits for an update that is pending."""
         self.synchronize()
         return self._settled
 
@@ -122,7 +122,7 @@ class Core:
         self.binding.follow(settings.options)
 
     def synchronize(self) -> None:
-        """Wait for an update that another thread is making."""
+        """Wait for an update that is pending."""
         if self.pending is not None:
             with self.lock:  # of several threads that wait one calls the listeners
                 if (pending := self.pending) is not None:

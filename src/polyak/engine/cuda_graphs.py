@@ -81,6 +81,7 @@ class Captured:
             self._pairs += pairs
             if isinstance(group.kernel, FusedCUDA) and rate is not None:
                 group.kernel.prepare(moved=True, hold=hold)
+                group.kernel.guard = torch.zeros(1, dtype=torch.int32, device=device)
                 self._fused.append((group.kernel, rate))
             else:
                 self._others += pairs
@@ -114,7 +115,8 @@ class Captured:
         for due in self._due.values():
             due.fill_(rate is not None)
         for kernel, _ in self._fused:
-            kernel.guard.fill_(rate is None)
+            if kernel.guard is not None:
+                kernel.guard.fill_(rate is None)
         self.announced = True
 
     def move(self) -> None:
@@ -193,7 +195,7 @@ def refuse_recording() -> None:
 def _refuse(plan: Plan, options: Options) -> None:
     short = [s.name for s in plan.stored if s.policy == "average" and s.average.dtype in SHORT]
     problem = (
-        f"nonfinite={options.nonfinite!r}, which asks the device and waits; leave nonfinite= out"
+        f"nonfinite={options.nonfinite!r}, which counts an update after a look at its weights; leave nonfinite= out"
         if looks(options.nonfinite)
         else f"an average in a short dtype ({short[0]}), which is rounded at random; set dtype='float32'"
         if short

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from polyak.errors.formatting import counted
+from polyak.tensors.arrival import Arrival, send
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
+    from collections.abc import Callable
 
     from polyak.engine.nonfinite import Held
     from polyak.engine.state import State
@@ -30,19 +27,19 @@ class _Read(NamedTuple):
         n: The number of the update.
         step: Its optimiser step.
         held: What it held.
-        counts: The counts of each move, in memory of the host.
-        events: What each device has reached when they are there.
+        counts: The counts of all moves, one after the other.
     """
 
     state: State
     n: int
     step: int
     held: Held
-    counts: Sequence[Sequence[Tensor]]
-    events: Sequence[torch.cuda.Event]
+    counts: Arrival
 
-    def arrived(self) -> bool:
-        return all(event.query() for event in self.events)  # type: ignore[no-untyped-call]  # torch's own
+    def most(self) -> int:
+        """Return how many elements the move held that held most; waits for the devices."""
+        counts = map(int, self.counts.read())
+        return max((sum(next(counts) for _ in own) for own in self.held.moves), default=0)
 
 
 class Holds:
@@ -65,13 +62,11 @@ class Holds:
         if n <= self._counted or any(one.n == n for one in self._waiting):
             return
         self._last = held
-        if all(count.is_cpu for counts in held.moves for count in counts):
-            self._count(_Read(state, n, step, held, held.moves, ()))
+        read = _Read(state, n, step, held, send([count for counts in held.moves for count in counts]))
+        if read.counts.here:
+            self._count(read)
             return
-        copied = [[_to_host(count) for count in counts] for counts in held.moves]
-        devices = {count.device for counts in held.moves for count in counts if count.is_cuda}
-        events = [torch.cuda.current_stream(device).record_event() for device in devices]
-        self._waiting.append(_Read(state, n, step, held, copied, events))
+        self._waiting.append(read)
         self.settle(wait=False)
 
     def settle(self, *, wait: bool = True) -> None:
@@ -80,11 +75,8 @@ class Holds:
         Args:
             wait: Whether to wait for what has not.
         """
-        while self._waiting and (wait or self._waiting[0].arrived()):
-            read = self._waiting[0]
-            for event in read.events:
-                event.synchronize()
-            self._count(read)
+        while self._waiting and (wait or self._waiting[0].counts.arrived()):
+            self._count(self._waiting[0])
             self._waiting.popleft()
 
     def last(self) -> dict[str, int]:
@@ -107,25 +99,18 @@ class Holds:
             self._warn(*self._messages.pop(0))
 
     def _count(self, read: _Read) -> None:
+        most = read.most()
         self._counted = read.n
-        most = max((sum(int(count.numpy(force=True)) for count in counts) for counts in read.counts), default=0)
         if most:
             read.state.history.hold(read.n)
             read.state.skipped += most == read.held.elements
             if not self._warned:
-                self._messages.append(("held", _first(read, int(most))))
+                self._messages.append(("held", _first(read, most)))
         elif self._holding:
             what = f"since the update at step {read.step} every element of the average moves again"
             held = counted(read.state.history.held, "update")
             self._messages.append(("held no more", f"{what}; {held} kept the old values of some"))
         self._warned, self._holding = self._warned or bool(most), bool(most)
-
-
-def _to_host(count: Tensor) -> Tensor:
-    if not count.is_cuda:
-        return count  # asked when it is read: such devices have no events here
-    place = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True)
-    return place.copy_(count, non_blocking=True)
 
 
 def _first(read: _Read, most: int) -> str:

@@ -119,5 +119,6 @@ class PendingUpdate(NamedTuple):
         plan = self.plan
         pairs = zip(plan.stored, plan.live if plan.offload is None else plan.offload.staged, strict=True)
         names = ", ".join(s.name for s, t in pairs if s.policy == "average" and not FiniteCheck([t])())
-        where = names[:_SHOWN] or "weights of another rank"
+        others = "weights of another rank" if plan.lane.agree else "weights that are finite again"
+        where = names[:_SHOWN] or others
         return f"the weights hold NaN or infinities at step {self.now.step} (in {where})"

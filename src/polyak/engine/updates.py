@@ -13,7 +13,8 @@ from polyak.engine.cuda_graphs import Captured, recording, refuse_recording
 from polyak.engine.doubts import LOOK, doubt_weights, replaces_start
 from polyak.engine.pending import PendingUpdate, Seen
 from polyak.engine.sources import Sources
-from polyak.engine.transaction import alone, carry_out, whole
+from polyak.engine.transaction import carry_out, whole
+from polyak.engine.unsettled import alone
 from polyak.errors import AppliedError, ConfigError, MismatchError
 from polyak.strategy.base import checked_moves, checked_rate, checked_weight
 from polyak.strategy.clock import WatchedClock

@@ -67,6 +67,11 @@ class OwnGenerators:
 
         return generator
 
+    def restore(self, states: Mapping[str, Tensor]) -> None:
+        """Draw from now on as after ``states`` was called; idempotent."""
+        self._saved = {torch.device(name): state for name, state in states.items()}
+        self._made.clear()
+
     def states(self) -> dict[str, Tensor]:
         """Return the state of each generator, by its device."""
         made = {device: generator.get_state() for device, generator in self._made.items()}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from polyak.engine.plan.groups import Group, Lane
+    from polyak.engine.plan.verdict import Verdict
     from polyak.strategy.base import Move
     from polyak.tensors.generators import OwnGenerators
 
@@ -33,32 +34,39 @@ class Moves:
         self._updates: dict[tuple[str, str], TensorUpdate] = {}
         self._todo: Sequence[tuple[TensorUpdate, float]] = ()
         self._made, self._prepared = 0, -1
+        self._verdict: Verdict | None = None
 
-    def prepare(self, moves: Sequence[Move], nonfinite: Nonfinite) -> bool:
+    def verdict(self, moves: Sequence[Move]) -> Verdict | None:
+        """Return the verdict that all of these moves obey; None where the host must know at once."""
+        found = self._whole.verdict
+        return found if found is None or all(update.guards for update, _ in self._steps(moves)) else None
+
+    def prepare(self, moves: Sequence[Move], nonfinite: Nonfinite, verdict: Verdict | None = None) -> bool:
         """Begin an update; nothing moves yet.
 
         Args:
             moves: The moves.
             nonfinite: What is done about values that are not finite.
+            verdict: Keeps the update from moving anything where weights are not finite. None waits for the answer.
 
         Returns:
-            Whether the update can be made; False if it was looked at the weights, and they are not finite.
+            Whether the update can be made; False if the weights were looked at, and are not finite. True where that
+            is left to a verdict.
         """
-        self._made, self._prepared = 0, -1
+        self._made, self._prepared, self._verdict = 0, -1, verdict
         # Only the first move may look: the others read what it has let in.
         self._rest: Nonfinite = "hold" if nonfinite == "hold" else "propagate"
-        if len(moves) == 1 and moves[0][:2] == ("average", "weights"):
-            self._todo, self._prepared = [(self._whole, moves[0].rate)], 0
-        else:
-            self._todo = [(self._update(target, source), rate) for target, source, rate in [(*_COPIED, 1.0), *moves]]
-        return self._whole.prepare(nonfinite)
+        self._todo = self._steps(moves)
+        if self._todo[0][0] is self._whole:
+            self._prepared = 0
+        return self._whole.prepare(nonfinite, verdict)
 
     def move(self, generators: OwnGenerators) -> None:
         """Make the moves one after the other, or the rest of them after an interruption."""
         while self._made < len(self._todo):
             update, rate = self._todo[self._made]
             if self._prepared < self._made:
-                update.prepare(self._rest)
+                update.prepare(self._rest, self._verdict)
                 self._prepared = self._made
             update.move([rate], [generators])
             self._made += 1
@@ -107,6 +115,11 @@ class Moves:
     def groups(self) -> Sequence[Group]:
         """The groups of tensors that the move of the average towards the weights consists of, then those of others."""
         return [group for update in (self._whole, *self._updates.values()) for group in update.groups]
+
+    def _steps(self, moves: Sequence[Move]) -> Sequence[tuple[TensorUpdate, float]]:
+        if len(moves) == 1 and moves[0][:2] == ("average", "weights"):
+            return [(self._whole, moves[0].rate)]
+        return [(self._update(target, source), rate) for target, source, rate in [(*_COPIED, 1.0), *moves]]
 
     def _update(self, target: str, source: str) -> TensorUpdate:
         if (target, source) not in self._updates:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from polyak.engine.nonfinite import Held, Nonfinite, looks
 from polyak.engine.plan.groups import Group, Lane, grouped
+from polyak.engine.plan.verdict import Verdict, unguard
 from polyak.kernels.select import Checking, Holding
 from polyak.tensors.finite import FiniteCheck
 
@@ -53,20 +54,41 @@ class TensorUpdate:
         self._holding = [
             [_Part.of(group, lane) for group in averaged if lane in group.lanes] for lane in range(len(lanes))
         ]
+        self._guarded = False
 
-    def prepare(self, nonfinite: Nonfinite) -> bool:
+    @cached_property
+    def verdict(self) -> Verdict | None:
+        """The verdict that all of this obeys; None where the host must know at once, as with several ranks."""
+        return Verdict(self.groups) if self.guards and self._lanes[0].agree is None else None
+
+    @cached_property
+    def guards(self) -> bool:
+        """Whether a verdict on the device can keep all of this from moving."""
+        return Verdict.guards(self.groups)
+
+    def prepare(self, nonfinite: Nonfinite, verdict: Verdict | None = None) -> bool:
         """Begin an update; nothing moves yet.
 
         Args:
             nonfinite: What is done about values that are not finite.
+            verdict: Keeps the update from moving anything where weights are not finite. None waits for the answer.
 
         Returns:
-            Whether the update can be made; False if it was looked at the weights, and they are not finite.
+            Whether the update can be made; False if the weights were looked at, and are not finite. True where that
+            is left to a verdict.
         """
         epochs = [lane.watch.epoch for lane in self._lanes]
         for group in self.groups:
             group.kernel.prepare(moved=epochs != self._epochs, hold=nonfinite == "hold")
         self._epochs = epochs
+        if verdict is not None:
+            verdict.guard(self.groups)
+        elif self._guarded:
+            unguard(self.groups)
+        self._guarded = verdict is not None
+        if verdict is not None and looks(nonfinite):
+            verdict.look()
+            return True
         return not looks(nonfinite) or self._finite()
 
     def move(self, rates: Sequence[float], generators: Sequence[OwnGenerators]) -> None:

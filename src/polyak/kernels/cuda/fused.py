@@ -71,8 +71,8 @@ class FusedCUDA(Checking):
     holds then. (Short averages draw from the lanes' generators: register these with the graph.)
 
     Attributes:
-        guard: An int32 on the device: while it is not zero, a call moves nothing. Replace it by what ``look`` wrote to
-            refuse weights that are not finite without waiting for the device.
+        guard: An int32 on the device: while it is not zero, a call moves nothing. Let it be what ``look`` wrote to
+            refuse weights that are not finite without waiting for the device. None: every call moves.
     """
 
     name = "fused"
@@ -97,7 +97,8 @@ class FusedCUDA(Checking):
         self._held = torch.zeros(len(lanes), dtype=torch.int64, device=self._device)
         self._counts = torch.zeros((len(lanes), len(self._blocks)), dtype=torch.int32, device=self._device)
         self._hold = False
-        self._found, self.guard = (torch.zeros(1, dtype=torch.int32, device=self._device) for _ in range(2))
+        self._found, self._open = (torch.zeros(1, dtype=torch.int32, device=self._device) for _ in range(2))
+        self.guard: Tensor | None = None
         self._moving = {"average": getattr(tl, _FLOATS[average].name), "weight": getattr(tl, _FLOATS[weight].name)}
         self._finding = {"like": getattr(tl, _FLOATS[weight].bits), "exponent": _FLOATS[weight].exponent}
         self._sent: list[float] | None = None
@@ -186,7 +187,8 @@ class FusedCUDA(Checking):
         if self._hold:
             self._held.zero_()
         holding = self._held, self._counts
-        work = self._rates, seeds, len(self._rates), self.guard, *holding
+        guard = self._open if self.guard is None else self.guard
+        work = self._rates, seeds, len(self._rates), guard, *holding
         self._launch(self._loops.move, *work, hold=self._hold, **self._moving)
         self._finished += 1
 

@@ -26,18 +26,28 @@ _LANE = 1 << 32  # chunks: more than any lane has
 
 
 class Copy(Eager):
-    """Copies each weight over its average, whatever their devices and dtypes, in one call."""
+    """Copies each weight over its average, whatever their devices and dtypes, in one call.
+
+    Attributes:
+        guard: A number on the tensors' device: while it is not zero, a call copies nothing. None: every call copies.
+    """
 
     name = "copy"
 
     def __init__(self, lanes: Lanes, weights: Sequence[Tensor]) -> None:
         super().__init__()
         (self._averages,), self._weights = lanes, weights
+        self.guard: Tensor | None = None
 
     @override
     def __call__(self, rates: Sequence[float], generators: Sequence[Generators], done: int) -> None:
+        weights = self._weights
+        if self.guard is not None:
+            keep = self.guard[0] != 0
+            pairs = zip(self._averages, self._weights, strict=True)
+            weights = [torch.where(keep, average, weight.detach().to(average.dtype)) for average, weight in pairs]
         self._write(0, self._averages[0])
-        copy_all(self._averages, self._weights)
+        copy_all(self._averages, weights)
 
 
 class Foreach(Eager, Holding):
