@@ -166,3 +166,32 @@ def test_transposed_and_expanded_weights_are_held_element_by_element():
     held("mixed", [[average]], [weight], [0.5])
     assert average[1, 2] == 0
     assert average.sum() == 0.5 * 11
+
+
+def test_plain_torch_measures_averages_anew_once_others_have_written_them():
+    averages, weights = [torch.zeros(40_000), torch.zeros(3)], [torch.ones(40_000), torch.ones(3)]
+    bound = select.bind("foreach", [averages], weights)
+
+    def update():
+        bound.prepare(moved=False, hold=True)
+        bound([0.5], [generator], 0)
+        return bound.held.tolist()
+
+    assert update() == [0]
+    averages[0][7] = math.nan
+    assert update() == [0]
+    assert averages[0][:9].tolist() == [0.75] * 7 + [1.0, 0.75]  # it begins anew from the weight
+    averages[1][1] = 3e38
+    weights[1][1] = -3e38
+    assert update() == [1]
+    assert averages[1].tolist() == [0.875, pytest.approx(3e38), 0.875]
+
+
+def test_what_is_known_of_averages_ends_where_they_let_nan_in():
+    averages, weights = [torch.zeros(3)], [torch.ones(3)]
+    bound = select.bind("foreach", [averages], weights)
+    for hold in (True, False, True):
+        weights[0][0] = 1.0 if hold else math.nan
+        bound.prepare(moved=False, hold=hold)
+        bound([0.5], [generator], 0)
+    assert averages[0].tolist() == [1.0, 0.875, 0.875]

@@ -9,7 +9,7 @@ import torch
 
 from polyak.kernels import threads
 from polyak.kernels.cuda import fused as cuda
-from polyak.kernels.eager import holding, operations
+from polyak.kernels.eager import foreach, holding, operations
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +31,10 @@ def without_kernels() -> Iterator[None]:
         (torch, "cat"),
         (operations, "_foreach_lerp_"),
         (operations, "_foreach_copy_"),
+        (foreach, "longest"),
         (holding, "needless"),
+        (holding.Bound, "holds"),
+        (holding.Bound, "move"),
         (threads.Slices, "run"),
         (cuda.FusedCUDA, "_launch"),
     ]

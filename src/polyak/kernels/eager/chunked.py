@@ -87,13 +87,15 @@ class Chunked(Eager, Holding):
     def _move_chunk(
         self, number: int, tensors: list[int], pairs: Pairs, rate: float, generators: Sequence[Generators]
     ) -> None:
-        averages = [average for average, _ in pairs]
-        if not self._hold or holding.needless(pairs):
+        averages, weights = [average for average, _ in pairs], [weight for _, weight in pairs]
+        if self._hold and self._move is mixed and averages[0].is_cpu:  # a look at short weights takes longer than both
+            weights = holding.converted(averages, weights)
+        if not self._hold or holding.needless(averages, weights):
             self._write(number, averages[0])
             if rate == 1.0:
-                copy_all(averages, [weight for _, weight in pairs])
+                copy_all(averages, weights)
             else:
-                self._move(pairs, rate, generators[0])
+                self._move([*zip(averages, weights, strict=True)], rate, generators[0])
             return
         made, counts = holding.values(pairs, rate, lambda copies: self._move(copies, rate, generators[0]))
         self._held[number] = tensors, counts

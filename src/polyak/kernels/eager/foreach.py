@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,8 @@ from typing_extensions import override
 from polyak.kernels.base import Holding
 from polyak.kernels.eager.chunked import Chunked, mixed
 from polyak.kernels.eager.coalesce import runs_of
-from polyak.kernels.eager.operations import Eager, copy_all, lerp_all
+from polyak.kernels.eager.holding import Bound
+from polyak.kernels.eager.operations import Eager, copy_all, lerp_all, longest
 from polyak.kernels.eager.scratch import CHUNK, scratch
 
 if TYPE_CHECKING:
@@ -61,20 +63,25 @@ class Foreach(Eager, Holding):
         self._runs = runs_of(lanes, weights, CHUNK)
         self._fewer = self._runs.lanes
         self._joined = _joined(self._fewer)
-        # What holds makes its values in scratch memory, chunk by chunk.
+        self._bounds = [Bound(lane) for lane in self._fewer]
+        # Where any element may have to be held, new values are made in scratch memory, chunk by chunk.
         self._chunked = [Chunked(self.name, mixed, lane, weights) for lane in lanes]
+        self._careful: bool | None = False
         self._lane = 0
 
     @override
     def prepare(self, *, moved: bool, hold: bool) -> None:
         super().prepare(moved=moved, hold=hold)
-        self._lane = 0
+        self._careful, self._lane = None if hold else False, 0
+        if moved or not hold:
+            for bound in self._bounds:
+                bound.forget()
         for lane in self._chunked:
             lane.prepare(moved=moved, hold=hold)
 
     @override
     def position(self) -> int:
-        if not self._hold:
+        if not self._careful:
             return super().position()
         return self._lane * _LANE + (self._chunked[self._lane].position() if self._lane < len(self._lanes) else 0)
 
@@ -89,7 +96,11 @@ class Foreach(Eager, Holding):
 
     @override
     def __call__(self, rates: Sequence[float], generators: Sequence[Generators], done: int) -> None:
-        if self._hold:
+        weights = self._runs.gathered(scratch)
+        length = longest(weights) if self._hold and self._weights[0].is_cpu else math.nan
+        if self._careful is None:
+            self._careful = not all(bound.holds(weights, length) for bound in self._bounds)
+        if self._careful:
             first, chunks = divmod(done, _LANE)
             for self._lane in range(first, len(self._lanes)):  # noqa: B020 - it is where an interruption finds it
                 self._chunked[self._lane]([rates[self._lane]], generators, chunks if self._lane == first else 0)
@@ -105,10 +116,12 @@ class Foreach(Eager, Holding):
         if replaced:
             averages = _joined([lane for lane, rate in zip(self._fewer, rates, strict=True) if rate != 1.0])
         slower = [rate for rate in rates if rate != 1.0]
-        weights = self._runs.gathered(scratch)
         self._write(len(replaced), averages[0])
         each = [weight for weight in weights for _ in slower] if len(slower) > 1 else weights
         lerp_all(averages, each, slower[0] if len(slower) == 1 else slower * len(weights))
+        if self._hold:
+            for bound in self._bounds:
+                bound.move(length)
 
 
 def _joined(lanes: Lanes) -> list[Tensor]:

@@ -7,6 +7,7 @@ there may be some, and on devices of which to ask would mean to wait, new values
 from __future__ import annotations
 
 from itertools import accumulate
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,10 +20,11 @@ from polyak.kernels.layout import dense
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["converted", "memory", "needless", "starts", "values"]
+__all__ = ["Bound", "converted", "memory", "needless", "starts", "values"]
 
 _KNOWN = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128})
 """Dtypes of which torch takes lengths."""
+_VERSION = attrgetter("_version")
 
 
 def values(
@@ -49,17 +51,62 @@ def values(
     return parts, _hold(new, averages, weights)
 
 
-def needless(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+def needless(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
     """Return whether all new values are known to be finite, whatever the rate, without waiting for a device.
 
     No element is larger than the length of its tensor, and between numbers below a quarter of the largest one all
     arithmetic is finite.
     """
-    average, weight = pairs[0]
+    most = _most(averages, weights)
+    return most > 0 and longest(weights) <= most and longest(averages) <= most
+
+
+class Bound:
+    """How large the values of some averages can be, as long as only their kernel writes them.
+
+    A move ends between an average and its weight, so that the averages themselves need no second look.
+
+    Args:
+        averages: The averages.
+    """
+
+    def __init__(self, averages: Sequence[Tensor]) -> None:
+        self._averages = averages
+        self._length, self._versions = 0.0, [-1]
+
+    def holds(self, weights: Sequence[Tensor], length: float) -> bool:
+        """Return whether all new values are known to be finite, whatever the rate.
+
+        Args:
+            weights: The weights, in the averages' order.
+            length: The length of the longest of them.
+        """
+        most = _most(self._averages, weights)
+        if most <= 0 or not length <= most:
+            return False
+        if self._versions != _versions(self._averages):
+            self._length = longest(self._averages)
+        return self._length <= most
+
+    def move(self, length: float) -> None:
+        """Note that the averages have moved towards weights of some length."""
+        self._length, self._versions = max(self._length, length), _versions(self._averages)
+
+    def forget(self) -> None:
+        """Measure them anew: they may lie in other memory."""
+        self._versions = [-1]
+
+
+def _most(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> float:
+    """Return up to which length all arithmetic is finite; 0 where no length is taken."""
+    average, weight = averages[0], weights[0]
     if not (average.is_cpu and weight.is_cpu) or weight.dtype not in _KNOWN:
-        return False
-    most = torch.finfo(average.dtype).max / 4
-    return all(float(longest(each).numpy()) <= most for each in zip(*pairs, strict=True))
+        return 0.0
+    return torch.finfo(average.dtype).max / 4
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [*map(_VERSION, tensors)]
 
 
 def _hold(new: Tensor, averages: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:

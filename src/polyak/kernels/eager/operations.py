@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from polyak.kernels.base import Kernel
+from polyak.kernels.layout import dense
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +24,9 @@ except ImportError:
         _foreach_lerp_,
         _foreach_norm,
     )
+
+
+_LARGE = 1 << 15  # elements: torch's dot has a call for each tensor, and its norm one thread for all
 
 
 class Eager(Kernel):
@@ -66,7 +70,22 @@ def lerp_all(averages: list[Tensor], weights: list[Tensor], rate: float | list[f
     _foreach_lerp_(averages, weights, rate)
 
 
-def longest(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the largest Euclidean length of tensors of one dtype, in float32 or more; NaN if one holds a NaN."""
-    lengths = torch.stack(_foreach_norm(list(tensors))).max()
-    return lengths.to(torch.promote_types(lengths.dtype, torch.float32))
+def longest(tensors: Sequence[Tensor]) -> float:
+    """Return the largest Euclidean length of tensors of one dtype on a CPU; NaN if one holds a NaN.
+
+    It is infinity where the square of a length is beyond float32.
+    """
+    dotted = [_flat(tensor) for tensor in tensors if _dots(tensor)]
+    lengths = [torch.stack([torch.dot(each, each) for each in dotted]).max().sqrt()] if dotted else []
+    if others := [tensor for tensor in tensors if not _dots(tensor)]:
+        lengths.append(torch.stack(_foreach_norm(others)).max())
+    return float(torch.stack([length.to(torch.float64) for length in lengths]).max().numpy())
+
+
+def _dots(tensor: Tensor) -> bool:
+    alike = tensor.dtype in {torch.float32, torch.float64} and not tensor.is_neg()
+    return alike and tensor.numel() >= _LARGE and dense(tensor)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
