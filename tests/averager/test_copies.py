@@ -203,3 +203,17 @@ def test_averagers_with_different_options_average_one_model_side_by_side():
             pass
         averager(torch.randn(1, 3, 8, 8))
     assert model_bits(model) == before
+
+
+def test_what_an_averager_stores_is_freed_with_its_last_reference():
+    model = torch.nn.Linear(2, 2)
+    averager = polyak.average(model, "ema")
+    averager.update()
+    kept = weakref.ref(averager.core.state.stored[0].average)
+    gc.collect()
+    gc.disable()
+    try:
+        del averager
+        assert kept() is None
+    finally:
+        gc.enable()

@@ -116,8 +116,6 @@ MEANT = {
     "no settings": (lambda: polyak.SWA(5), ["got 5", "It has no settings: SWA()"]),
     "a config by position": (lambda: polyak.AveragerConfig("ema"), ["Write strategy=..."]),
     "a config of a model": (lambda: polyak.AveragerConfig(mlp()), ["config.build(model)"]),
-    "parameters()": (lambda: polyak.average(mlp().parameters()), ["generator", "not model.parameters()"]),
-    "a list of parameters": (lambda: polyak.average([*mlp().parameters()]), ["list", "not model.parameters()"]),
     "a class of modules": (lambda: polyak.average(nn.Linear), ["got the class Linear"]),
     "a whole checkpoint": (
         lambda: averager_of().load_state_dict({"averager": averager_of().state_dict(), "model": mlp().state_dict()}),

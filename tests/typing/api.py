@@ -24,6 +24,9 @@ def build(model: nn.Module, settings: dict[str, Any]) -> list[polyak.Averager]:
         polyak.average(model, buffers={"*.running_*": "copy"}, device="cpu", dtype=torch.float64),
         polyak.average(model, device=torch.device("cpu"), dtype="bfloat16", nonfinite="raise", kernel="loop"),
         polyak.average(named),
+        polyak.average(model.parameters(), dtype="model", rounding="nearest", seed=3),
+        polyak.average(model, into=model),
+        polyak.average(list(model.parameters()), into=list(model.parameters())),
         polyak.average(model, **settings),
         polyak.AveragerConfig(strategy=polyak.SWA(), every=2).build(model),
         polyak.AveragerConfig.from_file("average.toml").build(model),
@@ -35,7 +38,10 @@ def train(averager: polyak.Averager, model: nn.Module, batch: Tensor) -> None:
     averager.update()
     averager.update(model)
     averager.update(model, step=3, lr=0.1)
+    averager.update(model.parameters(), rate=0.5)
     with averager.applied():
+        model(batch)
+    with averager.applied(model):
         model(batch)
     averager.configure(decay=0.9, every=2)
     averager(batch, scale=2.0)

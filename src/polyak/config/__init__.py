@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pydantic_core import CoreSchema
 
     from polyak.engine.averager import Averager
-    from polyak.tensors.entries import Model
+    from polyak.tensors.entries import Given
 
 __all__ = ["AveragerConfig"]
 
@@ -174,16 +174,24 @@ class AveragerConfig(Options):
             raise ConfigError(message)
         write(path, text)
 
-    def build(self, model: Model) -> Averager:
+    def build(self, model: Given, *, into: Given | None = None) -> Averager:
         """Return an averager of a model.
+
+        Args:
+            model: The model.
+            into: Your own tensors that hold the average; see ``polyak.average``.
 
         Raises:
             ModelError: If the model has nothing that can be averaged.
             ConfigError: If a glob matches no tensor.
+            MismatchError: If ``into`` does not have the model's tensors.
         """
         options = Options.model_validate(self.model_dump(include={*Options.model_fields}))
         names = registry()
-        engine = Engine(model, self.strategy, options, knows=names.knows)
+        if into is not None and (self.device is not None or self.dtype != "auto"):
+            message = "into= has a device and dtypes of its own; leave device= and dtype= out, or convert its tensors"
+            raise ConfigError(message)
+        engine = Engine(model, self.strategy, options, knows=names.knows, into=into)
         if names.listens:
             engine.updater.listeners.append(names.updated)
         return engine

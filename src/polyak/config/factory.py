@@ -13,6 +13,7 @@ from polyak.engine.bank import Bank
 from polyak.errors import ArgumentError, ConfigError
 from polyak.errors.calls import explained
 from polyak.errors.formatting import brief, listed, shown
+from polyak.tensors.entries import as_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from polyak.engine.averager import Averager
     from polyak.engine.nonfinite import Nonfinite
     from polyak.kernels.select import KernelName
-    from polyak.tensors.entries import Model
+    from polyak.tensors.entries import Given
     from polyak.tensors.matching import Match
     from polyak.tensors.policies import Buffers
 
@@ -32,7 +33,7 @@ __all__ = ["average", "bank", "config_of"]
 
 @explained("Settings and options are given by name: polyak.average(model, 'ema', decay=0.999)")
 def average(  # noqa: PLR0913 - each is one axis of an average, and users complete from this signature
-    model: Model,
+    model: Given,
     strategy: AnyStrategy | AveragerConfig | os.PathLike[str] = "ema",
     *,
     start: int = 0,
@@ -44,15 +45,19 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
     match: Match | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
+    rounding: Literal["stochastic", "nearest"] = "stochastic",
+    seed: int | None = None,
     nonfinite: Nonfinite = "hold",
     kernel: KernelName = "auto",
     capturable: bool = False,
+    into: Given | None = None,
     **settings: Any,
 ) -> Averager:
     """Return an averager of a model's weights: ``average += rate * (weights - average)`` at each ``update()``.
 
     Args:
-        model: The module that is trained, wrapped (DDP, torch.compile …) or not, or a mapping of names to tensors.
+        model: The module that is trained, wrapped (DDP, torch.compile …) or not, a mapping of names to tensors, or
+            tensors in order such as ``model.parameters()``, whose names are then "0", "1" and so on.
         strategy: A name or a class with its ``settings``, a strategy object, a mapping of a name and settings, a
             whole ``AveragerConfig``, or a config file (a path, or a name that ends in ``.toml``, ``.yaml``, ``.yml`` or
             ``.json``); a namespace or a dataclass counts as a mapping.
@@ -66,7 +71,10 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
         exclude: Globs of tensors to skip.
         match: Pair tensors by "name" or by "order". Defaults to the strategy's choice, else by name.
         device: Where the average lives. Defaults to the model's device.
-        dtype: How precisely it is stored. "auto": as the model, but float32 for shorter floats.
+        dtype: How precisely it is stored. "auto": as the model, but float32 for shorter floats. "model": as the model.
+        rounding: How averages in bfloat16 and float16 are rounded: "stochastic" keeps steps that are smaller than
+            their resolution in the mean; "nearest" loses them, as other libraries do.
+        seed: The seed of stochastic rounding. Defaults to 0.
         nonfinite: What an update does about NaN and infinities. "hold": an element whose new value would not be finite
             keeps its old one, and all others move (see ``Averager.held``). "skip": an update with any in the weights is
             skipped and counted; "raise": it raises, on a GPU at most one update later. Both read the weights once
@@ -75,12 +83,16 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
             "foreach", or the reference "loop".
         capturable: Whether ``update()`` can be part of a CUDA graph or of a compiled step (see ``Averager.advance``);
             needs ``nonfinite="hold"`` or ``"propagate"``.
+        into: Your own tensors that hold the average, in their dtypes and on their devices: a copy of the module, which
+            is ``averager.module`` then, a mapping, or a list in the order of the model's tensors. The average begins as
+            they are. Whatever is loaded or written into them is the average; they may be moved and converted.
         **settings: The strategy's own settings.
 
     Raises:
         UnknownStrategyError: If no strategy, or more than one, has that name.
         ConfigError: If a setting, an option or a glob is wrong.
         ModelError: If ``model`` has no tensors, or uninitialised, meta or sparse ones.
+        MismatchError: If ``into`` does not have the model's tensors.
 
     Often confused with: ``torch.optim.swa_utils.AveragedModel``, whose average starts with the first update
     (here: ``origin="first"``) and copies buffers (here: ``buffers="copy"``).
@@ -96,10 +108,10 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
     refuse_swapped("average", model, strategy)
     options = {
         "start": start, "every": every, "origin": origin, "buffers": buffers, "include": include, "exclude": exclude,
-        "match": match, "device": device, "dtype": dtype, "nonfinite": nonfinite, "kernel": kernel,
-        "capturable": capturable,
+        "match": match, "device": device, "dtype": dtype, "rounding": rounding, "seed": seed, "nonfinite": nonfinite,
+        "kernel": kernel, "capturable": capturable,
     }  # fmt: skip
-    return config_of(strategy, options, settings, "average(): the settings").build(model)
+    return config_of(strategy, options, settings, "average(): the settings").build(model, into=into)
 
 
 def config_of(
@@ -139,11 +151,11 @@ def _beside(config: AveragerConfig | Mapping[str, Any], given: Mapping[str, Any]
 
 
 @explained("Options are given by name: polyak.bank(model, {'short': 'ema', 'mean': 'swa'}, every=10)")
-def bank(model: Model, averages: Mapping[str, AnyStrategy | AveragerConfig], **common: Any) -> Bank:
+def bank(model: Given, averages: Mapping[str, AnyStrategy | AveragerConfig], **common: Any) -> Bank:
     """Return several averages of one model that are updated together: the weights are read once for all of them.
 
     Args:
-        model: The module that is trained, wrapped or not, or a mapping of names to tensors.
+        model: The module that is trained, wrapped or not, a mapping of names to tensors, or tensors in order.
         averages: For each average its name in the bank, and what ``polyak.average`` takes: the name of a strategy, a
             class or an object, a mapping of its name, settings and options (``{"name": "ema", "every": 10}``), or an
             ``AveragerConfig``.
@@ -166,6 +178,7 @@ def bank(model: Model, averages: Mapping[str, AnyStrategy | AveragerConfig], **c
         ...     y = model(torch.zeros(2, 3))
     """
     refuse_swapped("bank", model, averages)
+    model = as_model(model)
     if not isinstance(averages, AveragerConfig):
         averages = plain_mapping(averages)
     if not isinstance(averages, Mapping):
@@ -189,7 +202,7 @@ def bank(model: Model, averages: Mapping[str, AnyStrategy | AveragerConfig], **c
     return Bank(made)
 
 
-def _average(model: Model, wanted: AnyStrategy | AveragerConfig, common: Mapping[str, Any]) -> Averager:
+def _average(model: Given, wanted: AnyStrategy | AveragerConfig, common: Mapping[str, Any]) -> Averager:
     own = wanted.named() if isinstance(wanted, AveragerConfig) else plain_mapping(wanted)
     if not isinstance(own, dict):
         return average(model, wanted, **common)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from polyak.strategy.base import Strategy
     from polyak.strategy.profile import Profile
-    from polyak.tensors.entries import Model
+    from polyak.tensors.entries import Given
 
 __all__ = ["Averager", "refuse_other"]
 
@@ -124,16 +124,26 @@ class Averager(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever the model returns
         """Return the forward pass through the average, without touching the model: ``module(*args, **kwargs)``."""
 
-    def update(self, model: Model | None = None, *, step: int | None = None, lr: float | None = None) -> None:
+    def update(
+        self,
+        model: Given | None = None,
+        *,
+        step: int | None = None,
+        lr: float | None = None,
+        rate: float | None = None,
+    ) -> None:
         """Move the average towards the current weights. Call it once per optimiser step.
 
         Args:
             model: The model. Defaults to the averager's own. Wrappers make no difference.
             step: The optimiser step, an integer (numpy's and torch's too). Defaults to a count of the calls.
             lr: The learning rate, a finite number, for strategies that use it.
+            rate: The rate of this update, from 0 to 1, in place of the strategy's: ``1 - decay`` of an EMA. It is
+                recorded, so that the profile and every synthesis know it.
 
         Raises:
-            ConfigError: If ``step`` is no integer from 0 to 2**63 - 1, or ``lr`` no finite number.
+            ConfigError: If ``step`` is no integer from 0 to 2**63 - 1, ``lr`` no finite number, or ``rate`` no number
+                from 0 to 1, or the strategy moves several tensors by rates of its own.
             AppliedError: If the model holds the average now (inside ``applied()``).
             MismatchError: If the model lost, gained, renamed, reordered or reshaped parameters, or averaged buffers.
             RateError: If the strategy returned no finite number in [0, 1].
@@ -188,8 +198,11 @@ class Averager(Protocol):
             0.99
         """
 
-    def applied(self) -> AbstractContextManager[None]:
-        """Return a context in which the model computes with the average. The original weights are restored on exit.
+    def applied(self, model: Given | None = None) -> AbstractContextManager[None]:
+        """Return a context in which a model computes with the average. The original weights are restored on exit.
+
+        Args:
+            model: The model. Defaults to the averager's own.
 
         Contexts nest, and restore the same bits after exceptions. Parameters, gradients and optimiser state stay the
         same objects. Needs extra memory for one tensor, and for copies of averages that are stored in another dtype.
@@ -201,11 +214,13 @@ class Averager(Protocol):
         One thread, or one task of an event loop, computes with the average; other threads wait until it has left.
 
         Raises:
-            AppliedError: If another task is inside, or another thread that this one cannot wait for; on leaving, if
-                tensors got another shape or dtype inside. The original weights are restored.
+            AppliedError: If another task is inside, or another thread that this one cannot wait for, or another model
+                computes with the average; on leaving, if tensors got another shape or dtype inside. The original
+                weights are restored.
+            MismatchError: If ``model`` has other tensors.
         """
 
-    def copy_to(self, model: Model | None = None) -> None:
+    def copy_to(self, model: Given | None = None) -> None:
         """Overwrite a model's weights with the average.
 
         Args:

@@ -21,6 +21,7 @@ from polyak.errors import AttributeAccessError, UnknownAverageError
 from polyak.errors.attributes import AttributeHints
 from polyak.errors.calls import explained
 from polyak.errors.formatting import shown
+from polyak.tensors.entries import as_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from polyak.engine.engine import Engine
     from polyak.engine.passes import Pass
     from polyak.engine.plan.plan import Plan
-    from polyak.tensors.entries import Model
+    from polyak.tensors.entries import Given, Model
 
 __all__ = ["Bank"]
 
@@ -97,7 +98,7 @@ class Bank(AttributeHints, Mapping[str, "Averager"]):
     def __repr__(self) -> str:
         return f"<bank of {', '.join(f'{name}: {averager!r}' for name, averager in self.items())}>"
 
-    def update(self, model: Model | None = None, *, step: int | None = None, lr: float | None = None) -> None:
+    def update(self, model: Given | None = None, *, step: int | None = None, lr: float | None = None) -> None:
         """Take the weights as they are now into every average; call it once per real optimiser step.
 
         Args:
@@ -108,6 +109,7 @@ class Bank(AttributeHints, Mapping[str, "Averager"]):
         Raises:
             PolyakError: If ``Averager.update`` would raise. No average has changed then.
         """
+        model = None if model is None else as_model(model)
         if recording() or any(engine.updater.announced for engine in self._averagers.values()):
             for engine in self._averagers.values():
                 engine.update(model, step=step, lr=lr)
@@ -164,9 +166,9 @@ class Bank(AttributeHints, Mapping[str, "Averager"]):
             engine.updater.guards += by
 
     @explained("Name the average: bank.applied('mean')")
-    def applied(self, name: str) -> AbstractContextManager[None]:
-        """Return a context in which the model computes with one of the averages; see ``Averager.applied``."""
-        return self[name].applied()
+    def applied(self, name: str, model: Given | None = None) -> AbstractContextManager[None]:
+        """Return a context in which a model computes with one of the averages; see ``Averager.applied``."""
+        return self[name].applied(model)
 
     def describe(self) -> str:
         """Return in words what is done with every tensor, average by average."""

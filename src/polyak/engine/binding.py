@@ -17,6 +17,7 @@ from polyak.ranks.consensus import ranks_of
 from polyak.ranks.unresponsive import answered
 from polyak.tensors.applied_writes import complain, put_back
 from polyak.tensors.collector import collector_paused
+from polyak.tensors.entries import as_model
 from polyak.tensors.growth import Growth, settled, with_past
 from polyak.tensors.owner import Owner
 from polyak.tensors.policies import Policy, policies
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from polyak.engine.options import Options
     from polyak.engine.state import State
     from polyak.tensors.adapter import Adapter
-    from polyak.tensors.entries import Entry, Model
+    from polyak.tensors.entries import Entry, Given, Model
+    from polyak.tensors.home import Home
     from polyak.tensors.storage import Stored
 
 __all__ = ["Binding"]
@@ -47,20 +49,25 @@ class Binding:
         model: The averager's own model without wrappers; None after unpickling.
         plan: The last plan; that of the applied model while the average is applied.
         handed_out: The modules that compute with the average.
+        home: The user's tensors that hold the average, if it lives there.
         lock: Held while the averages, or the model's values for them, are written or copied.
     """
 
-    def __init__(self, model: Model | None, options: Options, adapter: Adapter | None = None) -> None:
+    def __init__(
+        self, model: Given | None, options: Options, adapter: Adapter | None = None, home: Home | None = None
+    ) -> None:
         if isinstance(model, nn.Module):
             refuse_sharded(model)  # with its wrappers
         self._wrappers: WeakSet[nn.Module] = WeakSet()
-        self.model = None if model is None else self.root(model)
         self.plan: Plan | None = None
+        self.model = None if model is None else self.root(model)
         self.handed_out: WeakSet[nn.Module] = WeakSet()
         self._growth = Growth()
+        self._applied: Plan | None = None
         self.lock = threading.RLock()
         self._options = options
         self._given = adapter
+        self.home = home
 
     def allocate(self, slots: Sequence[str]) -> list[Stored]:
         """Return new storage for the model's tensors, with these slots, holding their values now, and plan for it."""
@@ -78,7 +85,8 @@ class Binding:
             check_available(options.kernel)
             kept = [(entry, policy) for entry, policy in zip(entries, chosen, strict=True) if policy != "skip"]
             stored = allocate(kept, slots, device=as_device(options.device), dtype=as_dtype(options.dtype))
-            self.plan = Plan(self.own(), stored, [entry for entry, _ in kept], options.kernel, adapter)
+            stored = self._housed(stored, entries)
+            self.plan = Plan(self.own(), stored, [entry for entry, _ in kept], options, adapter)
             self.follow(options)
             return stored
 
@@ -121,12 +129,14 @@ class Binding:
                 self.planned(self.model, state)
         return self._growth.optional(copied=self._options.buffers in ("copy", "skip"))
 
-    def root(self, model: Model | None) -> Model:
+    def root(self, model: Given | None) -> Model:
         """Return a given model without wrappers, or the averager's own."""
         if model is None:
             return self.own()
         if not isinstance(model, nn.Module):
-            return model
+            given = as_model(model)
+            # Tensors that are given in order are new names for the same ones at each call.
+            return self.plan.model if self.plan is not None and self.plan.watch.holds(given) else given
         root = root_of(model)
         if root is not model:
             self._wrappers.update(broadcasters(model))
@@ -144,11 +154,34 @@ class Binding:
         Tensors that were tied, untied or moved to another device since are followed in the state's storage, and so are
         buffers that came, went or changed shape. A model that is not to be adopted is only written to.
         """
+        self.rehouse(state)
         plan = self.plan
         if plan is None or not plan.is_current(root):
             plan = self._plan(root, state, adopt=adopt)
         plan.refresh()
         return plan
+
+    def rehouse(self, state: State) -> None:
+        """Follow the average to where its user has moved it."""
+        if self.home is not None and self.home.moved():
+            self.home.look()
+            state.stored, self.plan = self.home.housed(state.stored), None
+
+    def _housed(self, stored: list[Stored], entries: Sequence[Entry]) -> list[Stored]:
+        """Return what is stored with its averages in the user's tensors, where they live there.
+
+        Raises:
+            ConfigError: If the model is sharded.
+            MismatchError: If the user's tensors are not those of the model, or share their memory.
+        """
+        if self.home is None:
+            return stored
+        if any(entry.spread for entry in entries):
+            message = "into= does not go with a sharded model, whose averages are spread like its parameters"
+            raise ConfigError(message)
+        housed = self.home.housed(stored)
+        refuse_average(entries, housed, handed_out=False)
+        return housed
 
     def _plan(self, root: Model, state: State, *, adopt: bool) -> Plan:
         plan, adapter = self.plan, self.adapter(root)
@@ -163,7 +196,8 @@ class Binding:
         bound = plan.bound() if plan is not None and plan.model is root else {}
         place = as_device(options.device), as_dtype(options.dtype)
         stored, restarted = self._growth.paired(root, kept, state.stored, bound, options.match or "name", place)
-        plan = Plan(root, stored, [entry for entry, _ in kept], options.kernel, adapter)
+        stored = self._housed(stored, entries)
+        plan = Plan(root, stored, [entry for entry, _ in kept], options, adapter)
         if adopt:
             self._growth.warn(restarted)
             self._growth.look(root)
@@ -196,13 +230,21 @@ class Binding:
         return [places.get(id(s.average), s.average).detach() for s in stored]
 
     @contextmanager
-    def applied(self, planned: Callable[[], Plan]) -> Iterator[None]:
-        """Swap the values in for the first context of an owner and out after the last one, whatever happens."""
-        swap, plan, user, failed = self._swap, self.plan, object(), True
+    def applied(self, planned: Callable[[], Plan], root: Model | None = None) -> Iterator[None]:
+        """Swap the values in for the first context of an owner and out after the last one, whatever happens.
+
+        Args:
+            planned: Returns the plan of the model.
+            root: The model, where it was named; contexts inside of this one are of the same model.
+        """
+        swap, plan, user, failed = self._swap, self._applied, object(), True
         if swap is not None and plan is not None and swap.owner.covers(Owner.current()):
+            if root is not None and root is not plan.model:
+                message = "applied(model) while another model computes with the average; leave that context first"
+                raise AppliedError(message)
             around: AbstractContextManager[None] = nullcontext()
         else:
-            plan = self.ready(planned)
+            plan = self._applied = self.ready(planned)
             swap = Swap(self, [s.average for s in plan.stored], plan.live)
             around = _naming_lost_ranks(plan)
         try:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from polyak.errors import ConfigError
 from polyak.errors.formatting import shown
 from polyak.strategy.clock import Clock
 from polyak.strategy.numbers import LARGEST, as_integer, as_number
 
-__all__ = ["Progress", "Tick", "given_lr", "given_step", "tick"]
+if TYPE_CHECKING:
+    from polyak.strategy.base import Strategy
+
+__all__ = ["Progress", "Tick", "given_lr", "given_rate", "given_step", "tick"]
 
 
 class Progress(NamedTuple):
@@ -100,6 +103,22 @@ def given_lr(lr: object) -> float:
     number = as_number(lr)
     if number is None:
         message = f"lr: got {shown(lr)}; expected the learning rate of this step, a finite number"
+        raise ConfigError(message)
+    return number
+
+
+def given_rate(rate: object, strategy: Strategy) -> float:
+    """Return a rate that was given in place of a strategy's as a plain float.
+
+    Raises:
+        ConfigError: If ``rate`` is no number from 0 to 1, or the strategy keeps several tensors.
+    """
+    number = as_number(rate)
+    if number is None or not 0.0 <= number <= 1.0:
+        message = f"rate: got {shown(rate)}; expected a number from 0 (the average stays) to 1 (it is replaced)"
+        raise ConfigError(message)
+    if strategy.slots():
+        message = f"rate: the strategy {strategy.name!r} moves several tensors by rates of its own; leave rate= out"
         raise ConfigError(message)
     return number
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from polyak.strategy.base import Strategy
     from polyak.strategy.profile import Profile
     from polyak.tensors.adapter import Adapter
-    from polyak.tensors.entries import Model
+    from polyak.tensors.entries import Given
+    from polyak.tensors.home import Home
 
 __all__ = ["Core"]
 
@@ -58,18 +59,19 @@ class Core:
         self.strategy, self.options, self.binding, self.knows = strategy, options, binding, knows
         self.pending: Unsettled | None = None
         self.warned: set[str] = set()
-        self.holds = Holds(self.warn)
+        self.holds = Holds()
         self.built: list[int] | None = None
         self._settled = state
 
     @classmethod
     def of(
         cls,
-        model: Model,
+        model: Given,
         strategy: Strategy,
         options: Options | None,
         knows: Callable[[str], bool],
         adapter: Adapter | None,
+        home: Home | None = None,
     ) -> Core:
         """Return the core of a new averager of a model.
 
@@ -79,9 +81,9 @@ class Core:
         """
         settings_of(strategy)  # refused now, and not when a state is saved
         options = (options or Options()).completed(strategy)
-        binding = Binding(model, options, adapter)
+        binding = Binding(model, options, adapter, home)
         stored = binding.allocate(strategy.slots())
-        state = State(stored, Progress(), History(), skipped=0, generators=OwnGenerators())
+        state = State(stored, Progress(), History(), skipped=0, generators=OwnGenerators(seed=options.seed or 0))
         core = cls(strategy, options, binding, state, knows)
         core.built = None if binding.plan is None else writes(binding.plan.live)
         return core
@@ -138,6 +140,9 @@ class Core:
     def settle(self) -> None:
         """Copy the weights over an average that its first update will replace: until then they are the average."""
         state, root = self.state, self.binding.model
+        if self.binding.home is not None:  # the user's tensors are the average as they are
+            self.binding.rehouse(state)
+            return
         if self.options.origin != "first" or state.progress.n or root is None or self.binding.holds_average(root):
             return
         plan = self.binding.planned(root, state)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from polyak.engine.core import Core
     from polyak.engine.options import Options
     from polyak.engine.plan.plan import Plan
-    from polyak.tensors.entries import Model
+    from polyak.tensors.entries import Given
 
 __all__ = ["Captured", "recording", "refuse_recording"]
 
@@ -152,16 +152,16 @@ class _Updater(Protocol):
     @property
     def core(self) -> Core: ...
 
-    def update(self, model: Model | None, step: int | None, lr: float | None) -> None: ...
+    def update(self, model: Given | None, step: int | None, lr: float | None, rate: float | None) -> None: ...
 
 
-def _by_host(updater: _Updater, model: Model | None, step: int | None, lr: float | None) -> None:
+def _by_host(updater: _Updater, model: Given | None, step: int | None, lr: float | None, rate: float | None) -> None:
     message = (
         "a compiled step calls averager.update(), but averager.advance() was not called before the step; the update "
         "was made outside of the graph. Call averager.advance() before each compiled step."
     )
     updater.core.warn("unannounced", message)
-    updater.update(model, step, lr)
+    updater.update(model, step, lr, rate)
 
 
 def _memory(plan: Plan) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +31,7 @@ from polyak.errors import AppliedError, AttributeAccessError, StateError
 from polyak.errors.attributes import AttributeHints
 from polyak.errors.calls import explained, refuse_arguments
 from polyak.tensors.generators import OwnGenerators
+from polyak.tensors.home import Home
 from polyak.tensors.located import refuse_lost
 from polyak.tensors.storage import Stored
 
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from polyak.strategy.base import Strategy
     from polyak.strategy.profile import Profile
     from polyak.tensors.adapter import Adapter
-    from polyak.tensors.entries import Entry, Model
+    from polyak.tensors.entries import Entry, Given, Model
 
 __all__ = ["Engine"]
 
@@ -66,6 +68,7 @@ class Engine(AttributeHints, Averager):
         options: The engine's options. Defaults to ``Options()``.
         knows: Whether a strategy's name can be resolved here; a state of an unknown one loads all the same.
         adapter: How to reach the tensors of the model. Defaults to what the model asks for.
+        into: The user's own tensors that hold the average.
 
     Attributes:
         core: Its settings, its state and its hold on the model.
@@ -86,14 +89,16 @@ class Engine(AttributeHints, Averager):
 
     def __init__(
         self,
-        model: Model,
+        model: Given,
         strategy: Strategy,
         options: Options | None = None,
         *,
         knows: Callable[[str], bool] = bool,
         adapter: Adapter | None = None,
+        into: Given | None = None,
     ) -> None:
-        self._consist_of(Core.of(model, strategy, options, knows, adapter))
+        home = None if into is None else Home(into)
+        self._consist_of(Core.of(model, strategy, options, knows, adapter, home))
 
     def _consist_of(self, core: Core) -> None:
         view = View(core)
@@ -233,11 +238,17 @@ class Engine(AttributeHints, Averager):
 
     @override
     def update(
-        self, model: Model | None = None, *more: Any, step: int | None = None, lr: float | None = None, **unknown: Any
+        self,
+        model: Given | None = None,
+        *more: Any,
+        step: int | None = None,
+        lr: float | None = None,
+        rate: float | None = None,
+        **unknown: Any,
     ) -> None:
         if more or unknown:
             refuse_arguments(more, unknown)
-        self.updater.update(model, step, lr)
+        self.updater.update(model, step, lr, rate)
 
     @override
     def advance(self, *, step: int | None = None, lr: float | None = None) -> None:
@@ -276,6 +287,10 @@ class Engine(AttributeHints, Averager):
     @property
     @override
     def module(self) -> nn.Module:
+        home = self.core.binding.home
+        if home is not None and home.module is not None:
+            self.core.settle()
+            return home.module
         return self.view.module(self._evaluated())
 
     @override
@@ -284,10 +299,16 @@ class Engine(AttributeHints, Averager):
 
     @override
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self, model: Given | None = None) -> Iterator[None]:
         self._evaluated()
+        binding = self.core.binding
+        root = None if model is None else binding.root(model)
+        if root is None or root is binding.model:
+            planned = self.core.current
+        else:
+            planned = partial(binding.planned, root, self.core.state, adopt=False)
         try:
-            with self.core.binding.applied(self.core.current):
+            with binding.applied(planned, root):
                 self.view.swapped()
                 yield
         finally:
@@ -301,7 +322,7 @@ class Engine(AttributeHints, Averager):
     # Saving
 
     @override
-    def copy_to(self, model: Model | None = None) -> None:
+    def copy_to(self, model: Given | None = None) -> None:
         root = self.core.binding.root(model)
         if self.core.binding.holds_average(root):
             message = "copy_to() while the model holds the average: it gets its own weights back; leave applied() first"
@@ -356,6 +377,8 @@ class Engine(AttributeHints, Averager):
     def adopt(self, received: Received) -> None:
         """Adopt a validated state; idempotent."""
         core = self.core
+        if (home := core.binding.home) is not None:
+            received.state.stored = home.filled(received.state.stored)
         core.state, core.binding.plan = received.state, None
         core.settings = received.settings
         core.built = None
@@ -384,7 +407,9 @@ class Engine(AttributeHints, Averager):
         buffer = io.BytesIO()
         torch.save(self.state_dict(), buffer)
         about = [(s.name, s.aliases, s.kind, s.policy, s.persistent) for s in self.core.state.stored]
-        return {"strategy": self.core.strategy, "options": self.options, "about": about, "state": buffer.getvalue()}
+        saved = {"strategy": self.core.strategy, "options": self.options, "about": about, "state": buffer.getvalue()}
+        home = self.core.binding.home
+        return saved if home is None else {**saved, "into": home.given}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         raw = torch.load(io.BytesIO(saved["state"]), weights_only=False)  # a pickle within a pickle
@@ -394,10 +419,13 @@ class Engine(AttributeHints, Averager):
             Stored(name, aliases, kind, policy, averages[name], persistent=all(persistent))  # once it was not written
             for name, aliases, kind, policy, *persistent in about
         ]
-        empty = State(stored, Progress(), History(), skipped=0, generators=OwnGenerators())
         strategy, options = saved["strategy"], saved["options"]
+        empty = State(stored, Progress(), History(), skipped=0, generators=OwnGenerators(seed=options.seed or 0))
         state = parse(SavedState.of(raw), empty, strategy.slots())
-        self._consist_of(Core(strategy, options, Binding(None, options), state))
+        home = Home(saved["into"]) if "into" in saved else None
+        if home is not None:
+            state.stored = home.housed(state.stored)
+        self._consist_of(Core(strategy, options, Binding(None, options, home=home), state))
         self.loads = 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:

@@ -43,14 +43,9 @@ class _Read(NamedTuple):
 
 
 class Holds:
-    """Counts what updates held; where that is on a device it is read later, and nothing waits for it.
+    """Counts what updates held; where that is on a device it is read later, and nothing waits for it."""
 
-    Args:
-        warn: Warns of one kind of thing, once.
-    """
-
-    def __init__(self, warn: Callable[[str, str], None]) -> None:
-        self._warn = warn
+    def __init__(self) -> None:
         self._last: Held | None = None
         self._waiting: deque[_Read] = deque()
         self._messages: list[tuple[str, str]] = []
@@ -93,10 +88,14 @@ class Holds:
         self._messages.clear()
         self._last, self._holding, self._counted = None, False, 0
 
-    def warn(self) -> None:
-        """Give the warnings that are due."""
+    def warn(self, warn: Callable[[str, str], None]) -> None:
+        """Give the warnings that are due.
+
+        Args:
+            warn: Warns of one kind of thing, once. It is not kept: an averager is freed with its last reference.
+        """
         while self._messages:
-            self._warn(*self._messages.pop(0))
+            warn(*self._messages.pop(0))
 
     def _count(self, read: _Read) -> None:
         most = read.most()

@@ -28,7 +28,7 @@ _POLICIES = ("auto", "average", "copy", "skip")
 
 def _dtype_name(value: Any) -> Any:  # noqa: ANN401 - a validator takes whatever the user wrote
     found = as_dtype(value)
-    return "auto" if found is None else str(found).removeprefix("torch.")
+    return "auto" if found is None else str(found).removeprefix("torch.")  # "model" stays
 
 
 def _device_name(value: Any) -> Any:  # noqa: ANN401 - as above
@@ -68,7 +68,7 @@ _DEVICE = WithJsonSchema(
 _DTYPE = WithJsonSchema(
     {
         "anyOf": [
-            {"enum": ["auto", "float32", "float64", "bfloat16", "float16"]},
+            {"enum": ["auto", "model", "float32", "float64", "bfloat16", "float16"]},
             {"type": "string", "pattern": r"^(torch\.)?(bfloat16|float16|float32|float64|half|float|double)$"},
         ]
     }
@@ -105,7 +105,11 @@ class Options(Frozen):
     device: Annotated[str | None, BeforeValidator(_device_name), _DEVICE] = None
     """Where the average lives; None: with the model."""
     dtype: Annotated[str, BeforeValidator(_dtype_name), _DTYPE] = "auto"
-    """How precisely the average is stored; "auto": as the model, but float32 for shorter floats."""
+    """How precisely the average is stored; "auto": as the model, but float32 for shorter floats; "model": as it is."""
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """How averages in short dtypes are rounded; to the nearest they stand still once steps are small."""
+    seed: Steps | None = None
+    """The seed of what is drawn for stochastic rounding; None: 0."""
     nonfinite: Nonfinite = "hold"
     """What an update does about NaN and infinities."""
     kernel: KernelName = "auto"

@@ -108,7 +108,7 @@ def parse(saved: SavedState, current: State, slots: Sequence[str], optional: Con
             progress=Progress(**saved.progress.model_dump()),
             history=History(*saved.history),
             skipped=saved.skipped,
-            generators=OwnGenerators(saved.generators),
+            generators=OwnGenerators(saved.generators, current.generators.seed),
         )
     except StateError:
         raise

@@ -38,7 +38,7 @@ def carry_out(passes: Sequence[Pass], others: Sequence[Seen] = ()) -> None:
             update.warn()
         for one in passes:
             for update in one.updates:
-                update.updater.core.holds.warn()
+                update.updater.core.holds.warn(update.updater.core.warn)
 
 
 def whole(act: Callable[[], None]) -> None:

@@ -105,7 +105,7 @@ class Background(Pass):
         update.updater.core.pending = None
         if self._future.result():
             update.updater.announce(update)
-            update.updater.core.holds.warn()
+            update.updater.core.holds.warn(update.updater.core.warn)
             return
         update.refuse()
         update.skip()

@@ -6,9 +6,8 @@ import weakref
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
-from polyak.engine.cadence import given_lr, tick
+from polyak.engine.cadence import given_lr, given_rate, tick
 from polyak.engine.cuda_graphs import Captured, recording, refuse_recording
 from polyak.engine.doubts import LOOK, doubt_weights, replaces_start
 from polyak.engine.pending import PendingUpdate, Seen
@@ -19,7 +18,6 @@ from polyak.errors import AppliedError, ConfigError, MismatchError
 from polyak.strategy.base import checked_moves, checked_rate, checked_weight
 from polyak.strategy.clock import WatchedClock
 from polyak.tensors.modes import Untracked
-from polyak.tensors.wrappers import root_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
     from polyak.engine.plan.plan import Plan
     from polyak.strategy.base import Strategy
     from polyak.strategy.clock import Clock
-    from polyak.tensors.entries import Model
+    from polyak.tensors.entries import Given, Model
 
 __all__ = ["Updater"]
 
@@ -64,29 +62,33 @@ class Updater:
         self._captured: Captured | None = None
         self.capture()
 
-    def update(self, model: Model | None, step: int | None, lr: float | None) -> None:
+    def update(self, model: Given | None, step: int | None, lr: float | None, rate: float | None) -> None:
         """Make an update; see ``Averager.update``."""
         captured = self._captured
         if captured is not None and (captured.announced or recording()):
-            self._update_captured(captured, model, step, lr)
+            self._update_captured(captured, model, step, lr, rate)
             return
         if not self.core.options.capturable:
             refuse_recording()
         if self.sources.leave_out(lambda: self.is_own(model)):
             return
         with self.core.lock:
-            update = self.prepare(model, step, lr)
+            update = self.prepare(model, step, lr, rate)
             if isinstance(update, Seen):
                 update.commit()
             else:
                 carry_out([alone(update)])
 
-    def is_own(self, model: Model | None) -> bool:
+    def is_own(self, model: Given | None) -> bool:
         """Return whether an update of a model is one of the averager's own model."""
-        root = root_of(model) if isinstance(model, nn.Module) else model
-        return root is None or root is self.core.binding.model
+        return model is None or self.core.binding.root(model) is self.core.binding.model
 
-    def _update_captured(self, captured: Captured, model: Model | None, step: int | None, lr: float | None) -> None:
+    def _update_captured(
+        self, captured: Captured, model: Given | None, step: int | None, lr: float | None, rate: float | None
+    ) -> None:
+        if rate is not None and captured.announced:
+            message = "update(rate=...) in a captured or compiled step: advance() has put the rate that it moves by"
+            raise ConfigError(message)
         if not recording():  # the compiled step runs eagerly: advance() has counted it
             with self.core.lock:
                 self._refuse_average(self.core.binding.root(model))
@@ -94,7 +96,7 @@ class Updater:
         elif captured.announced or not torch.compiler.is_compiling():
             captured.move()
         else:
-            captured.by_host(self, model, step, lr)
+            captured.by_host(self, model, step, lr, rate)
 
     def advance(self, step: int | None, lr: float | None) -> None:
         """Count an update that a graph is about to make; see ``Averager.advance``."""
@@ -103,7 +105,7 @@ class Updater:
             whole(make)
             if isinstance(update, PendingUpdate):
                 self.announce(update)
-            self.core.holds.warn()
+            self.core.holds.warn(self.core.warn)
 
     def advancing(self, step: int | None, lr: float | None) -> tuple[PendingUpdate | Seen, Callable[[], None]]:
         """Prepare an announcement; nothing is changed."""
@@ -147,11 +149,14 @@ class Updater:
         """Whether the rate depends on the learning rate, as far as it was given one."""
         return self._reads_lr
 
-    def prepare(self, model: Model | None, step: int | None, lr: float | None) -> PendingUpdate | Seen:
+    def prepare(
+        self, model: Given | None, step: int | None, lr: float | None, rate: float | None = None
+    ) -> PendingUpdate | Seen:
         """Prepare an update; nothing is changed."""
         root = self.core.binding.root(model)
         self._refuse_average(root)
         lr = None if lr is None else given_lr(lr)
+        given = None if rate is None else given_rate(rate, self.core.strategy)
         state = self.core.state
         now = tick(state.progress, step, start=self.core.options.start, every=self.core.options.every)
         if complaint := now.complaint(state.progress):
@@ -163,7 +168,7 @@ class Updater:
         if clock.n == 1:
             for opener in self.openers:
                 opener(self.averager)
-        rate = self._rate(clock, plan)
+        rate = self._rate(clock, plan) if given is None else given
         after = state.progress.averaged_at(clock, rate, checked_weight(self.core.strategy, clock))
         self._reads_lr = self._reads_lr or (isinstance(clock, WatchedClock) and clock.is_read)
         moves = checked_moves(self.core.strategy, clock.n, rate)

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 Binder = Callable[[Lanes, "Sequence[Tensor]"], Kernel]
-CHUNKED = frozenset({"loop", "mixed", "stochastic"})
+CHUNKED = frozenset({"loop", "mixed", "stochastic", "nearest"})
 """Kernels that write some tensors after others, of one averager only."""
 
 
@@ -64,6 +64,7 @@ KERNELS: dict[str, Binder] = {
     "loop": _chunked("loop", chunked.loop, joined=False),
     "mixed": _chunked("mixed", chunked.mixed),
     "stochastic": _chunked("stochastic", chunked.stochastic),
+    "nearest": _chunked("nearest", chunked.nearest),
     "foreach": foreach.Foreach,
     "fused": _fused,
     "fastest": _fastest,
@@ -76,11 +77,13 @@ def bind(name: str, lanes: Lanes, weights: Sequence[Tensor]) -> Kernel:
     return KERNELS[name](lanes, weights)
 
 
-def kernel_for(average: Tensor, weight: Tensor, wanted: KernelName, *, copied: bool) -> str:
+def kernel_for(average: Tensor, weight: Tensor, wanted: KernelName, *, copied: bool, nearest: bool = False) -> str:
     """Return the name of the fastest kernel that a pair fits, among those that were asked for."""
     if copied:
         compiled = wanted in {"auto", "fused"} and cpu.fits_copy(average, weight) and _numba()
         return "compiled copy" if compiled else "copy"
+    if nearest and average.dtype in SHORT:
+        return "nearest"
     same = average.dtype == weight.dtype and average.device == weight.device
     if wanted in {"auto", "fused"} and _fused_fits(average, weight):
         # Short averages draw other numbers in each kernel; of a device, a call ends before its work does.

@@ -95,7 +95,7 @@ class OnePass:
             raise
         if isinstance(update, PendingUpdate):
             self._averager.updater.announce(update)
-            self._averager.core.holds.warn()
+            self._averager.core.holds.warn(self._averager.core.warn)
         return ""
 
     def _paired(self, plan: Plan, params: Sequence[Tensor]) -> _Pairing:

@@ -103,6 +103,9 @@ class Recorder:
         keep = None if keep is None else given_integer("keep", keep, 1)
         safetensors()
         short = as_dtype(dtype)
+        if short == "model":
+            message = "dtype='model': snapshots are written in one dtype; expected 'auto' or a dtype such as 'bfloat16'"
+            raise ConfigError(message)
         # A script may change its directory.
         self.directory, self._every = as_path(directory, "the folder of a Recorder").absolute(), every
         self._engines = engines_of(averager)

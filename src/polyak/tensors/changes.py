@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import chain
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from polyak.tensors.entries import PLAIN, STRIDED, Model
 from polyak.tensors.located import Located, Storages, plain, refuse_freed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 __all__ = ["ChangeDetector"]
 
@@ -46,6 +47,10 @@ class ChangeDetector:
         refuse_freed(self._located.tensors)
         self._storages = Storages(stored)
         self.epoch = 0
+
+    def holds(self, model: Model) -> bool:
+        """Return whether a mapping has the tensors of the model, which is one too, under the same names in order."""
+        return isinstance(self._contents, _Items) and self._contents.same(model)
 
     def unchanged(self) -> bool:
         """Return whether the same places hold the same tensors in the same layout, and the same ones share memory.
@@ -132,7 +137,13 @@ class _Items:
 
     def unchanged(self) -> bool:
         """Return whether the same tensors have the same names, in the same order."""
-        return [*self._model.keys()] == self._keys and all(map(is_, self._model.values(), self.values))
+        return self.same(self._model)
+
+    def same(self, model: Model) -> bool:
+        """Return whether a mapping has the same tensors under the same names, in the same order."""
+        if not isinstance(model, Mapping):
+            return False
+        return [*model.keys()] == self._keys and all(map(is_, model.values(), self.values))
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:

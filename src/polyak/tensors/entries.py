@@ -22,11 +22,13 @@ __all__ = [
     "PLAIN",
     "STRIDED",
     "Entry",
+    "Given",
     "Kind",
     "Location",
     "Model",
     "address",
     "addressed",
+    "as_model",
     "identity",
     "modules_of",
     "vacant",
@@ -34,6 +36,8 @@ __all__ = [
 ]
 
 Kind = Literal["parameter", "buffer"]
+Given = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
+"""What users give as a model."""
 Model = nn.Module | Mapping[str, Tensor]
 
 PLAIN = frozenset({Tensor, nn.Parameter})
@@ -81,6 +85,14 @@ class Entry(NamedTuple):
 
     def __hash__(self) -> int:
         return id(self)
+
+
+def as_model(given: Given) -> Model:
+    """Return what was given as a model: tensors in order, such as ``model.parameters()``, by their numbers as names."""
+    if isinstance(given, (nn.Module, Mapping, str, type, Tensor)) or not isinstance(given, Iterable):
+        return given  # type: ignore[return-value]  # what is no model is refused by the walk
+    tensors = [*given]
+    return {str(number): tensor for number, tensor in enumerate(tensors)}
 
 
 def walk(model: Model) -> list[Entry]:
@@ -133,14 +145,11 @@ def _tensors_of(model: Model) -> Iterator[Entry]:
         return
     if not isinstance(model, Mapping):
         got = f"the class {model.__name__}" if isinstance(model, type) else type_name(model)
-        # Such are parameters(), and lists of them.
-        parts = isinstance(model, Iterable) and not isinstance(model, (str, type, Tensor))
-        hint = "; pass the model itself, not model.parameters()" * parts
-        message = f"a model is a torch.nn.Module or a mapping of names to tensors; got {got}{hint}"
+        message = f"a model is a torch.nn.Module, a mapping of names to tensors, or tensors in order; got {got}"
         raise ModelError(message)
     for name, tensor in model.items():
         if not isinstance(tensor, Tensor):
-            message = f"a mapping given as a model maps names to tensors; got {type(tensor).__name__} at {name!r}"
+            message = f"what is given as a model holds tensors; got {type_name(tensor)} at {name!r}"
             raise ModelError(message)
         kind: Kind = "parameter" if tensor.is_floating_point() or tensor.is_complex() else "buffer"
         yield Entry(name, kind, tensor, (Location(model, name, name, tensor),), (name,))

@@ -21,17 +21,22 @@ class OwnGenerators:
     Saved states wait as plain tensors until then, so that a state made on a GPU loads where there is none; one that
     was saved on another device of the same type continues here.
 
+    Args:
+        saved: The state of each generator, by the name of its device.
+        seed: What generators that are made later begin with.
+
     Attributes:
         update: The number of the update that draws.
+        seed: The seed.
 
     Raises:
         TypeError: If a saved state is not a tensor of bytes.
         RuntimeError: If a key names no device, or a value is not a state of a CPU's generator.
     """
 
-    def __init__(self, saved: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, saved: Mapping[str, Tensor] | None = None, seed: int = 0) -> None:
         self._saved = {torch.device(name): state for name, state in (saved or {}).items()}
-        self.update = 0
+        self.update, self.seed = 0, seed
         self._made: dict[torch.device, torch.Generator] = {}
         for device, state in self._saved.items():
             if not isinstance(state, torch.Tensor) or state.dtype != torch.uint8:
@@ -45,7 +50,7 @@ class OwnGenerators:
     def __call__(self, device: torch.device) -> torch.Generator:
         """Return the generator of a device."""
         if device not in self._made:
-            generator = torch.Generator(device).manual_seed(0)
+            generator = torch.Generator(device).manual_seed(self.seed)
             alike = [state for other, state in self._saved.items() if other.type == device.type]
             if device in self._saved or alike:
                 generator.set_state(self._saved.get(device, *alike[:1]).cpu())
@@ -57,7 +62,7 @@ class OwnGenerators:
 
         They depend on nothing but the update and the part, so that a resume needs nothing, on however many ranks.
         """
-        seed = crc32(f"{self.update} {part}".encode())
+        seed = crc32(f"{self.update} {part}".encode(), self.seed)
         made: dict[torch.device, torch.Generator] = {}
 
         def generator(device: torch.device) -> torch.Generator:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from polyak.tensors.entries import Entry, Model
     from polyak.tensors.matching import Match
     from polyak.tensors.policies import Policy
-    from polyak.tensors.storage import Stored
+    from polyak.tensors.storage import Precision, Stored
 
 __all__ = ["Growth", "settled", "with_past"]
 
@@ -66,7 +66,7 @@ class Growth:
         stored: Sequence[Stored],
         bound: Mapping[int, int],
         match: Match,
-        place: tuple[torch.device | None, torch.dtype | None],
+        place: tuple[torch.device | None, Precision],
     ) -> tuple[list[Stored], list[str]]:
         """Return the storage of each entry, new where an average begins again, and the names of these averages.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from polyak.tensors.sharding.placement import Spread
 
 __all__ = [
+    "Precision",
     "Stored",
     "allocate",
     "as_device",
@@ -33,6 +34,8 @@ __all__ = [
     "unfit",
 ]
 
+Precision = torch.dtype | Literal["model"] | None
+"""How averages are stored: in a dtype, as the model is, or (None) as it is but in float32 for shorter floats."""
 LAST_DEVICE = 127
 """The largest index of a device that torch keeps."""
 _SHORT_FLOATS = {dtype for name, dtype in vars(torch).items() if name.startswith("float8")} | {
@@ -111,18 +114,20 @@ class Stored:
         return self.average, *self.slots.values()
 
 
-def as_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """Return the dtype meant by an option, or None for ``"auto"``.
+def as_dtype(dtype: str | torch.dtype) -> Precision:
+    """Return the dtype meant by an option, None for ``"auto"``, or ``"model"``.
 
     Raises:
         ConfigError: If ``dtype`` names no floating dtype.
     """
     if dtype == "auto":
         return None
+    if dtype == "model":
+        return "model"
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize == 1:
         message = (
-            f"got {shown(dtype)}; expected 'auto' (the model's, but float32 for shorter ones), "
+            f"got {shown(dtype)}; expected 'auto' (the model's, but float32 for shorter ones), 'model' (the model's), "
             "'float32', 'float64', 'bfloat16', 'float16' or one of these as a torch.dtype"
         )
         raise ConfigError(message)
@@ -152,8 +157,10 @@ def as_device(device: str | int | torch.device | None) -> torch.device | None:
     return found
 
 
-def storage_dtype(live: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+def storage_dtype(live: torch.dtype, wanted: Precision) -> torch.dtype:
     """Return the dtype an averaged tensor of dtype ``live`` is stored in."""
+    if wanted == "model":
+        wanted = None if live.is_complex or live.itemsize == 1 else live  # of these no average is kept
     if live.is_complex:
         # A complex of halves cannot be averaged.
         wide = live if wanted is None or wanted in _SHORT_FLOATS else wanted
@@ -227,7 +234,7 @@ def allocate(
     slots: Sequence[str],
     *,
     device: torch.device | None,
-    dtype: torch.dtype | None,
+    dtype: Precision,
 ) -> list[Stored]:
     """Return a tensor of its own for each entry, and one for each slot of those that are averaged, holding its value.
 

@@ -34,6 +34,7 @@ class Lane(NamedTuple):
         stored: Its stored tensors.
         live: The live tensor of each.
         kernel: The kernel it asks for.
+        nearest: Whether short averages are rounded to the nearest value, and not at random.
         watch: Knows whether the tensors were given other memory; it looks at the beginning of each call.
         agree: Makes one answer of all ranks' to whether the weights are finite; None where each decides alone.
     """
@@ -41,6 +42,7 @@ class Lane(NamedTuple):
     stored: Sequence[Stored]
     live: Sequence[Tensor]
     kernel: KernelName
+    nearest: bool
     watch: Located
     agree: Callable[[bool], bool] | None = None
 
@@ -143,7 +145,8 @@ class _Kinds:
         layout = average.stride() == live.stride(), dense(live), live.is_neg(), live.is_conj()
         key = lane, policy, average.device, average.dtype, live.device, live.dtype, type(live), layout, alone
         if key not in self._numbers:
-            name = kernel_for(average, live, self._lanes[lane].kernel, copied=policy == "copy")
+            own = self._lanes[lane]
+            name = kernel_for(average, live, own.kernel, copied=policy == "copy", nearest=own.nearest)
             if name in CHUNKED or policy == "copy":  # which have a group for each lane
                 alone = alone or lane
             self._numbers[key] = len(self.known)

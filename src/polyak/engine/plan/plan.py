@@ -18,7 +18,7 @@ from polyak.tensors.writing import read_only
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from polyak.kernels.select import KernelName
+    from polyak.engine.options import Options
     from polyak.tensors.adapter import Adapter
     from polyak.tensors.storage import Stored
 
@@ -41,14 +41,15 @@ class Plan:
     """
 
     def __init__(
-        self, model: Model, stored: Sequence[Stored], entries: Sequence[Entry], kernel: KernelName, adapter: Adapter
+        self, model: Model, stored: Sequence[Stored], entries: Sequence[Entry], options: Options, adapter: Adapter
     ) -> None:
         self.model = model
         self.entries = list(entries)
         self.stored = list(stored)
         self.live = [entry.tensor for entry in entries]
         self.adapter = adapter
-        self._kernel, self._agree = kernel, adapter.agree(entries)
+        self._kernel, self._nearest = options.kernel, options.rounding == "nearest"
+        self._agree = adapter.agree(entries)
         self.watch = ChangeDetector(model, self.live, [tensor for s in self.stored for tensor in s.tensors])
         pairs = zip(self.stored, self.live, strict=True)
         self.offload = Offload(self.lane) if any(crosses(s.average, t) for s, t in pairs) else None
@@ -61,7 +62,7 @@ class Plan:
     @property
     def lane(self) -> Lane:
         """What an update needs to know of it."""
-        return Lane(self.stored, self.live, self._kernel, self.watch, self._agree)
+        return Lane(self.stored, self.live, self._kernel, self._nearest, self.watch, self._agree)
 
     @cached_property
     def moves(self) -> Moves:

@@ -19,7 +19,7 @@ from polyak.kernels.eager.scratch import CHUNK, scratch
 if TYPE_CHECKING:
     from polyak.kernels.base import Generators
 
-__all__ = ["Chunked", "loop", "mixed", "stochastic"]
+__all__ = ["Chunked", "loop", "mixed", "nearest", "stochastic"]
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 Move = Callable[[Pairs, float, "Generators"], None]
@@ -124,13 +124,25 @@ def stochastic(pairs: Pairs, rate: float, generators: Generators) -> None:
     Without it steps below the dtype's resolution are lost: a bfloat16 average at decay 0.9999 never moves.
     """
     averages = [average for average, _ in pairs]
-    exact, new = (memory(averages, torch.float32, use) for use in ("averages", "weights"))
-    copy_all(_in_order(exact, averages), averages)
-    copy_all(_in_order(new, averages), [weight for _, weight in pairs])
-    exact.lerp_(new, rate)
+    exact = _exact(pairs, averages, rate)
     generator = generators(exact.device)
     rounded = _cut_bits(exact, generator) if averages[0].dtype == torch.bfloat16 else _choose(exact, generator)
     copy_all(averages, _in_order(rounded, averages))
+
+
+def nearest(pairs: Pairs, rate: float, generators: Generators) -> None:
+    """Move bfloat16 or float16 averages in float32, and round each to the nearest value, which may be the old one."""
+    del generators
+    averages = [average for average, _ in pairs]
+    copy_all(averages, _in_order(_exact(pairs, averages, rate), averages))
+
+
+def _exact(pairs: Pairs, averages: Sequence[Tensor], rate: float) -> Tensor:
+    """Return new values in float32, one after the other in scratch memory."""
+    exact, new = (memory(averages, torch.float32, use) for use in ("averages", "weights"))
+    copy_all(_in_order(exact, averages), averages)
+    copy_all(_in_order(new, averages), [weight for _, weight in pairs])
+    return exact.lerp_(new, rate)
 
 
 def _pieces(average: Tensor, weight: Tensor) -> list[list[tuple[Tensor, Tensor]]]:
