@@ -238,7 +238,7 @@ def test_an_error_on_another_thread_is_raised_once(many_slices, monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(fused._moving, "_work", fail)
+        patch.setattr(fused, "_move", fail)
         with pytest.raises(MemoryError):
             fused([0.5], [_generator], 0)
     fused.prepare(moved=False, hold=False)

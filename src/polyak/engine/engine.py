@@ -22,6 +22,7 @@ from polyak.engine.doubts import doubt_average, doubt_resumed
 from polyak.engine.export import averaged_state_dict, gathered, overwrite_model, whole_state
 from polyak.engine.history import History, Identity
 from polyak.engine.metrics import metrics
+from polyak.engine.options import Options
 from polyak.engine.schema import SavedState
 from polyak.engine.settings import Settings, advice, configured, resumed
 from polyak.engine.state import State, dump, parse
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from polyak.engine.options import Options
     from polyak.engine.plan.plan import Plan
     from polyak.engine.sources import Sources
     from polyak.strategy.base import Strategy
@@ -419,7 +419,8 @@ class Engine(AttributeHints, Averager):
             Stored(name, aliases, kind, policy, averages[name], persistent=all(persistent))  # once it was not written
             for name, aliases, kind, policy, *persistent in about
         ]
-        strategy, options = saved["strategy"], saved["options"]
+        strategy = saved["strategy"]
+        options = Options.model_validate(vars(saved["options"]))  # one of an older release lacks what came later
         empty = State(stored, Progress(), History(), skipped=0, generators=OwnGenerators(seed=options.seed or 0))
         state = parse(SavedState.of(raw), empty, strategy.slots())
         home = Home(saved["into"]) if "into" in saved else None

@@ -38,7 +38,7 @@ class _Read(NamedTuple):
 
     def most(self) -> int:
         """Return how many elements the move held that held most; waits for the devices."""
-        counts = map(int, self.counts.read())
+        counts = (int(count.numpy()) for count in self.counts.read())  # int() of a tensor would ask a device
         return max((sum(next(counts) for _ in own) for own in self.held.moves), default=0)
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["State", "dump", "parse"]
 
 _SHOWN = 6
+_LATER = {"rounding": "stochastic", "seed": None}
+"""Options that older files lack, and their defaults: distributed checkpoints refuse keys that a file does not have."""
 
 
 @dataclass
@@ -53,14 +55,14 @@ def dump(state: State, holding: Sequence[Tensor], strategy: Strategy, options: O
         strategy: The strategy.
         options: The engine's options.
     """
-    kind = variant(strategy)
+    kind, config = variant(strategy), options.model_dump(mode="json")
     return {
         "format": FORMAT,
         **({"class": kind} if kind else {}),
         "n": state.progress.n,
         "step": state.progress.step,
         "strategy": settings_of(strategy),
-        "config": options.model_dump(mode="json"),
+        "config": {name: value for name, value in config.items() if name not in _LATER or value != _LATER[name]},
         "slots": {
             "average": {s.name: s.whole(t.detach().clone()) for s, t in zip(state.stored, holding, strict=True)},
             **{

@@ -165,7 +165,7 @@ class Deferred(Pass):
             if self.counted or self._sent is None:
                 return
             (found,) = self._sent.read()
-            self._made.finite = not found.any()
+            self._made.finite = not found.numpy()[0]
             whole(self._count)
         with ExitStack() as stack:  # a listener that fails keeps none of the others from being called
             for update in reversed(self.updates):

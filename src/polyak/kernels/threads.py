@@ -75,12 +75,14 @@ class Slices:
     The work must release Python's lock, and may mark its slice in ``done`` as its last act: such slices are left out
     when ``run`` is called again, until they are reset.
 
+    Args:
+        count: How many slices there are.
+
     Attributes:
         done: For each slice, whether it is done.
     """
 
-    def __init__(self, work: Callable[[int], None], count: int) -> None:
-        self._work = work
+    def __init__(self, count: int) -> None:
         self._running: list[Future[None]] = []
         self._process = 0
         self.done = np.zeros(count, np.bool_)
@@ -95,17 +97,21 @@ class Slices:
         self._join()
         return int(np.count_nonzero(self.done))
 
-    def run(self) -> None:
-        """Do all slices that are not done."""
+    def run(self, work: Callable[[int], None]) -> None:
+        """Do all slices that are not done.
+
+        Args:
+            work: Does one of them, by its number. It is not kept: its owner is freed with its last reference.
+        """
         self._join()
         if len(self.done) == 1:  # small models: what a single slice does not need takes longer than its work
             if not self.done[0]:
-                self._work(0)
+                work(0)
             return
         left = np.flatnonzero(~self.done).tolist()
         slices = iter(left)
         threads = min(torch.get_num_threads(), len(left))
-        if threads > 1 and on_team(lambda: self._take(slices), threads):
+        if threads > 1 and on_team(lambda: _take(slices, work), threads):
             return
         if threads > 1:
             _POOL.need(threads - 1)
@@ -113,16 +119,11 @@ class Slices:
             self._process = os.getpid()
             self._running = [Future() for _ in range(threads - 1)]
             for future in self._running:
-                _POOL.do(future, lambda: self._take(slices))
+                _POOL.do(future, lambda: _take(slices, work))
         try:
-            self._take(slices)
+            _take(slices, work)
         finally:
             self._join()
-
-    def _take(self, slices: Iterator[int]) -> None:
-        # Whoever is free takes the next one: a core that others use does not hold up the rest.
-        for number in slices:
-            self._work(number)
 
     def _join(self) -> None:
         if self._running:
@@ -138,3 +139,9 @@ class Slices:
                 self._running.pop().result()
             else:
                 self._running.pop()
+
+
+def _take(slices: Iterator[int], work: Callable[[int], None]) -> None:
+    # The next one goes to a thread that is free: a core that others use does not hold up the rest.
+    for number in slices:
+        work(number)

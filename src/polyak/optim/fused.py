@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
-from functools import cache, partial
+from functools import cache
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -95,9 +94,7 @@ class AdamWCPU:
         self._counters = np.array([*map(Tensor.data_ptr, steps)], np.uint64)
         self._cut = Cut(self._sizes)
         self._hold, self._held = False, np.zeros(len(self._cut.sizes), np.int64)
-        # In a cycle with its work it would keep old moments until garbage is collected.
-        me: Any = weakref.proxy(self)
-        self._slices = Slices(partial(AdamWCPU._run, me), len(self._cut.bounds))
+        self._slices = Slices(len(self._cut.bounds))
         self._written = Intervals(self._starts.ravel(), np.tile(np.array(self._sizes, np.uint64), 3))
         self.obstacle = "some of the tensors share memory" if self._written.overlap() else ""
         if len({*self._counters.tolist()}) < len(steps):
@@ -171,7 +168,7 @@ class AdamWCPU:
 
     def __call__(self) -> None:
         """Make the step, or what is left of it after an interrupted call; twice is once."""
-        self._slices.run()
+        self._slices.run(self._run)
         self._compiled.put(self._counters, self._made)
         increment_version(self._counted)
 

@@ -93,8 +93,8 @@ class FusedCPU(Checking):
         self._seeds = np.zeros(len(lanes), np.uint32)
         self._work = WorkList(lanes, weights)
         self._held = np.zeros((len(lanes), len(self._work.sizes)), np.int64)
-        self._moving = Slices(self._move, len(self._work.bounds))
-        self._checking = Slices(self._check, len(self._work.bounds))
+        self._moving = Slices(len(self._work.bounds))
+        self._checking = Slices(len(self._work.bounds))
         self._replacing: dict[int, Chunked] = {}
         self._finite = True
         self.prepare(moved=True, hold=False)
@@ -116,7 +116,7 @@ class FusedCPU(Checking):
     @override
     def finite(self) -> bool:
         self._finite = True
-        self._checking.run()
+        self._checking.run(self._check)
         return self._finite
 
     @override
@@ -129,7 +129,7 @@ class FusedCPU(Checking):
             self._seeds[:] = [0 if rate == 1 else _seed(own) for own, rate in zip(generators, self._rates, strict=True)]
             self._drawn = True
         if len(replaced) < len(self._lanes):
-            self._moving.run()
+            self._moving.run(self._move)
         # A sum would keep a NaN of the average. Twice is once.
         for number in replaced:
             self._replaced = True
@@ -194,7 +194,7 @@ class CopyCPU(Kernel):
 
         self._compiled, self._byte = loops, np.empty(0, np.uint8)
         self._work = WorkList(lanes, weights, in_bytes=True)
-        self._copying = Slices(self._copy, len(self._work.bounds))
+        self._copying = Slices(len(self._work.bounds))
         self.prepare(moved=True, hold=False)
         with compiling("numba"):
             self._copy_pieces(0, 0, np.zeros(1, np.bool_))
@@ -207,7 +207,7 @@ class CopyCPU(Kernel):
 
     @override
     def __call__(self, rates: Sequence[float], generators: Sequence[Generators], done: int) -> None:
-        self._copying.run()
+        self._copying.run(self._copy)
         increment_version(self._work.counted)
 
     @override
