@@ -20,7 +20,7 @@ from polyak.strategy.base import Strategy
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -152,11 +152,24 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
             "polyak_average", inputs, entries, lambda: Average(shares, raises=nonfinite == "raise"), told, inputs[-1],
             adapters.tensors, {**dtype_edits(inputs[-1], kind), **adapters.edits},
         )  # fmt: skip
-        make(job, request)
+        notes += _copies(inputs, make(job, request))
         notes += [*adapters.notes, *(f"{one.path.name}: {note}" for one in inputs for note in one.notes)]
         return Averaged(
             request.out, tuple(one.path for one in inputs), steps, tuple(shares), tuple(dict.fromkeys(notes))
         )
+
+
+def _copies(inputs: Sequence[Checkpoint], sums: Mapping[str, str]) -> list[str]:
+    """Return that some files are copies of others, which count twice."""
+    known: dict[tuple[str, ...], str] = {}
+    notes = []
+    for one in inputs:
+        digests = tuple(sums[str(file.path)] for file in one.raw_files()) if sums else ()
+        if digests in known:
+            notes.append(f"{one.path.name} has the same bytes as {known[digests]}, which so count twice")
+        elif digests:
+            known[digests] = one.path.name
+    return notes
 
 
 def dtype_edits(model: Checkpoint, dtype: torch.dtype | None) -> dict[str, dict[str, str]]:

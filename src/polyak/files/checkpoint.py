@@ -158,7 +158,8 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     except (OSError, ValueError):  # a name that is too long, or holds a null byte
         exists = False
     if not exists:
-        message = f"there is no file or folder {shown(str(where))}"
+        hint = "; a pattern is expanded by a shell, or by glob.glob" if set(str(where)) & set("*?[") else ""
+        message = f"there is no file or folder {shown(str(where))}{hint}"
         raise MissingFileError(message)
     if not where.is_dir():
         return _opened(where, _own(read_file(where, key), where))

@@ -100,8 +100,8 @@ class Job:
     edits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def make(job: Job, request: Request) -> None:
-    """Write a result, whole or not at all.
+def make(job: Job, request: Request) -> dict[str, str]:
+    """Write a result, whole or not at all; return the sha256 of each input file by its path, if they are taken.
 
     Raises:
         NonFiniteError: If an input has a NaN or an infinity.
@@ -109,16 +109,17 @@ def make(job: Job, request: Request) -> None:
         StateError: If a file cannot be read.
         WriteError: If the output cannot be written.
     """
+    sums: dict[str, str] = {}
 
     def fill(output: Target) -> Mapping[str, str]:
         with transfer(bytes_in(job.entries), job.kind.removeprefix("polyak_")) as progress:
             settings = Settings(request.threads, request.hashes, request.integers, progress)
-            sums = stream(job.inputs, in_order(job.entries), output, job.combine, settings)
+            sums.update(stream(job.inputs, in_order(job.entries), output, job.combine, settings))
         for name, tensor in job.fixed.items():
             real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
             output.write(name, 0, bytes_of(real.contiguous().reshape(-1)))
         if request.hashes and not job.entries:
-            sums = {str(file.path): Digest(file).finish() for one in job.inputs for file in one.raw_files()}
+            sums.update({str(file.path): Digest(file).finish() for one in job.inputs for file in one.raw_files()})
         return texts_of(job.kind, job.inputs, job.told, sums, hashes=request.hashes, model=job.model)
 
     texts = texts_of(job.kind, job.inputs, job.told, None, hashes=request.hashes, model=job.model)
@@ -128,6 +129,7 @@ def make(job: Job, request: Request) -> None:
     tensors.sort(key=lambda tensor: order.get(tensor[0], len(order)))
     tied = {name: entry.names[0] for entry in job.entries for name in entry.names[1:]}
     write_result(request.out, tensors, tied, job.model, request.shard_size, fill, texts, job.edits)
+    return sums
 
 
 def in_order(entries: Sequence[Entry]) -> list[Entry]:

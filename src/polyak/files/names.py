@@ -17,6 +17,7 @@ _ANYWHERE = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpo
 _FIRST = "module."
 _COUNTERS = {"n_averaged"}  # what AveragedModel keeps beside its module
 _NUMBER = re.compile(r"\d+")
+_FRACTION = re.compile(r"\d+(?:\.\d+)+")
 _LONGEST = 200
 _DIGITS = 18
 
@@ -51,12 +52,14 @@ def near(name: str, known: Collection[str]) -> str:
 
 
 def number_in(name: str) -> int | None:
-    """Return the last number in a file's name, its type left out.
+    """Return the last whole number in a file's name, its type left out; fractions are losses, not steps.
 
     Examples:
         >>> number_in("checkpoint-1000"), number_in("epoch=3-step=1200.ckpt"), number_in("model.safetensors")
         (1000, 1200, None)
+        >>> number_in("epoch=3-loss=0.25.ckpt"), number_in("checkpoint.best_loss_3.95.pt")
+        (3, None)
     """
     stem = re.sub(r"\.(safetensors|pt|pth|bin|ckpt|tar)$", "", re.sub(r"\.tar$", "", name))
-    numbers = _NUMBER.findall(stem)
+    numbers = _NUMBER.findall(_FRACTION.sub("", stem))
     return int(numbers[-1][:_DIGITS]) if numbers else None

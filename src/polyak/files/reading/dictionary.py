@@ -19,7 +19,7 @@ __all__ = ["Chosen", "choose", "recorded_step"]
 _KEYS = ("state_dict", "model", "model_state_dict", "module", "params", "net", "weights")
 _AVERAGES = frozenset(
     {"state_dict_ema", "ema", "current_model_state", "params_ema", "model_ema", "ema_state_dict", "ema_model",
-     "model_ema_state_dict", "shadow_params", "teacher"}
+     "model_ema_state_dict", "shadow_params", "teacher", "model_avg"}
 )  # fmt: skip
 _OTHERS = frozenset(
     {"optimizer", "optimizers", "optimizer_states", "optimizer_state_dict", "optim", "opt", "optimizer_state",
@@ -27,7 +27,8 @@ _OTHERS = frozenset(
      "scheduler_state_dict", "scaler", "amp_scaler", "grad_scaler", "rng", "rng_state", "rng_states", "callbacks",
      "loops", "args", "cfg", "config", "hyper_parameters", "extra_state", "task_state", "loss", "criterion"}
 )  # fmt: skip
-_STEPS = ("global_step", "iter_num", "step", "iteration", "num_updates", "num_steps")
+_STEPS = ("global_step", "global_steps", "iter_num", "step", "iteration", "num_updates", "num_steps")
+_HISTORY = "optimizer_history"  # of fairseq: one entry for each optimiser that the run had
 _DEEPEST = 6
 _SHOWN = 12
 
@@ -90,6 +91,9 @@ def recorded_step(path: list[Mapping[Any, Any]]) -> Saved:
         for name in _STEPS:
             if name in found and not (isinstance(found[name], Mapping) or type(found[name]) in {str, bytes}):
                 return found[name]
+        history = found.get(_HISTORY)
+        if isinstance(history, list) and history and isinstance(history[-1], Mapping):
+            return history[-1].get("num_updates")
     return None
 
 
@@ -161,10 +165,13 @@ def _next(found: Mapping[Any, Any], where: str, keys: list[str], notes: list[str
         if others := [name for name in averages if name not in chosen]:
             names = listed(repr(".".join([*keys, str(name)])) for name in others)
             notes.append(f"beside the weights in {chosen[0]!r} there is an average in {names}; key= chooses it")
+        if rest := [name for name in raw if name not in chosen]:
+            names = listed(repr(".".join([*keys, str(name)])) for name in rest)
+            notes.append(f"left out: further tensors in {names}; key= chooses them")
         return chosen[0]
     if not chosen:
-        inside = listed(map(repr, list(found)[:_SHOWN])) or "nothing"
-        message = f"{where} holds no dictionary of tensors; there are {inside}"
+        inside = listed(map(repr, list(found)[:_SHOWN]))
+        message = f"{where} holds no dictionary of tensors; " + (f"its keys are {inside}" if inside else "it is empty")
         raise StateError(message)
     names = " or ".join(repr(".".join([*keys, str(name)])) for name in chosen[:_SHOWN])
     message = f"{where} holds several dictionaries of tensors; choose one by key (--key): {names}"

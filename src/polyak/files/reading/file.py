@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from polyak.errors import ConfigError, StateError
-from polyak.errors.formatting import shortened
+from polyak.errors.formatting import shortened, shown
 from polyak.files.reading.dictionary import choose, recorded_step
 from polyak.files.reading.found import Found
 from polyak.files.reading.meanings import View
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["read_file"]
 
+_PARTITIONED = "param_shapes"  # what DeepSpeed keeps of the whole tensors
 _SHOWN = 6
 _STEPS = ("step", "global_step", "iter_num")
 
@@ -72,6 +73,13 @@ def _read(file: RawFile, where: str, key: str | None) -> Found:
 def _from_archive(archive: Archive, kind: str, where: str, key: str | None) -> Found:
     chosen = choose(archive.value, where, key)
     tensors = {name: archive.stored(view) for name, view in chosen.tensors.items()}
+    empty = [name for name, view in chosen.tensors.items() if 0 in view.shape]
+    if empty and any(_PARTITIONED in found for found in chosen.path):
+        message = (
+            f"{where} is of one rank of DeepSpeed's ZeRO stage 3: {shown(empty[0])} has no values in it. Gather the "
+            "weights first, by zero_to_fp32.py in the folder of the checkpoint"
+        )
+        raise StateError(message)
     step = recorded_step(chosen.path)
     if isinstance(step, View):
         step = _value(archive.stored(step))

@@ -108,7 +108,9 @@ def _single(folder: Path, weights: list[Path]) -> Path:
         return chosen or weights[0]
     if weights:
         names = shortened([path.name for path in weights], _SHOWN, ", ")
-        message = f"{str(folder)!r} holds several files of weights and no index: {names}. Give the files themselves"
+        ranks = any("rank" in path.name for path in weights)
+        cure = "Gather the shards of all ranks first" if ranks else "Give the files themselves"
+        message = f"{str(folder)!r} holds several files of weights and no index: {names}. {cure}"
         raise StateError(message)
     below = sorted(path.name for path in folder.iterdir() if path.is_dir() and _is_checkpoint(path))
     if below:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Protocol
 
 from polyak.errors import ConfigError, PolyakError, WriteError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TYPES", "Target", "check_spared", "is_file", "write_result"]
 
+_SIMILAR = 0.8  # of the letters
 TYPES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -71,6 +73,9 @@ def check_spared(out: Path, checkpoints: Sequence[Checkpoint]) -> None:
     folders = any(checkpoint.path.is_dir() for checkpoint in checkpoints)
     if not is_file(out) and not folders:
         message = f"the output {str(out)!r} has the type {out.suffix or '(none)'!r}; expected one of {', '.join(TYPES)}"
+        raise ConfigError(message)
+    if similar := [] if is_file(out) else get_close_matches(out.suffix.lower(), TYPES, 1, _SIMILAR):
+        message = f"the output {str(out)!r} has the type {out.suffix!r}; did you mean {similar[0]!r}?"
         raise ConfigError(message)
     if is_file(out):
         check_target(out)
