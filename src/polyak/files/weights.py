@@ -166,8 +166,8 @@ def _given(numbers: list[float], count: int, *, normalize: bool) -> list[float]:
 def _of_strategy(strategy: Strategy, steps: list[int]) -> list[float]:
     """Return the shares of a strategy whose first update is the first file, which replaces whatever was before.
 
-    They are those of an averager with ``origin="first"`` and ``every`` the distance of the first two files, which stands
-    for the distance before the first one, too.
+    They are those of an averager with ``origin="first"`` whose ``every`` is the distance of the first two files: it
+    stands for the distance before the first one, too.
     """
     stride = steps[1] - steps[0] if len(steps) > 1 else 1
     updates = Updates(np.array(steps, np.int64), stride, counted=False)
