@@ -55,7 +55,7 @@ def at_line(modules: tuple[ModuleType | Path, ...], k: int | None = None) -> Ite
     """Raise KeyboardInterrupt once, at the k-th line that is run in these modules or folders; yields the lines seen.
 
     The line of a with statement is run again when its block ends, before ``__exit__``: Python acts on no Ctrl-C there,
-    and an exception would leave a lock taken for all tests that follow.
+    and an exception would leave a lock taken for all tests that follow. Nor does anything come out of ``__del__``.
     """
     files = tuple(str(module) if isinstance(module, Path) else str(module.__file__) for module in modules)
     seen: list[str] = []
@@ -69,7 +69,8 @@ def at_line(modules: tuple[ModuleType | Path, ...], k: int | None = None) -> Ite
         return local
 
     def tracer(frame: FrameType, event: str, arg: object):
-        return local if frame.f_code.co_filename.startswith(files) else None
+        dying = any(one.f_code.co_name == "__del__" for one in (frame, frame.f_back) if one is not None)
+        return local if frame.f_code.co_filename.startswith(files) and not dying else None
 
     before = sys.gettrace()
     sys.settrace(tracer)
