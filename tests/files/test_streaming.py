@@ -76,6 +76,7 @@ def test_ctrl_c_leaves_nothing_wherever_it_comes(run, tmp_path, left):
     out = tmp_path / "o.safetensors"
     folder = Path(polyak.__file__).parent / "files"
     files.average(run, out=out)  # imports what only the first call does
+    out.unlink()
     with at_line((folder,)) as lines:
         files.average(run, out=out)
     out.unlink()

@@ -80,8 +80,8 @@ class RawFile:
         """Close it; idempotent."""
         if self._kept >= 0:
             RawFile._open_now -= 1
-            os.close(self._kept)
-            self._kept = -1
+            kept, self._kept = self._kept, -1  # Ctrl-C after the close must not let it be closed twice
+            os.close(kept)
 
     def __del__(self) -> None:
         self.close()
