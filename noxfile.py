@@ -144,6 +144,14 @@ def integrations(session: nox.Session) -> None:
     trainers(session, *session.posargs)
 
 
+@nox.session
+def mergekit(session: nox.Session) -> None:
+    """Compare the merges with mergekit's own, which brings transformers and more."""
+    install(session, "--group=integrations")
+    session.install("mergekit>=0.1.4")
+    trainers(session, "-k", "mergekit", *session.posargs)
+
+
 def trainers(session: nox.Session, *args: str) -> None:
     """Run the tests of tests/integrations, whose configuration and filters of warnings are their own."""
     workers = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadscope"]

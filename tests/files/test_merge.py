@@ -27,7 +27,8 @@ VARIANTS = [
     *(("dare", {"density": 0.5, "rescale": r, "then": t})
       for r, t in product(("density", "l1", "none"), ("linear", "ties"))),
     *(("della", {"rescale": r, "then": t}) for r, t in product(("density", "l1", "none"), ("linear", "ties"))),
-    ("slerp", {"scope": "model"}), ("nuslerp", {"scope": "row"}), ("model_stock", {"scope": "row"}),
+    ("slerp", {"scope": "model"}), ("nuslerp", {"scope": "row"}), ("nuslerp", {"scope": "column"}),
+    ("model_stock", {"scope": "row"}),
     ("geometric_median", {"scope": "model"}), ("breadcrumbs", {"then": "ties"}),
 ]  # fmt: skip
 

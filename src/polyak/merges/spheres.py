@@ -78,7 +78,8 @@ class NuSlerp(Merge):
 
     With a base it is taken of what the inputs changed.
 
-    Source: mergekit's ``nuslerp``, of which ``scope="row"`` is ``nuslerp_row_wise``.
+    Source: mergekit's ``nuslerp``. ``scope="row"`` is its ``nuslerp_flatten: false``; ``scope="column"`` is that with
+    ``nuslerp_row_wise: true``, which in spite of its name goes along the first dimension.
 
     Often confused with: ``slerp``, which takes the straight line for small angles already.
     """
@@ -88,8 +89,9 @@ class NuSlerp(Merge):
     inputs: ClassVar[tuple[int, int | None]] = (2, 2)
 
     name: Literal["nuslerp"] = "nuslerp"
-    scope: Literal["tensor", "row"] = "tensor"
-    """Whether the angle is that of each tensor, or that of each row: the values along the last dimension."""
+    scope: Literal["tensor", "row", "column"] = "tensor"
+    """Whether the angle is that of each tensor, that of each row (the values along the last dimension), or that of each
+    column (those along the first)."""
 
     _LEAST: ClassVar[float] = 1e-8  # of a sine
 
@@ -99,9 +101,10 @@ class NuSlerp(Merge):
         total = about.weights[0] + about.weights[1]
         t = about.weights[1] / total if total else 0.5
         a, b = changes
-        if self.scope == "row" and a.ndim > 1:
-            sizes = [x.norm(dim=-1, keepdim=True) for x in (a, b)]
-            first, second = self._shares((a * b).sum(-1, keepdim=True), sizes[0], sizes[1], t)
+        if self.scope != "tensor" and a.ndim > 1:
+            along = -1 if self.scope == "row" else 0
+            sizes = [x.norm(dim=along, keepdim=True) for x in (a, b)]
+            first, second = self._shares((a * b).sum(along, keepdim=True), sizes[0], sizes[1], t)
             made = a.mul_(first).add_(b.mul_(second))
             return made if base is None else added(base, made, 1.0)
         first, second = self._shares(torch.dot(a.reshape(-1), b.reshape(-1)), a.norm(), b.norm(), t)
