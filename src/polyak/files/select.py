@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from polyak.errors import ConfigError, MissingFileError
@@ -69,6 +70,10 @@ def selected(
 
 def _by_step(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     found = sorted(checkpoints, key=lambda one: -1 if one.step is None else one.step)
+    for one, other in pairwise(found):
+        if one.step is not None and one.step == other.step:
+            message = f"{one.path.name!r} and {other.path.name!r} are both of step {one.step}; leave one of them out"
+            raise ConfigError(message)
     growing([one.step for one in found])
     return found
 
