@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from polyak.files.plan import Integers, Match
     from polyak.files.weights import Weights
 
-__all__ = ["Averaged", "average", "check_choice", "dtype_edits"]
+__all__ = ["Averaged", "average", "check_choice", "check_options", "dtype_edits", "notes_of"]
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,7 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
         (0.125, 0.125, 0.75) tensor([1.6250, 1.6250])
     """
     chosen = as_chosen(weights)
-    check_choice("match", match, ("same", "common"))
-    check_choice("integers", integers, ("last", "equal", "first"))
-    check_choice("nonfinite", nonfinite, ("raise", "propagate"))
+    check_options(match, integers, nonfinite)
     kind = as_dtype(dtype)
     request = Request.of(out, threads, shard_size, integers, hashes=hashes)
     with opened(files, key) as found:
@@ -152,8 +150,7 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
             "polyak_average", inputs, entries, lambda: Average(shares, raises=nonfinite == "raise"), told, inputs[-1],
             adapters.tensors, {**dtype_edits(inputs[-1], kind), **adapters.edits},
         )  # fmt: skip
-        notes += _copies(inputs, make(job, request))
-        notes += [*adapters.notes, *(f"{one.path.name}: {note}" for one in inputs for note in one.notes)]
+        notes += [*_copies(inputs, make(job, request)), *adapters.notes, *notes_of(inputs)]
         return Averaged(
             request.out, tuple(one.path for one in inputs), steps, tuple(shares), tuple(dict.fromkeys(notes))
         )
@@ -176,6 +173,22 @@ def dtype_edits(model: Checkpoint, dtype: torch.dtype | None) -> dict[str, dict[
     """Return the change of a folder's config that another dtype of its weights needs."""
     names = [name for name in ("torch_dtype", "dtype") if name in model.config]
     return {"config.json": dict.fromkeys(names, str(dtype).removeprefix("torch."))} if dtype and names else {}
+
+
+def notes_of(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Return what a user should know of each file, with its name."""
+    return [f"{one.path.name}: {note}" for one in checkpoints for note in one.notes]
+
+
+def check_options(match: object, integers: object, nonfinite: object) -> None:
+    """Refuse unknown choices.
+
+    Raises:
+        ConfigError: If ``match``, ``integers`` or ``nonfinite`` is none of its choices.
+    """
+    check_choice("match", match, ("same", "common"))
+    check_choice("integers", integers, ("last", "equal", "first"))
+    check_choice("nonfinite", nonfinite, ("raise", "propagate"))
 
 
 def check_choice(option: str, given: object, known: tuple[str, ...]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -10,20 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from polyak.errors import ArgumentError, ConfigError, MismatchError
+from polyak.errors import ArgumentError, ConfigError
 from polyak.errors.formatting import brief, listed, shown
-from polyak.files.average import check_choice, dtype_edits
-from polyak.files.inputs import check_enough, opened, refuse_quantised
-from polyak.files.kinds import is_lora
+from polyak.files.average import check_options, dtype_edits, notes_of
+from polyak.files.inputs import opened
 from polyak.files.make import Job, Request, make
+from polyak.files.merge_inputs import check_count, completed, opened_extras, refuse_lora, shares_for
 from polyak.files.merging import Merging, measured
-from polyak.files.plan import Entry, as_dtype, as_real, planned, widest
-from polyak.files.weights import shares_of
+from polyak.files.plan import as_dtype, planned
 from polyak.files.writing.target import check_spared
 from polyak.merges.base import Merge
 from polyak.registry import registry
 from polyak.strategy.frozen import line
-from polyak.strategy.numbers import as_number, given_integer
+from polyak.strategy.numbers import given_integer
 
 if TYPE_CHECKING:
     import os
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from polyak.files.checkpoint import Checkpoint
     from polyak.files.plan import Integers, Match
     from polyak.registry import Merges
 
@@ -160,29 +157,25 @@ def merge(  # noqa: PLR0913 - each is one axis, and users complete from this sig
         tensor([3., 3.])
     """
     chosen = as_merge(method, settings)
-    check_choice("match", match, ("same", "common"))
-    check_choice("integers", integers, ("last", "equal", "first"))
-    check_choice("nonfinite", nonfinite, ("raise", "propagate"))
+    check_options(match, integers, nonfinite)
     number = given_integer("seed", seed, 0)
     kind, request = as_dtype(dtype), Request.of(out, threads, shard_size, integers, hashes=hashes)
     with ExitStack() as held:
         inputs = held.enter_context(opened(files, key))
-        _check_count(chosen, inputs, base)
-        extras = _extras(chosen, inputs, held, key)
+        check_count(chosen, inputs, base)
+        extras = opened_extras(chosen, inputs, held, key)
         bases = held.enter_context(opened([] if base is None else [base], key))
         check_spared(request.out, [*inputs, *bases, *extras])
-        _refuse_lora([*inputs, *bases])
-        shares = _shares(chosen, weights, len(inputs), normalize=normalize)
+        refuse_lora([*inputs, *bases])
+        shares = shares_for(chosen, weights, len(inputs), normalize=normalize)
         entries, notes = planned([*inputs, *bases], match=match, integers=integers, dtype=None)
-        entries = [_completed(entry, len(inputs), extras, kind, integers) for entry in entries]
+        entries = [completed(entry, len(inputs), extras, kind, integers) for entry in entries]
         merging = Merging(chosen, tuple(shares), len(inputs), len(bases), number, raises=nonfinite == "raise")
         merging = replace(merging, statistics=measured(merging, entries))
         told = {
             "method": chosen.model_dump(mode="json"), "weights": shares, "seed": number,
             "base": str(base) if base is not None else None,
-            "settings": {
-                "key": key, "match": match, "integers": integers, "nonfinite": nonfinite, "dtype": str(dtype),
-            },
+            "settings": {"key": key, "match": match, "integers": integers, "nonfinite": nonfinite, "dtype": str(dtype)},
         }  # fmt: skip
         request = request if chosen.in_pieces() else replace(request, threads=1)  # one tensor at a time in memory
         everything = [*inputs, *bases, *extras]
@@ -190,80 +183,7 @@ def merge(  # noqa: PLR0913 - each is one axis, and users complete from this sig
             "polyak_merge", everything, entries, merging.combine, told, inputs[-1], edits=dtype_edits(inputs[-1], kind)
         )
         make(job, request)
-        notes += [f"{one.path.name}: {note}" for one in everything for note in one.notes]
+        notes += notes_of(everything)
         return Merged(
             request.out, chosen, tuple(one.path for one in inputs), tuple(shares), tuple(dict.fromkeys(notes))
         )
-
-
-def _check_count(method: Merge, inputs: list[Checkpoint], base: object) -> None:
-    least, most = method.inputs
-    check_enough(inputs, least)
-    if most is not None and len(inputs) > most:
-        message = f"{method.name!r} merges {most} files; got {len(inputs)}"
-        raise ConfigError(message)
-    if method.base == "required" and base is None:
-        message = f"{method.name!r} needs the checkpoint that the inputs were fine-tuned from; give base= (--base)"
-        raise ConfigError(message)
-    if method.base == "none" and base is not None:
-        message = f"{method.name!r} takes no base; leave it out, or give it as one of the files"
-        raise ConfigError(message)
-
-
-def _extras(method: Merge, inputs: list[Checkpoint], held: ExitStack, key: str | None) -> list[Checkpoint]:
-    paths = method.extras()
-    if paths and len(paths) != len(inputs):
-        message = f"{method.name!r} names {len(paths)} further files for {len(inputs)} inputs; give one for each"
-        raise ConfigError(message)
-    # One at a time: several inputs may share one.
-    found = [held.enter_context(opened([path], key))[0] for path in paths]
-    for one in found:
-        refuse_quantised(one)
-    return found
-
-
-def _shares(method: Merge, weights: Sequence[float] | None, count: int, *, normalize: bool) -> list[float]:
-    if weights is None:
-        return [1.0 if method.weighing == "sum" else 1.0 / count] * count
-    if method.weighing == "none":
-        message = f"{method.name!r} takes no weights; leave them out"
-        raise ConfigError(message)
-    numbers = [as_number(weight) for weight in weights]
-    if not all(number is not None and math.isfinite(number) for number in numbers):
-        message = f"weights: got {shown(weights)}; expected finite numbers"
-        raise ConfigError(message)
-    given = [float(number) for number in numbers if number is not None]
-    if method.weighing == "sum" and not normalize and len(given) == count:
-        return given
-    return shares_of(given, [None] * count, normalize=normalize)
-
-
-def _completed(
-    entry: Entry, count: int, extras: Sequence[Checkpoint], dtype: torch.dtype | None, integers: Integers
-) -> Entry:
-    """Return an entry whose dtype and integers are those of the inputs, with its further files."""
-    if not entry.combined:
-        chosen = 0 if integers == "first" else count - 1
-        return replace(entry, chosen=chosen, dtype=entry.sources[chosen].dtype, sources=entry.sources[:count])
-    found = []
-    for one in extras:
-        stored = next((one.tensors[name] for name in entry.names if name in one.tensors), None)
-        if stored is None or stored.shape != entry.shape:
-            what = "no tensor" if stored is None else f"shape {stored.shape}"
-            message = f"{one.path.name!r} has {what} for {shown(entry.names[0])} of shape {entry.shape}"
-            raise MismatchError(message)
-        found.append(as_real(stored))
-    kind = entry.dtype
-    if not kind.is_complex:
-        kind = dtype or widest([stored.dtype for stored in entry.sources[:count]])
-    return replace(entry, dtype=kind, sources=(*entry.sources, *found))
-
-
-def _refuse_lora(inputs: Sequence[Checkpoint]) -> None:
-    for one in inputs:
-        if is_lora(one.tensors):
-            message = (
-                f"{str(one.path)!r} holds the factors of an adapter (LoRA), whose product is what changes the weights. "
-                "Merge each adapter into its base, and merge those"
-            )
-            raise ConfigError(message)

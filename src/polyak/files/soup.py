@@ -4,50 +4,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from polyak.errors import ConfigError
 from polyak.errors.formatting import shown
 from polyak.files.average import check_choice
 from polyak.files.combine import Average
-from polyak.files.hashing import Digest
 from polyak.files.inputs import check_enough, opened
 from polyak.files.journal import Journal, identity
 from polyak.files.kinds import is_lora
+from polyak.files.kitchen import Ingredient, Kitchen, sign_of
 from polyak.files.make import Job, Request, make
-from polyak.files.mixed import metric, mixed
 from polyak.files.plan import planned
 from polyak.files.writing.target import check_spared
 from polyak.io.atomic import as_path
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from matplotlib.axes import Axes
     from torch import Tensor
 
-    from polyak.files.checkpoint import Checkpoint
-    from polyak.files.plan import Entry, Match
+    from polyak.files.plan import Match
 
 __all__ = ["Ingredient", "Soup", "soup"]
-
-
-class Ingredient(NamedTuple):
-    """A file that was tried.
-
-    Attributes:
-        file: The file.
-        score: What it scores alone; NaN if that is no finite number.
-        kept: Whether it is in the soup.
-        soup: The score of the soup after it was tried.
-    """
-
-    file: Path
-    score: float
-    kept: bool
-    soup: float
 
 
 @dataclass(frozen=True)
@@ -76,7 +58,7 @@ class Soup:
     @property
     def gain(self) -> float:
         """How much better the soup is than the best file alone; negative if it is worse."""
-        sign = _sign(self.mode)
+        sign = sign_of(self.mode)
         best = max(sign * one.score for one in self.ingredients if math.isfinite(one.score))
         return sign * self.score - best
 
@@ -181,7 +163,7 @@ def soup(
             )
             raise ConfigError(message)
         entries, notes = planned(found, match=match, integers="last", dtype=None)
-        kitchen = _Kitchen(found, entries, evaluate, Journal(folder, identity(evaluate)))
+        kitchen = Kitchen(found, entries, evaluate, Journal(folder, identity(evaluate)))
         ingredients = kitchen.greedy(mode, rule) if how == "greedy" else kitchen.uniform(mode)
         kept = sorted(number for number, one in ingredients.items() if one.kept)  # as they were evaluated
         inputs = [found[number] for number in kept]
@@ -197,68 +179,3 @@ def soup(
         }  # fmt: skip
         make(Job("polyak_soup", inputs, final, lambda: Average(weights, raises=True), told, inputs[-1]), request)
         return Soup(request.out, tuple(ingredients.values()), score, mode, kitchen.evaluations)
-
-
-class _Kitchen:
-    """Evaluates means of files, each once in a lifetime."""
-
-    def __init__(
-        self,
-        found: Sequence[Checkpoint],
-        entries: Sequence[Entry],
-        evaluate: Callable[[dict[str, Tensor]], float],
-        journal: Journal,
-    ) -> None:
-        self._found, self._entries, self._evaluate, self._journal = found, entries, evaluate, journal
-        self._digests = ["".join(Digest(file).finish() for file in one.raw_files()) for one in found]
-        self.evaluations = 0
-
-    def greedy(self, mode: Literal["max", "min"], rule: str) -> dict[int, Ingredient]:
-        """Return what became of each file, by its number, in the order in which they were tried."""
-        sign = _sign(mode)
-        alone = self._alone()
-        order = sorted(alone, key=lambda number: -sign * alone[number] if math.isfinite(alone[number]) else math.inf)
-        kept, best = [order[0]], alone[order[0]]
-        ingredients = {order[0]: Ingredient(self._path(order[0]), best, kept=True, soup=best)}
-        for number in order[1:]:
-            tried = math.isfinite(alone[number])
-            score = self._score([*kept, number]) if tried else math.nan
-            better = sign * score > sign * best or (rule == "not_worse" and score == best)
-            if better:
-                kept, best = [*kept, number], score
-            ingredients[number] = Ingredient(self._path(number), alone[number], kept=better, soup=best)
-        return ingredients
-
-    def uniform(self, mode: Literal["max", "min"]) -> dict[int, Ingredient]:
-        """Return the same for the mean of all files, the best first."""
-        sign = _sign(mode)
-        alone = self._alone()
-        score = self._score([*alone])
-        order = sorted(alone, key=lambda number: -sign * alone[number] if math.isfinite(alone[number]) else math.inf)
-        return {number: Ingredient(self._path(number), alone[number], kept=True, soup=score) for number in order}
-
-    def _alone(self) -> dict[int, float]:
-        alone = {number: self._score([number]) for number in range(len(self._found))}
-        if not any(map(math.isfinite, alone.values())):
-            message = "evaluate() returned no finite number for any file"
-            raise ConfigError(message)
-        return alone
-
-    def _score(self, numbers: Sequence[int]) -> float:
-        digests = [self._digests[number] for number in numbers]
-        known = self._journal.get(digests)
-        if known is not None:
-            return known
-        ordered = sorted(numbers)
-        state = mixed(self._entries, {number: 1.0 / len(ordered) for number in ordered})
-        score = metric(self._evaluate, state, finite=False)
-        self.evaluations += 1
-        self._journal.put(digests, score, [self._path(number).name for number in numbers])
-        return score
-
-    def _path(self, number: int) -> Path:
-        return self._found[number].path
-
-
-def _sign(mode: Literal["max", "min"]) -> float:
-    return 1.0 if mode == "max" else -1.0

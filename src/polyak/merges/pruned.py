@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
@@ -11,13 +10,14 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from polyak.merges.base import Merge
+from polyak.merges.chance import Ranks, Rescale, blocks, keep
 from polyak.merges.chunks import in_chunks
 from polyak.merges.election import Divide, Elect, agreed, elected
 from polyak.merges.trimming import count_of, trim
 from polyak.merges.weighted import Finite, added, changes_of, weighted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Sequence
     from typing import Self
 
     from torch import Tensor
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Breadcrumbs", "Dare", "Della", "MagnitudePrune", "Pruned"]
 
-_CHUNK = 1 << 18  # values
-Rescale = Literal["density", "l1", "none"]
 Density = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -71,69 +69,6 @@ class Pruned(Merge):
         return added(base, agreed(changes, about.weights, votes, self.divide, 1.0), self.lam)
 
 
-def _keep(
-    change: Tensor,
-    number: int,
-    about: About,
-    chance: Callable[[Tensor, int, int], Tensor],
-    rescale: Rescale,
-    blocks: Iterable[tuple[int, int]],
-) -> None:
-    """Keep values by chance, block after block, and make up for those that are dropped.
-
-    Args:
-        change: The change, which is changed in place.
-        number: The number of the input.
-        about: What else is known.
-        chance: Returns the chance of each value from one index to another of the flat change.
-        rescale: How to make up for it.
-        blocks: The first index of each block, and the one behind it.
-    """
-    flat = change.reshape(-1)
-    before = after = 0.0
-    for begin, end in blocks:
-        part = flat[begin:end]
-        chances = chance(flat, begin, end)
-        place = replace(about, offset=about.offset + begin, count=part.numel())
-        before += part.abs().sum().item()
-        part.masked_fill_(place.uniform(number) >= chances, 0.0)
-        after += part.abs().sum().item()
-        if rescale == "density":
-            part.div_(chances.clamp(min=torch.finfo(part.dtype).tiny))
-    if rescale == "l1" and after:
-        flat.mul_(before / after)
-
-
-def _blocks(values: int, length: int) -> Iterator[tuple[int, int]]:
-    """Yield blocks of several whole rows, or of parts of one row where that is long."""
-    step = max(1, _CHUNK // length) * length
-    for begin in range(0, values, step):
-        row = min(begin + step, values)
-        for start in range(begin, row, _CHUNK):
-            yield start, min(start + _CHUNK, row)
-
-
-class _Ranks:
-    """The ranks of values by size within their rows, from 0 up; equal values have the mean of theirs.
-
-    Sorting a copy in place and searching in it takes less memory than sorting indices twice.
-    """
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-        self._sorted = torch.empty(0, device="cpu")
-
-    def __call__(self, flat: Tensor, begin: int, end: int) -> Tensor:
-        """Return the ranks of a block; the blocks of a row come in order, before the row is changed."""
-        if begin % self._length == 0:
-            sizes = flat[begin : max(end, begin + self._length)].abs().reshape(-1, self._length)
-            sizes.numpy().sort(axis=1)
-            self._sorted = sizes
-        part = flat[begin:end].abs().reshape(len(self._sorted), -1)
-        smaller, more = (torch.searchsorted(self._sorted, part, right=right) for right in (False, True))
-        return ((smaller + more - 1) / 2).reshape(-1)
-
-
 class Dare(Pruned):
     """Drop and rescale: each value of a change is kept by chance, and what is kept is made larger.
 
@@ -164,7 +99,7 @@ class Dare(Pruned):
     def prune(self, change: Tensor, number: int, about: About) -> None:
         if self.density < 1:
             density = torch.tensor(self.density, dtype=change.dtype, device=change.device)
-            _keep(change, number, about, lambda *_: density, self.rescale, _blocks(change.numel(), 1))
+            keep(change, number, about, lambda *_: density, self.rescale, blocks(change.numel(), 1))
 
 
 class Della(Pruned):
@@ -205,7 +140,7 @@ class Della(Pruned):
             return
         length = change.shape[-1] if change.ndim > 1 else change.numel()
 
-        ranks = _Ranks(length)
+        ranks = Ranks(length)
 
         def chance(flat: Tensor, begin: int, end: int) -> Tensor:
             if length == 1:
@@ -213,7 +148,7 @@ class Della(Pruned):
             rank = ranks(flat, begin, end).to(flat.dtype)
             return self.density - self.epsilon + 2 * self.epsilon * rank / (length - 1)
 
-        _keep(change, number, about, chance, self.rescale, _blocks(change.numel(), length))
+        keep(change, number, about, chance, self.rescale, blocks(change.numel(), length))
 
 
 class Breadcrumbs(Pruned):
