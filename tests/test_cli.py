@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import re
@@ -18,6 +19,7 @@ from rich.console import Console
 import polyak
 from polyak.__main__ import main
 from polyak.cli.tables import Listing, list_strategies, show
+from polyak.compat import STAND_INS
 from polyak.registry import shared_registry
 from scratch import distribute, environment, installed, offering
 
@@ -252,3 +254,14 @@ runpy.run_module("polyak", run_name="__main__")
     ]
     assert rows(done.stdout)["acme-half"][3] == "loaded"
     assert done.stderr.count("the plugin 'breaks-import' of breaks-import 1.0 cannot be used") == 1
+
+
+def test_the_stand_ins_are_listed_and_are_there(polyak_says):
+    status, out, _ = polyak_says("compat")
+    assert status == 0
+    named = [f"polyak.compat.{one.module}.{name}" for one in STAND_INS for name in one.names]
+    assert all(name in out for name in named)
+    for name in named:
+        module, _, cls = name.rpartition(".")
+        if module.rpartition(".")[2] not in {"ignite", "lightning"}:  # which need the trainers
+            assert isinstance(getattr(importlib.import_module(module), cls), type)

@@ -18,7 +18,7 @@ from polyak.cli.plan import plan
 from polyak.cli.posthoc import snapshots, sweep, synthesize
 from polyak.cli.profile import profile
 from polyak.cli.soup import soup
-from polyak.cli.tables import list_plugins, list_strategies, show, versions
+from polyak.cli.tables import list_plugins, list_stand_ins, list_strategies, show, versions
 from polyak.config.files import write
 from polyak.registry import registry
 
@@ -64,6 +64,12 @@ app.command("plan")(plan)
 def _strategies() -> None:
     """List all strategies: name, settings with defaults, source, and the distribution that offers each."""
     show(list_strategies(registry().strategies()))
+
+
+@app.command("compat")
+def _compat() -> None:
+    """List the classes of other libraries that polyak stands in for, and what differs on purpose."""
+    show(list_stand_ins())
 
 
 @app.command("plugins")

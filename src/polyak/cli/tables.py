@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polyak import __version__
+from polyak.compat import STAND_INS
 from polyak.engine.options import Options
 
 if TYPE_CHECKING:
@@ -68,6 +69,16 @@ def list_plugins(plugins: Iterable[Plugin], strategies: Strategies, merges: Merg
         what = plugin.error or (f"offers {', '.join(offers)}" if offers else "offers nothing")
         rows.append((plugin.name, plugin.distribution, plugin.version, plugin.target, state, what))
     return Listing(("plugin", "distribution", "version", "target", "state", "what"), rows, wraps=5)
+
+
+def list_stand_ins() -> Listing:
+    """Return a row for each class of another library that ``polyak.compat`` stands in for."""
+    rows = [
+        (f"polyak.compat.{one.module}.{name}", f"{one.library} {one.version}", one.differs)
+        for one in STAND_INS
+        for name in one.names
+    ]
+    return Listing(("class", "stands in for", "differs on purpose"), rows, wraps=2)
 
 
 def versions() -> str:

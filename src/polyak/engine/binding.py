@@ -179,7 +179,7 @@ class Binding:
         if any(entry.spread for entry in entries):
             message = "into= does not go with a sharded model, whose averages are spread like its parameters"
             raise ConfigError(message)
-        housed = self.home.housed(stored)
+        housed = self.home.housed(stored, entries)
         refuse_average(entries, housed, handed_out=False)
         return housed
 

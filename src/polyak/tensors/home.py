@@ -17,7 +17,7 @@ from polyak.tensors.storage import refuse_unfit
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from polyak.tensors.entries import Given, Model
+    from polyak.tensors.entries import Entry, Given, Model
     from polyak.tensors.storage import Stored
 
 __all__ = ["Home"]
@@ -58,13 +58,17 @@ class Home:
         """Find its tensors anew."""
         self._detector, self._epoch = self._look()
 
-    def housed(self, stored: Sequence[Stored]) -> list[Stored]:
+    def housed(self, stored: Sequence[Stored], entries: Sequence[Entry] | None = None) -> list[Stored]:
         """Return what is stored, with its averages in these tensors as they are.
+
+        Args:
+            stored: What is stored.
+            entries: All that the model has, skipped tensors too. Defaults to whatever it has.
 
         Raises:
             MismatchError: If a name is missing or too many, or a shape or a dtype does not fit.
         """
-        known = {alias for s in stored for alias in s.aliases}
+        known = self._tensors.keys() if entries is None else {alias for entry in entries for alias in entry.aliases}
         missing = [s.name for s in stored if s.name not in self._tensors]
         strange = [name for name in self._tensors if name not in known and self._averaged(name)]
         unlike = [f"{s.name} {problem}" for s in stored if s.name not in missing and (problem := self._unlike(s))]
