@@ -50,7 +50,7 @@ def test_short_dtypes_are_rounded_to_the_nearest_and_never_twice(dtype, tmp_path
     values = bits.view(dtype)
     values = values[values.double().isfinite()]
     order = values.double().sort().values.unique()
-    # Just above and below every middle of two neighbours, by less than float32 can tell.
+    # Just above and below every middle of two neighbours, by less than float32 resolves.
     middles = (order[1:] + order[:-1]) / 2
     nudge = (order[1:] - order[:-1]) * 2.0**-35
     for sign in (-1, 1):
@@ -306,5 +306,5 @@ def test_names_that_some_files_lack(run, states, tmp_path):
     ):
         files.average(run, out=tmp_path / "o.safetensors")
     made = files.average(run, out=tmp_path / "o.safetensors", match="common")
-    assert made.notes == ("left out, since not all files have them: extra",)
+    assert made.notes == ("skipped, since not all files have them: extra",)
     assert "extra" not in load_file(made.out)

@@ -64,7 +64,7 @@ def test_folders_of_the_hugging_face_trainer(shards, tmp_path):
     with files.open(made.out) as checkpoint:
         assert checkpoint.made[0] == "polyak_average"
         assert len(checkpoint.made[1]["inputs"]) == 3
-        # What the inputs leave out since it is tied stays left out.
+        # Tied names that the inputs lack are lacking in the output, too.
         assert ("lm_head.weight" in checkpoint.names) is False
 
 

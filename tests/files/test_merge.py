@@ -191,6 +191,28 @@ def test_della_gives_equal_values_equal_chances(tmp_path):
     assert ((made[:, :10] != 0).double().mean() - 0.5).abs() < 0.05
 
 
+@pytest.mark.parametrize(
+    ("cls", "where"),
+    [(cls, where) for cls in BUILT_IN for where in ("input", "base") if where == "input" or cls.base == "required"],
+)
+def test_a_nan_that_is_let_in_is_in_the_result(cls, where, tmp_path):
+    method = cls.model_fields["name"].default
+    count = cls.inputs[1] or 3
+    states = [torch.randn(6, 8) for _ in range(count + 1)]
+    states[0 if where == "input" else count][2, 3] = torch.nan
+    paths = [tmp_path / f"{number}.safetensors" for number in range(count + 1)]
+    for path, state in zip(paths, states, strict=True):
+        save_file({"w": state}, path)
+    settings = {**SETTINGS.get(method, {}), "nonfinite": "propagate"}
+    if method == "fisher":
+        for name in "abc":
+            save_file({"w": torch.rand(6, 8)}, tmp_path / f"{name}.safetensors")
+        settings["importance"] = tuple(str(tmp_path / f"{name}.safetensors") for name in "abc")
+    base = paths[-1] if cls.base == "required" else None
+    made = files.merge(paths[:count], method, base=base, out=tmp_path / "o.safetensors", **settings)
+    assert load_file(made.out)["w"][2, 3].isnan()
+
+
 @pytest.mark.parametrize(("method", "settings"), VARIANTS)
 def test_the_laws(method, settings):
     check_merge(method, **settings)

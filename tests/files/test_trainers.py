@@ -1,4 +1,4 @@
-"""What trainers leave: their steps, what lies beside the weights, shards of ranks, and names of files."""
+"""What trainers leave: their steps, what else is in their files, shards of ranks, and names of files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_fraction_in_a_name_is_no_step(tmp_path):
             assert checkpoint.step == step
 
 
-def test_what_lies_beside_the_weights_is_named(tmp_path):
+def test_what_else_holds_tensors_is_named(tmp_path):
     state, head = weights(0), {"0.weight": torch.ones(2)}
     torch.save({"model": state, "generator": head, "opt": argparse.Namespace()}, tmp_path / "onmt.pt")
     torch.save({"model": state, "model_avg": state, "grad_scaler": {"scale": torch.ones(1)}}, tmp_path / "icefall.pt")
@@ -59,7 +59,7 @@ def test_what_lies_beside_the_weights_is_named(tmp_path):
     with files.open(tmp_path / "onmt.pt", key="generator") as checkpoint:
         assert checkpoint.names == [*head]
     with files.open(tmp_path / "icefall.pt") as checkpoint:
-        assert any("an average in 'model_avg'" in note for note in checkpoint.notes)
+        assert any("an average, too, in 'model_avg'" in note for note in checkpoint.notes)
         assert not any("further" in note for note in checkpoint.notes)
 
 
@@ -85,7 +85,9 @@ def test_a_copy_counts_twice_and_is_told(run, tmp_path):
     made = files.average(everything, out=tmp_path / "o.pt")
     assert made.notes == (f"last.safetensors has the same bytes as {run[-1].name}, which so count twice",)
     assert files.average(run, out=tmp_path / "o.pt").notes == ()
-    assert files.average(everything, out=tmp_path / "o.pt", hashes=False).notes == ()  # nobody has read the bytes
+    assert (
+        files.average(everything, out=tmp_path / "o.pt", hashes=False).notes == ()
+    )  # without hashes the bytes are not compared
 
 
 def test_names_that_are_nearly_right(run, tmp_path, left):

@@ -86,8 +86,8 @@ def _save(state: dict[str, Tensor], out: Path) -> None:
 
 
 def _peak() -> float:
-    told = Path("/proc/self/status")
-    lines = told.read_text().splitlines() if told.exists() else []
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
     for line in lines:
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1024
@@ -96,10 +96,10 @@ def _peak() -> float:
 
 def _processors() -> float:
     """Return for how many seconds processors have worked for anyone, NaN where Linux does not say it."""
-    told = Path("/proc/stat")
-    if not told.exists():
+    counters = Path("/proc/stat")
+    if not counters.exists():
         return math.nan
-    user, nice, system, _, _, *rest = map(int, told.read_text(encoding="ascii").split("\n", 1)[0].split()[1:9])
+    user, nice, system, _, _, *rest = map(int, counters.read_text(encoding="ascii").split("\n", 1)[0].split()[1:9])
     return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
 
 

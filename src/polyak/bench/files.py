@@ -36,7 +36,7 @@ class _Sample(NamedTuple):
 
     Attributes:
         seconds: How long it took.
-        peak: The largest memory above that of an interpreter with torch, in MiB.
+        peak: The largest memory above an interpreter with torch, in MiB.
         others: Which part of the processors' time other programs used.
     """
 
@@ -53,7 +53,7 @@ class FilesRow(BaseModel):
         method: The method.
         cold: Whether the files were out of memory.
         rates: MiB of input per second, of each round.
-        peak: The largest memory above that of an interpreter with torch, in MiB.
+        peak: The largest memory above an interpreter with torch, in MiB.
         busy: The share of the samples in which other programs used the processors.
     """
 

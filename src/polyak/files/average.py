@@ -35,7 +35,7 @@ __all__ = ["Averaged", "average", "check_choice", "check_options", "dtype_edits"
 
 @dataclass(frozen=True)
 class Averaged:
-    """What an average was made of.
+    """The inputs of an average, and its file.
 
     Attributes:
         out: The file or folder that was written.
@@ -139,7 +139,7 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
         shares = shares_of(chosen, steps, normalize=normalize)
         adapters = combined(inputs, shares, lora, rank, kind)
         entries, notes = planned(inputs, match=match, integers=integers, dtype=kind, skip=adapters.names)
-        told = {
+        record = {
             "weights": shares, "steps": steps, "rule": described(chosen),
             "settings": {
                 "last": last, "best": best, "until": until, "key": key, "match": match, "integers": integers,
@@ -147,7 +147,7 @@ def average(  # noqa: PLR0913 - each is one axis of an average, and users comple
             },
         }  # fmt: skip
         job = Job(
-            "polyak_average", inputs, entries, lambda: Average(shares, raises=nonfinite == "raise"), told, inputs[-1],
+            "polyak_average", inputs, entries, lambda: Average(shares, raises=nonfinite == "raise"), record, inputs[-1],
             adapters.tensors, {**dtype_edits(inputs[-1], kind), **adapters.edits},
         )  # fmt: skip
         notes += [*_copies(inputs, make(job, request)), *adapters.notes, *notes_of(inputs)]
@@ -176,7 +176,7 @@ def dtype_edits(model: Checkpoint, dtype: torch.dtype | None) -> dict[str, dict[
 
 
 def notes_of(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Return what a user should know of each file, with its name."""
+    """Return the notes on each file, with its name."""
     return [f"{one.path.name}: {note}" for one in checkpoints for note in one.notes]
 
 

@@ -42,7 +42,7 @@ class Checkpoint:
         format: Its format in words.
         step: The training step that it is of, or None if nothing says it.
         tied: Groups of names that share one tensor.
-        notes: What a user should know: parts that were left out, other weights beside them.
+        notes: What a user should know: parts that were skipped, other weights in the file.
         key: The key in a dictionary in which the weights were found, with dots between.
         metadata: The texts in the file.
         config: The table in ``config.json`` or ``adapter_config.json``.

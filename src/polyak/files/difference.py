@@ -111,7 +111,7 @@ class _Sums:
         self.largest = max(self.largest, other.largest)
 
     def result(self, name: str, shape: tuple[int, ...]) -> TensorDifference:
-        """Return what the sums mean."""
+        """Return the distances that the sums give."""
         distance = math.sqrt(self.distance)
         sizes = math.sqrt(self.first), math.sqrt(self.second)
         relative = distance / sizes[0] if sizes[0] else math.inf if distance else 0.0

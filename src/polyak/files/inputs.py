@@ -75,7 +75,7 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
     if reason := quantised(checkpoint.tensors, checkpoint.config):
         message = (
             f"{str(checkpoint.path)!r} is quantised: {reason}. The mean of codes is no code of the mean; dequantise "
-            "it, or give the files that it was made of"
+            "it, or give the files that it was converted from"
         )
         raise ConfigError(message)
 

@@ -83,7 +83,7 @@ class Journal:
 
 
 def identity(function: Callable[..., Any]) -> str:
-    """Return what identifies a function: its name and its source, or its code where there is no source.
+    """Return a key that identifies a function: its name and its source, or its code where there is no source.
 
     Examples:
         >>> from math import sqrt

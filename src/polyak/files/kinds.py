@@ -28,8 +28,8 @@ LORA = re.compile(
 
 def quantised(tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> str:
     """Return in words why tensors are codes and no weights; empty if they are weights."""
-    if isinstance(told := config.get("quantization_config"), dict):
-        return f"its config.json has a quantization_config ({told.get('quant_method', 'of unknown method')})"
+    if isinstance(table := config.get("quantization_config"), dict):
+        return f"its config.json has a quantization_config ({table.get('quant_method', 'of unknown method')})"
     for name, stored in tensors.items():
         if f".{name}".endswith(_SUFFIXES) or ".quant_state." in name:
             return f"{name!r} belongs to quantised weights"

@@ -60,7 +60,7 @@ class Kitchen:
         self.evaluations = 0
 
     def greedy(self, mode: Literal["max", "min"], rule: str) -> dict[int, Ingredient]:
-        """Return what became of each file, by its number, in the order in which they were tried."""
+        """Return the outcome for each file, by its number, in the order in which they were tried."""
         sign = sign_of(mode)
         alone = self._alone()
         order = sorted(alone, key=lambda number: -sign * alone[number] if math.isfinite(alone[number]) else math.inf)

@@ -84,7 +84,7 @@ class Job:
         inputs: The checkpoints, in order.
         entries: The tensors that are streamed.
         combine: Makes what combines pieces, once for each thread.
-        told: What was asked for and what came of it, in plain types.
+        record: The options and the results for the metadata, in plain types.
         model: The input that a folder takes its other files from.
         fixed: Tensors that are computed already.
         edits: Changes of tables in a folder: file, key and value.
@@ -94,7 +94,7 @@ class Job:
     inputs: Sequence[Checkpoint]
     entries: Sequence[Entry]
     combine: Callable[[], Combine]
-    told: Mapping[str, Any]
+    record: Mapping[str, Any]
     model: Checkpoint
     fixed: Mapping[str, Tensor] = field(default_factory=dict)
     edits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -120,9 +120,9 @@ def make(job: Job, request: Request) -> dict[str, str]:
             output.write(name, 0, bytes_of(real.contiguous().reshape(-1)))
         if request.hashes and not job.entries:
             sums.update({str(file.path): Digest(file).finish() for one in job.inputs for file in one.raw_files()})
-        return texts_of(job.kind, job.inputs, job.told, sums, hashes=request.hashes, model=job.model)
+        return texts_of(job.kind, job.inputs, job.record, sums, hashes=request.hashes, model=job.model)
 
-    texts = texts_of(job.kind, job.inputs, job.told, None, hashes=request.hashes, model=job.model)
+    texts = texts_of(job.kind, job.inputs, job.record, None, hashes=request.hashes, model=job.model)
     order = {name: number for number, name in enumerate(job.inputs[0].names)}
     tensors = [(name, entry.dtype, entry.shape) for entry in job.entries for name in entry.names]
     tensors += [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in job.fixed.items()]

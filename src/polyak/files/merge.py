@@ -38,7 +38,7 @@ __all__ = ["Merged", "as_merge", "merge", "merges"]
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge was made of.
+    """The inputs of a merge, and its file.
 
     Attributes:
         out: The file or folder that was written.
@@ -172,7 +172,7 @@ def merge(  # noqa: PLR0913 - each is one axis, and users complete from this sig
         entries = [completed(entry, len(inputs), extras, kind, integers) for entry in entries]
         merging = Merging(chosen, tuple(shares), len(inputs), len(bases), number, raises=nonfinite == "raise")
         merging = replace(merging, statistics=measured(merging, entries))
-        told = {
+        record = {
             "method": chosen.model_dump(mode="json"), "weights": shares, "seed": number,
             "base": str(base) if base is not None else None,
             "settings": {"key": key, "match": match, "integers": integers, "nonfinite": nonfinite, "dtype": str(dtype)},
@@ -180,7 +180,7 @@ def merge(  # noqa: PLR0913 - each is one axis, and users complete from this sig
         request = request if chosen.in_pieces() else replace(request, threads=1)  # one tensor at a time in memory
         everything = [*inputs, *bases, *extras]
         job = Job(
-            "polyak_merge", everything, entries, merging.combine, told, inputs[-1], edits=dtype_edits(inputs[-1], kind)
+            "polyak_merge", everything, entries, merging.combine, record, inputs[-1], {}, dtype_edits(inputs[-1], kind)
         )
         make(job, request)
         notes += notes_of(everything)

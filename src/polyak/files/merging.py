@@ -32,7 +32,7 @@ _MOST = 100  # passes
 
 @dataclass(frozen=True)
 class Merging:
-    """A merge and what it is told.
+    """A merge, its weights and its statistics.
 
     Attributes:
         method: The merge.
@@ -53,11 +53,11 @@ class Merging:
     statistics: Any = None
 
     def combine(self) -> Combine:
-        """Return what merges pieces."""
+        """Return an object that merges pieces, for one thread."""
         return _Combined(self)
 
     def about(self, entry: Entry, begin: int, count: int, extras: Sequence[Tensor]) -> About:
-        """Return what a merge is told of some values."""
+        """Return the description of some values that a merge gets."""
         shape = (*entry.shape, 2) if entry.dtype.is_complex else entry.shape
         return About(entry.names[0], shape, begin, count, self.weights, self.statistics, self.seed, tuple(extras))
 
@@ -91,6 +91,7 @@ class _Combined:
         merging = self._merging
         if merging.raises and (bad := first_bad(sources)) >= 0:
             return bad
+        lost = None if merging.raises else _nan_in(sources[: merging.inputs + merging.bases])
         made = merging.called(merging.method.merge, piece.entry, piece.begin, sources)
         if not isinstance(made, torch.Tensor) or made.numel() != out.numel():
             what = f"shape {tuple(made.shape)}" if isinstance(made, torch.Tensor) else shown(made)
@@ -103,8 +104,19 @@ class _Combined:
                 refuse_large(piece, out.dtype, size)
             message = f"the merge {merging.method!r} made a NaN or an infinity of {shown(piece.entry.names[0])}"
             raise NonFiniteError(message)
+        if lost is not None:  # trimming, elections and medians would hide them
+            exact = exact.masked_fill(lost, math.nan)
         round_into(out, exact)
         return -1
+
+
+def _nan_in(sources: Sequence[Tensor]) -> Tensor | None:
+    """Return where any of several flat tensors has a NaN; None if none has."""
+    lost = torch.zeros(sources[0].numel(), dtype=torch.bool, device="cpu")
+    for source in sources:
+        for own, part in zip(torch.split(lost, _PIECE), torch.split(source, _PIECE), strict=True):
+            own.logical_or_(part.to(torch.float64).isnan())
+    return lost if lost.any() else None
 
 
 def measured(merging: Merging, entries: Sequence[Entry]) -> Any:  # noqa: ANN401 - as gather returns it

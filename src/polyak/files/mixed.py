@@ -56,7 +56,7 @@ def mixed(entries: Sequence[Entry], shares: Mapping[int, float]) -> dict[str, Te
 
 
 def metric(evaluate: Callable[[dict[str, Tensor]], float], state: dict[str, Tensor], *, finite: bool = True) -> float:
-    """Return what a function of the user's says of a state dict.
+    """Return the score that a function of the user's gives a state dict.
 
     Args:
         evaluate: The function.

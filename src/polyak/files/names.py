@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 _ANYWHERE = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _FIRST = "module."
-_COUNTERS = {"n_averaged"}  # what AveragedModel keeps beside its module
+_COUNTERS = {"n_averaged"}  # what AveragedModel keeps next to its module
 _NUMBER = re.compile(r"\d+")
 _FRACTION = re.compile(r"\d+(?:\.\d+)+")
 _LONGEST = 200

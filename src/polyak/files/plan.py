@@ -59,7 +59,7 @@ def planned(
 
     Args:
         checkpoints: The files.
-        match: "same": all have the same names; "common": names that some lack are left out.
+        match: "same": all have the same names; "common": names that some lack are skipped.
         integers: What becomes of integers and booleans.
         dtype: The dtype of floats. Defaults to the widest of the inputs.
         skip: Names that are not planned. Defaults to none.
@@ -115,7 +115,7 @@ def as_real(stored: Stored) -> Stored:
 
 
 def _aligned(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Stored]]:
-    """Return the tensors of each file; a name that one lacks is that of a tensor which it is tied to in another."""
+    """Return the tensors of each file; a missing name is found by a tensor that it is tied to elsewhere."""
     tables = [dict(checkpoint.tensors) for checkpoint in checkpoints]
     groups = [group for checkpoint in checkpoints for group in checkpoint.tied]
     for table in tables:
@@ -135,7 +135,7 @@ def _compare_names(
     if not left:
         return []
     if match == "common" and names:
-        return [f"left out, since not all files have them: {shortened(left, _SHOWN, ', ')}"]
+        return [f"skipped, since not all files have them: {shortened(left, _SHOWN, ', ')}"]
     lines = []
     for name in left[:_SHOWN]:
         there = [one.path.name for one, table in zip(checkpoints, tables, strict=True) if name in table]
@@ -143,7 +143,7 @@ def _compare_names(
         similar = near(name, [known for known in lacking[0][1] if known not in names])
         hint = f" (there: {similar!r})" if similar else ""
         lines.append(f"{shown(name)} is in {there[0]!r} and not in {lacking[0][0]!r}{hint}")
-    rule = "match='common' (--match common) leaves them out" if names else "they have no name in common"
+    rule = "match='common' (--match common) skips them" if names else "they have no name in common"
     message = brief("\n  ".join([f"the files have different tensors; {rule}:", shortened(lines, _SHOWN)]))
     if len(left) > _SHOWN:
         message += f"\n  … and {len(left) - _SHOWN} more"

@@ -39,9 +39,9 @@ def texts_of(
         model: The input whose other metadata are kept.
     """
     inputs = [_about(checkpoint, sums, hashes=hashes) for checkpoint in checkpoints]
-    told = {"format": _FORMAT, "polyak": version("polyak"), "inputs": inputs, **settings}
+    record = {"format": _FORMAT, "polyak": version("polyak"), "inputs": inputs, **settings}
     others = {name: text for name, text in model.metadata.items() if not name.startswith("polyak") and name != "format"}
-    return {"format": "pt", **others, kind: json.dumps(told)}
+    return {"format": "pt", **others, kind: json.dumps(record)}
 
 
 def _about(checkpoint: Checkpoint, sums: Mapping[str, str] | None, *, hashes: bool) -> dict[str, Any]:

@@ -34,7 +34,7 @@ __all__ = ["Ingredient", "Soup", "soup"]
 
 @dataclass(frozen=True)
 class Soup:
-    """What a soup was made of.
+    """The ingredients of a soup, and its file.
 
     Attributes:
         out: The file or folder that was written.
@@ -73,7 +73,7 @@ class Soup:
         return "\n".join(lines)
 
     def plot(self, ax: Axes | None = None, *, label: str = "score") -> Axes:
-        """Draw the score of each file alone, and that of the soup after it was tried.
+        """Draw the score of each file alone, and the soup's score after it was tried.
 
         Args:
             ax: Where to draw. Defaults to a new figure.
@@ -172,10 +172,10 @@ def soup(
         final = [entry for entry in final if common.issuperset(entry.names)]
         score = [*ingredients.values()][-1].soup
         weights = [1.0 / len(kept)] * len(kept)
-        told = {
+        record = {
             "weights": weights, "steps": [one.step for one in inputs], "score": score, "notes": notes,
             "settings": {"how": how, "rule": rule, "mode": mode, "key": key, "match": match},
             "tried": [{"path": str(one.file), "score": one.score, "kept": one.kept} for one in ingredients.values()],
         }  # fmt: skip
-        make(Job("polyak_soup", inputs, final, lambda: Average(weights, raises=True), told, inputs[-1]), request)
+        make(Job("polyak_soup", inputs, final, lambda: Average(weights, raises=True), record, inputs[-1]), request)
         return Soup(request.out, tuple(ingredients.values()), score, mode, kitchen.evaluations)

@@ -64,7 +64,7 @@ class Settings(NamedTuple):
         threads: On how many threads.
         hashes: Whether the sha256 of the inputs is taken.
         integers: What becomes of tensors that are copied.
-        progress: Is told how many bytes were read.
+        progress: Gets the number of bytes of each read.
     """
 
     threads: int

@@ -96,7 +96,7 @@ def as_chosen(weights: Weights) -> list[float] | WSM | Strategy | None:
 def shares_of(
     chosen: list[float] | WSM | Strategy | None, steps: Sequence[int | None], *, normalize: bool = False
 ) -> list[float]:
-    """Return what each file counts.
+    """Return the weight of each file.
 
     Args:
         chosen: What ``as_chosen`` returned.
@@ -126,9 +126,9 @@ def growing(steps: Sequence[int | None]) -> list[int]:
     """
     known = [step for step in steps if step is not None]
     if len(known) < len(steps) or any(b <= a for a, b in itertools.pairwise(known)):
-        told = listed("unknown" if step is None else str(step) for step in steps)
+        found = listed("unknown" if step is None else str(step) for step in steps)
         message = (
-            f"the files are of the steps {told}; expected different, known ones: in trainer_state.json, a key such as "
+            f"the files are of the steps {found}; expected different, known ones: in trainer_state.json, a key such as "
             "'global_step', the metadata or the file's name"
         )
         raise ConfigError(message)

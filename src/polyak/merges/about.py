@@ -1,4 +1,4 @@
-"""What a merge is told of the tensors at hand, and random numbers that depend on nothing but their place."""
+"""The tensors that a merge gets, in words, and random numbers that depend on nothing but their place."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Merge(Frozen):
         """
 
     def measure(self, tensors: Sequence[Tensor], base: Tensor | None, about: About) -> Any:  # noqa: ANN401 - whatever gather takes
-        """Return what ``gather`` needs of these tensors; defined only by merges that need a pass before.
+        """Return one part of the input of ``gather``; defined only by merges that need a pass before.
 
         Args:
             tensors: As in ``merge``.

@@ -61,7 +61,7 @@ class TrimmedMean(Merge):
 
     name: Literal["trimmed_mean"] = "trimmed_mean"
     trim: Annotated[int, Field(ge=1)] = 1
-    """How many values are left out at either end."""
+    """How many values are dropped at either end."""
 
     @override
     def merge(self, tensors: Sequence[Tensor], base: Tensor | None, about: About) -> Tensor:

@@ -40,7 +40,7 @@ class Slerp(Merge):
     t: Annotated[float, Field(ge=0, le=1)] = 0.5
     """The position: 0 is the first input, 1 the second."""
     scope: Literal["tensor", "model"] = "tensor"
-    """Whether the angle is that of each tensor, or that of whole models."""
+    """Whether there is an angle for each tensor, or one for whole models."""
     straight: Annotated[float, Field(gt=0, le=1)] = 0.9995
     """The size of the cosine from which on the straight line is taken."""
 
@@ -90,8 +90,8 @@ class NuSlerp(Merge):
 
     name: Literal["nuslerp"] = "nuslerp"
     scope: Literal["tensor", "row", "column"] = "tensor"
-    """Whether the angle is that of each tensor, that of each row (the values along the last dimension), or that of each
-    column (those along the first)."""
+    """Whether there is an angle for each tensor, for each row (the values along the last dimension), or for each column
+    (the values along the first)."""
 
     _LEAST: ClassVar[float] = 1e-8  # of a sine
 
@@ -116,7 +116,7 @@ class NuSlerp(Merge):
         return in_chunks(result, changes, base)
 
     def _shares(self, product: Tensor, a: Tensor, b: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        """Return what both inputs count, by their product and sizes; on a straight line where they are colinear."""
+        """Return the weights of both inputs, by their product and sizes; on a straight line where they are colinear."""
         sizes = a * b
         cosine = torch.where(sizes > 0, product / sizes.clamp(min=1e-300), torch.ones_like(sizes))
         angle = cosine.clamp(-1.0, 1.0).acos()

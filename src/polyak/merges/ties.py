@@ -70,7 +70,7 @@ class Ties(Merge):
     least: Annotated[int, Field(ge=0)] = 1
     """How many values of a tensor are kept at least."""
     zero: Literal["positive", "majority"] = "positive"
-    """The sign that a sum of 0 stands for: plus, or that of most values of the model."""
+    """The sign of a sum of 0: plus, or the sign of most values of the model."""
     lam: Finite = 1.0
     """The factor of the merged change."""
 

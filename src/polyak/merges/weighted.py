@@ -42,7 +42,7 @@ def added(base: Tensor | None, change: Tensor, lam: float) -> Tensor:
 
 
 def changes_of(tensors: Sequence[Tensor], base: Tensor | None) -> list[Tensor]:
-    """Return what the inputs changed, in their memory.
+    """Return the changes of the inputs, in their memory.
 
     Raises:
         ConfigError: If there is no base.

@@ -77,5 +77,5 @@ class Karcher(polyak.files.Merge):
 
 @polyak.hookimpl
 def polyak_merges() -> list[type[polyak.files.Merge]]:
-    """Return what this plugin offers."""
+    """Return the merges of this plugin."""
     return [Karcher]

@@ -31,7 +31,7 @@ _HUGE = 2**62
 
 
 def read_dcp(folder: Path, key: str | None) -> Found:
-    """Return what a folder holds.
+    """Return the contents of a folder.
 
     Args:
         folder: The folder.
@@ -140,9 +140,9 @@ def _joined(
 def _step(
     folder: Path, path: list[Mapping[Any, Any]], chunks: Mapping[str, Any], files: dict[str, RawFile]
 ) -> int | None:
-    """Return the step beside the weights, which is a small archive of its own."""
-    told = recorded_step(path)
-    name = told.memory.key if isinstance(told, View) else told if isinstance(told, str) else ""
+    """Return the step that was saved with the weights, which is a small archive of its own."""
+    step = recorded_step(path)
+    name = step.memory.key if isinstance(step, View) else step if isinstance(step, str) else ""
     for _, info in chunks.get(name, [])[:1]:
         file, offset, length = _place(folder, info, files)
         if length <= file.size - offset and is_zip_at(file, offset):

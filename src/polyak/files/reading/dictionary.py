@@ -39,7 +39,7 @@ class Chosen(NamedTuple):
     Attributes:
         tensors: The tensors by name.
         key: The path of keys to them, with dots between.
-        notes: What was left out, and which other weights there are.
+        notes: Names that were skipped, and other weights in the dictionary.
         path: The mappings on the way to them, the outermost first.
     """
 
@@ -164,10 +164,12 @@ def _next(found: Mapping[Any, Any], where: str, keys: list[str], notes: list[str
     if len(chosen) == 1:
         if others := [name for name in averages if name not in chosen]:
             names = listed(repr(".".join([*keys, str(name)])) for name in others)
-            notes.append(f"beside the weights in {chosen[0]!r} there is an average in {names}; key= chooses it")
+            notes.append(
+                f"the weights in {chosen[0]!r} were taken; there is an average, too, in {names}; key= chooses it"
+            )
         if rest := [name for name in raw if name not in chosen]:
             names = listed(repr(".".join([*keys, str(name)])) for name in rest)
-            notes.append(f"left out: further tensors in {names}; key= chooses them")
+            notes.append(f"skipped: further tensors in {names}; key= chooses them")
         return chosen[0]
     if not chosen:
         inside = listed(map(repr, list(found)[:_SHOWN]))
@@ -202,7 +204,7 @@ def _tensors(found: Mapping[Any, Any], where: str, notes: list[str]) -> dict[str
         message = f"{where} holds no tensors"
         raise StateError(message)
     if left := [name for name, value in _items(found) if not isinstance(value, View)]:
-        notes.append(f"left out, since they are no tensors: {shortened(left, _SHOWN, ', ')}")
+        notes.append(f"skipped, since they are no tensors: {shortened(left, _SHOWN, ', ')}")
     return tensors
 
 

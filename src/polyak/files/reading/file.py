@@ -29,7 +29,7 @@ _STEPS = ("step", "global_step", "iter_num")
 
 
 def read_file(path: Path, key: str | None) -> Found:
-    """Return what a file holds, of which only the header is read.
+    """Return the contents of a file, of which only the header is read.
 
     Args:
         path: The file.
@@ -45,7 +45,7 @@ def read_file(path: Path, key: str | None) -> Found:
     try:
         if reason := mistaken_for(file):
             message = f"{where} cannot be read: {reason}"
-            raise StateError(message)  # noqa: TRY301 - told with the others
+            raise StateError(message)  # noqa: TRY301 - reported with the others
         return _read(file, where, key)
     except (StateError, ConfigError) as error:
         file.close()
@@ -103,11 +103,11 @@ def _step_in(texts: Saved) -> int | None:
             return int(texts[name][:18])
     for name in ("polyak", "polyak_snapshot"):
         try:
-            told = json.loads(texts[name]).get("step")
+            step = json.loads(texts[name]).get("step")
         except (KeyError, ValueError, AttributeError, RecursionError):
             continue
-        if type(told) is int:
-            return told
+        if type(step) is int:
+            return step
     return None
 
 

@@ -33,7 +33,7 @@ _SHARDING = "DCP_SHARDING_INFO"
 
 
 def read_folder(folder: Path, key: str | None) -> Found:
-    """Return what a folder holds.
+    """Return the contents of a folder.
 
     Raises:
         ConfigError: If a file in it holds several candidates for the weights.
@@ -53,7 +53,7 @@ def read_folder(folder: Path, key: str | None) -> Found:
     chosen = _single(folder, weights)
     found = read_file(chosen, key)
     if others := [path.name for path in weights if path != chosen]:
-        found.notes.append(f"beside {chosen.name!r} lies {listed(map(repr, others))}, which was not read")
+        found.notes.append(f"{chosen.name!r} was read, and {listed(map(repr, others))} in the same folder was not")
     return _as_folder(found, {_output_stem(chosen.stem): [*found.tensors]})
 
 
@@ -149,7 +149,7 @@ def _sharded(folder: Path, index: Path, key: str | None) -> Found:
     first = next(iter(shards.values()))
     notes = [note for found in shards.values() for note in found.notes]
     if unlisted := [name for found in shards.values() for name in found.tensors if name not in table]:
-        notes.append(f"{index.name!r} does not name {shortened(unlisted, _SHOWN, ', ')}, which were left out")
+        notes.append(f"{index.name!r} does not name {shortened(unlisted, _SHOWN, ', ')}, which were skipped")
     found = Found(f"{len(shards)} shards of {first.format}", tensors, first.step, first.texts, notes)
     return _as_folder(found, {_output_stem(index.name.partition(".")[0]): [*tensors]})
 

@@ -22,7 +22,7 @@ class Found:
         tensors: Where each tensor lies.
         step: The training step that the file itself records.
         texts: Its metadata.
-        notes: What a user should know: parts that were left out, other weights beside them.
+        notes: What a user should know: parts that were skipped, other weights in the file.
         files: Of a folder: the names of the tensors of each file of weights, which is named without its type.
         key: The key in the dictionary in which the tensors were found.
     """

@@ -32,14 +32,14 @@ _NOTHING = frozenset({"PROTO", "FRAME", "STOP", "READONLY_BUFFER"})
 
 
 def interpret(file: Bounded, stored: Callable[[Any], Any], foreign: set[str] | None = None) -> Saved:
-    """Return what a pickle describes: containers, numbers and texts as they are, anything else by name only.
+    """Return the contents of a pickle: containers, numbers and texts as they are, anything else by name only.
 
     No class is imported and nothing is called. A name outside of a short list becomes an inert ``Instance``.
 
     Args:
         file: Where the pickle begins; afterwards the file is behind its end.
         stored: Returns what stands for a persistent id, which names a tensor's memory.
-        foreign: Is told the names that became an ``Instance``. Defaults to nobody.
+        foreign: Gets the names that became an ``Instance``. Defaults to None.
 
     Raises:
         StateError: If it names a function that only malicious files name, such as ``os.system``.

@@ -1,4 +1,4 @@
-"""Names that only malicious pickles ask for: nothing is ever called, but whoever gets such a file should know."""
+"""Names that only malicious pickles ask for. Nothing is ever called; the user is warned all the same."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class View(NamedTuple):
 
 
 def meaning(called: Saved, args: Saved) -> Saved:
-    """Return what a call stands for, without calling it.
+    """Return the value that a call stands for, without calling it.
 
     Raises:
         ValueError: If it is damaged.

@@ -15,7 +15,7 @@ _STARTS = {
     b"<!DOCTYPE": "it is a web page; the download failed",
     b"<!doctype": "it is a web page; the download failed",
     b"<html": "it is a web page; the download failed",
-    b"GGUF": "it is a GGUF file, whose weights are packed for inference; average the files that it was made of",
+    b"GGUF": "it is a GGUF file, whose weights are packed for inference; average the files that it was converted from",
     b"\x89HDF": "it is an HDF5 file; expected safetensors or what torch.save writes",
     b"\x93NUMPY": "it is an array of numpy; expected safetensors or what torch.save writes",
     b"\x1f\x8b": "it is compressed by gzip; unpack it first",

@@ -40,7 +40,7 @@ def is_safetensors(file: RawFile) -> bool:
 
 
 def read_safetensors(file: RawFile) -> Found:
-    """Return what a file holds.
+    """Return the contents of a file.
 
     Raises:
         ValueError: If it is damaged.

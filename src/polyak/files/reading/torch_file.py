@@ -35,7 +35,7 @@ class Archive:
 
     Attributes:
         value: What was saved, its tensors as views of storages.
-        texts: What polyak wrote beside it.
+        texts: The metadata that polyak wrote next to it.
         foreign: The classes that it names and that were not loaded.
     """
 
@@ -76,7 +76,7 @@ def is_zip(file: RawFile) -> bool:
 
 
 def read_archive(file: RawFile, begin: int = 0, size: int | None = None) -> Archive:
-    """Return what a zip archive of ``torch.save`` holds.
+    """Return the contents of a zip archive of ``torch.save``.
 
     Args:
         file: The file.
@@ -117,12 +117,12 @@ def read_archive(file: RawFile, begin: int = 0, size: int | None = None) -> Arch
     foreign: set[str] = set()
     value = interpret(Bounded(io.BytesIO(pickled)), storage, foreign)
     offsets = {key: begin + at[f"{root}data/{key}"] for key in sizes}
-    told = _record(window, records, at, f"{root}polyak.json", _LARGEST)
-    return Archive(file, value, offsets, {"polyak": told.decode("utf-8", "replace")} if told else {}, foreign)
+    texts = _record(window, records, at, f"{root}polyak.json", _LARGEST)
+    return Archive(file, value, offsets, {"polyak": texts.decode("utf-8", "replace")} if texts else {}, foreign)
 
 
 def read_legacy(file: RawFile) -> Archive:
-    """Return what a file of the older format holds; its storages follow the pickles, each behind its length.
+    """Return the contents of a file of the older format; its storages follow the pickles, each behind its length.
 
     Raises:
         StateError: If its pickle is malicious.

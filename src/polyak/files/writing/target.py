@@ -43,7 +43,7 @@ class Target(Protocol):
 
 
 def is_file(out: Path) -> bool:
-    """Return whether a path is that of a file of weights, by its type."""
+    """Return whether a path names a file of weights, by its type."""
     return out.suffix.lower() in TYPES
 
 
