@@ -8,6 +8,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -49,6 +50,18 @@ def test_a_fraction_in_a_name_is_no_step(tmp_path):
             assert checkpoint.step == step
 
 
+def test_the_step_is_in_the_folder_of_the_file(tmp_path):
+    steps = {"checkpoint-900/model": 900, "checkpoint-1000/model": 1000, "020000/pretrained_model/model": 20000,
+             "global_step7/mp_model": 7, "run-3/model": None, "2024/best": None}  # fmt: skip
+    for name, step in steps.items():
+        (path := tmp_path / "out" / f"{name}.safetensors").parent.mkdir(parents=True)
+        save_file({"w": torch.ones(2)}, path)
+        with files.open(path) as checkpoint:
+            assert checkpoint.step == step, name
+    paths = (tmp_path / "out").glob("checkpoint-*/model.safetensors")
+    assert files.average(paths, last=2, out=tmp_path / "o.pt").steps == (900, 1000)
+
+
 def test_what_else_holds_tensors_is_named(tmp_path):
     state, head = weights(0), {"0.weight": torch.ones(2)}
     torch.save({"model": state, "generator": head, "opt": argparse.Namespace()}, tmp_path / "onmt.pt")
@@ -69,11 +82,19 @@ def test_shards_of_zero_stage_3_hold_no_weights(tmp_path, left):
     for path in paths:
         torch.save(shard, path)
     before = left()
-    with pytest.raises(StateError, match=r"ZeRO stage 3: 'w' has no values.*zero_to_fp32"):
+    with pytest.raises(StateError, match=r"ZeRO stage 3: 'w' has the shape \(0,\) in it, and \(6,\) in the model"):
         files.average(paths, out=tmp_path / "o.pt")
     with pytest.raises(StateError, match="Gather the shards of all ranks"):
         files.open(tmp_path)
     assert left() == before
+    placeholder = tmp_path / "placeholder.pt"  # of older releases
+    torch.save({**shard, "module": {"w": torch.ones(1)}}, placeholder)
+    with pytest.raises(StateError, match=r"has the shape \(1,\).*zero_to_fp32"):
+        files.open(placeholder)
+    model = tmp_path / "pytorch_model.bin"  # as trainers write it of what is partitioned
+    torch.save({"a": torch.empty(0), "b": torch.empty(0), "running_mean": torch.ones(2)}, model)
+    with pytest.raises(StateError, match=r"tensors without values, such as 'a'.*zero_to_fp32"):
+        files.open(model)
     torch.save({**shard, "module": {"w": torch.ones(6)}, "global_steps": 40}, tmp_path / "stage-2.pt")
     with files.open(tmp_path / "stage-2.pt") as checkpoint:
         assert checkpoint.step == 40

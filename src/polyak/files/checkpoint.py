@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from polyak.errors import ArgumentError, ConfigError, MissingFileError, StateError
 from polyak.errors.formatting import shown
-from polyak.files.names import near, number_in, without_wrappers
+from polyak.files.names import near, number_in, step_around, without_wrappers
 from polyak.files.reading.file import read_file
 from polyak.files.reading.folder import read_folder, read_table
 from polyak.files.reading.own import of_averager, of_snapshot
@@ -192,6 +192,13 @@ def _opened(where: Path, found: Found) -> Checkpoint:
     if not found.tensors:
         message = f"{str(where)!r} holds no tensors"
         raise StateError(message)
+    empty = [name for name, stored in found.tensors.items() if 0 in stored.shape]
+    if 2 * len(empty) > len(found.tensors):
+        message = (
+            f"{str(where)!r} holds tensors without values, such as {shown(empty[0])}, as a rank of DeepSpeed's ZeRO "
+            "stage 3 saves them; gather the weights first, by zero_to_fp32.py in the folder of the checkpoint"
+        )
+        raise StateError(message)
     tensors = without_wrappers(found.tensors) if not found.files else dict(found.tensors)
     groups: dict[object, list[str]] = {}
     for name, stored in tensors.items():
@@ -199,9 +206,8 @@ def _opened(where: Path, found: Found) -> Checkpoint:
             groups.setdefault(stored.place, []).append(name)
     tied = tuple(tuple(names) for names in groups.values() if len(names) > 1)
     state = read_table(where / "trainer_state.json") if where.is_dir() else {}
-    step = next(
-        (one for one in (state.get("global_step"), found.step, number_in(where.name)) if type(one) is int), None
-    )
+    steps = (state.get("global_step"), found.step, number_in(where.name), step_around(where))
+    step = next((one for one in steps if type(one) is int), None)
     config = (read_table(where / "adapter_config.json") or read_table(where / "config.json")) if where.is_dir() else {}
     texts = dict(found.texts)
     if "polyak" in texts and "torch" in found.format:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
+    from pathlib import Path
 
-__all__ = ["near", "number_in", "without_wrappers"]
+__all__ = ["near", "number_in", "step_around", "without_wrappers"]
 
 T = TypeVar("T")
 
@@ -18,6 +19,8 @@ _FIRST = "module."
 _COUNTERS = {"n_averaged"}  # what AveragedModel keeps next to its module
 _NUMBER = re.compile(r"\d+")
 _FRACTION = re.compile(r"\d+(?:\.\d+)+")
+_FOLDER = re.compile(r"(?:checkpoint|ckpt|global_?step|step|iter|iteration|epoch)[-_=]*(\d+)|(\d{5,})")
+_LEVELS = 2  # a file in a folder in the folder of a step
 _LONGEST = 200
 _DIGITS = 18
 
@@ -63,3 +66,17 @@ def number_in(name: str) -> int | None:
     stem = re.sub(r"\.(safetensors|pt|pth|bin|ckpt|tar)$", "", re.sub(r"\.tar$", "", name))
     numbers = _NUMBER.findall(_FRACTION.sub("", stem))
     return int(numbers[-1][:_DIGITS]) if numbers else None
+
+
+def step_around(path: Path) -> int | None:
+    """Return the step in the name of a folder around a file, if that name is nothing else.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> step_around(Path("out/checkpoint-500/model.safetensors")), step_around(Path("v2-2024/model.safetensors"))
+        (500, None)
+    """
+    for folder in [*path.absolute().parents][:_LEVELS]:
+        if (found := _FOLDER.fullmatch(folder.name)) is not None:
+            return int((found[1] or found[2])[:_DIGITS])
+    return None

@@ -71,6 +71,7 @@ class Ranks:
     def __init__(self, length: int) -> None:
         self._length = length
         self._sorted = torch.empty(0, device="cpu")
+        self._has_equals = False
 
     def __call__(self, flat: Tensor, begin: int, end: int) -> Tensor:
         """Return the ranks of a block; the blocks of a row come in order, before the row is changed."""
@@ -78,6 +79,17 @@ class Ranks:
             sizes = flat[begin : max(end, begin + self._length)].abs().reshape(-1, self._length)
             sizes.numpy().sort(axis=1)
             self._sorted = sizes
+            self._has_equals = bool((sizes[:, 1:] == sizes[:, :-1]).any())
         part = flat[begin:end].abs().reshape(len(self._sorted), -1)
-        smaller, more = (torch.searchsorted(self._sorted, part, right=right) for right in (False, True))
-        return ((smaller + more - 1) / 2).reshape(-1)
+        if len(part) > 1:
+            return self._found(part).reshape(-1)
+        order = torch.from_numpy(part[0].numpy().argsort())  # in a long row neighbours are found near each other
+        ranks = torch.empty_like(part)
+        ranks[:, order] = self._found(part[:, order])
+        return ranks.reshape(-1)
+
+    def _found(self, part: Tensor) -> Tensor:
+        smaller = torch.searchsorted(self._sorted, part).to(part.dtype)
+        if not self._has_equals:
+            return smaller
+        return (smaller + torch.searchsorted(self._sorted, part, right=True) - 1) / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polyak.errors import ConfigError, StateError
@@ -16,6 +17,7 @@ from polyak.files.reading.safetensors import is_safetensors, read_safetensors
 from polyak.files.reading.torch_file import is_zip, read_archive, read_legacy
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from polyak.files.reading.meanings import Saved
@@ -73,11 +75,12 @@ def _read(file: RawFile, where: str, key: str | None) -> Found:
 def _from_archive(archive: Archive, kind: str, where: str, key: str | None) -> Found:
     chosen = choose(archive.value, where, key)
     tensors = {name: archive.stored(view) for name, view in chosen.tensors.items()}
-    empty = [name for name, view in chosen.tensors.items() if 0 in view.shape]
-    if empty and any(_PARTITIONED in found for found in chosen.path):
+    whole = {name: shape for found in chosen.path for name, shape in _whole_shapes(found.get(_PARTITIONED))}
+    if parts := [name for name, view in chosen.tensors.items() if whole.get(name, view.shape) != view.shape]:
         message = (
-            f"{where} is of one rank of DeepSpeed's ZeRO stage 3: {shown(empty[0])} has no values in it. Gather the "
-            "weights first, by zero_to_fp32.py in the folder of the checkpoint"
+            f"{where} is of one rank of DeepSpeed's ZeRO stage 3: {shown(parts[0])} has the shape "
+            f"{chosen.tensors[parts[0]].shape} in it, and {whole[parts[0]]} in the model. Gather the weights first, by "
+            "zero_to_fp32.py in the folder of the checkpoint"
         )
         raise StateError(message)
     step = recorded_step(chosen.path)
@@ -88,6 +91,12 @@ def _from_archive(archive: Archive, kind: str, where: str, key: str | None) -> F
         names = shortened(sorted(archive.foreign), _SHOWN, ", ")
         chosen.notes.append(f"it names classes, of which nothing was loaded or called: {names}")
     return Found(kind, tensors, number, archive.texts, chosen.notes, chosen.key)
+
+
+def _whole_shapes(saved: Saved) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for table in saved if isinstance(saved, list) else [saved]:
+        if isinstance(table, Mapping):
+            yield from ((name, shape) for name, shape in table.items() if isinstance(shape, tuple))
 
 
 def _value(stored: Stored) -> Saved:
