@@ -28,7 +28,7 @@ ATTRIBUTES = {
     "n_averaged": "averager.n",
     "decay": "averager.strategy",
     "save": "polyak.save(averager, path)",
-    "to": "polyak.average(model, ..., device=, dtype=)",
+    "cuda": "averager.to(device=, dtype=)",
     "update_bn": "polyak.recalibrate(averager, batches)",
     "updat": "Did you mean 'update'?",
     "unheard_of": "has no attribute 'unheard_of'.",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
+    import torch
     from torch import Tensor, nn
 
     from polyak.strategy.base import Strategy
@@ -196,6 +197,64 @@ class Averager(Protocol):
             >>> averager.configure(decay=0.99)
             >>> averager.strategy.decay
             0.99
+        """
+
+    def to(self, device: str | int | torch.device | None = None, dtype: str | torch.dtype | None = None) -> None:
+        """Move the average to another device or dtype; its values, counts and history stay.
+
+        Args:
+            device: The device. Defaults to where it is.
+            dtype: How precisely it is stored, as in ``polyak.average``. Defaults to how it is; copied tensors stay.
+
+        Raises:
+            ConfigError: If there is no such device or dtype, or ranks, a captured graph or a list of yours hold the
+                average.
+            AppliedError: Inside ``applied()``.
+
+        Examples:
+            >>> import polyak, torch
+            >>> averager = polyak.average(torch.nn.Linear(3, 1), "ema")
+            >>> averager.to(dtype="float64")
+            >>> averager.averages["weight"].dtype
+            torch.float64
+        """
+
+    def pin_memory(self) -> None:
+        """Put an average on the CPU into page-locked memory, from which copies to an accelerator do not wait.
+
+        Raises:
+            ConfigError: If there is no accelerator, or ``to()`` would raise.
+            AppliedError: Inside ``applied()``.
+        """
+
+    def take_over(self, source: Any, *, n: int | None = None) -> None:  # noqa: ANN401 - whatever holds an average
+        """Go on from an average of another library.
+
+        What it took over counts as the start in the profile, since no record says which updates it consists of. A
+        strategy that counts, such as ``swa``, goes on at the count.
+
+        Args:
+            source: An averaging object, its state dict, or a ``.pt`` file of one: timm's classes and checkpoints with
+                ``state_dict_ema``, torch's ``AveragedModel``, torch_ema, diffusers, ema-pytorch, checkpoints of
+                Lightning's callbacks; or a module, a mapping of names to tensors, or tensors in the model's order.
+            n: How many updates it has. Defaults to the count that the source has, else to 0.
+
+        Raises:
+            StateError: If the source has no average of this model. Nothing has changed then.
+            ConfigError: If ``n`` is no count, or the strategy keeps several tensors.
+            AppliedError: Inside ``applied()``.
+
+        Examples:
+            >>> import polyak, torch
+            >>> model = torch.nn.Linear(3, 1)
+            >>> theirs = torch.optim.swa_utils.AveragedModel(model)
+            >>> for _ in range(10):
+            ...     theirs.update_parameters(model)
+            >>> averager = polyak.average(model, "swa")
+            >>> averager.take_over(theirs)
+            >>> averager.update()
+            >>> averager.n, round(averager.rate, 4)
+            (11, 0.0909)
         """
 
     def applied(self, model: Given | None = None) -> AbstractContextManager[None]:

@@ -7,7 +7,7 @@ import io
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from typing_extensions import override
@@ -23,14 +23,17 @@ from polyak.engine.export import averaged_state_dict, gathered, overwrite_model,
 from polyak.engine.history import History, Identity
 from polyak.engine.metrics import metrics
 from polyak.engine.options import Options
+from polyak.engine.relocate import pin, relocate
 from polyak.engine.schema import SavedState
-from polyak.engine.settings import Settings, advice, configured, resumed
+from polyak.engine.settings import advice, configured, resumed
 from polyak.engine.state import State, dump, parse
+from polyak.engine.takeover import Received, Takeover, taken_over
 from polyak.engine.transaction import refuse_within, whole
 from polyak.engine.updates import Updater
 from polyak.errors import AppliedError, AttributeAccessError, StateError
 from polyak.errors.attributes import AttributeHints
 from polyak.errors.calls import explained, refuse_arguments
+from polyak.strategy.numbers import given_integer
 from polyak.tensors.generators import OwnGenerators
 from polyak.tensors.home import Home
 from polyak.tensors.located import refuse_lost
@@ -50,13 +53,6 @@ if TYPE_CHECKING:
     from polyak.tensors.entries import Entry, Given, Model
 
 __all__ = ["Engine"]
-
-
-class Received(NamedTuple):
-    """A state that fits."""
-
-    settings: Settings
-    state: State
 
 
 class Engine(AttributeHints, Averager):
@@ -281,6 +277,25 @@ class Engine(AttributeHints, Averager):
         made = configured(core.settings, core.state.progress.n, settings)
         core.binding.follow(made.options)
         whole(lambda: setattr(core, "settings", made))
+
+    @override
+    def to(self, device: str | int | torch.device | None = None, dtype: str | torch.dtype | None = None) -> None:
+        with self.lock:
+            relocate(self.core, device, dtype)
+            self.view.forget()
+
+    @override
+    def pin_memory(self) -> None:
+        with self.lock:
+            pin(self.core)
+
+    @override
+    def take_over(self, source: Any, *, n: int | None = None) -> None:
+        with self.lock:
+            taken = Takeover.of(source)
+            count = taken.n or 0 if n is None else given_integer("n", n, 0)
+            received = taken_over(self.core, taken, count)
+            whole(lambda: self.adopt(received))
 
     # Evaluating
 

@@ -26,7 +26,7 @@ _HABITS = {
     "strategy": "decay beta halflife window name avg_fn multi_avg_fn settings config",
     "polyak.save(averager, path)": "save save_state save_to dump",
     "polyak.load(averager, path)": "load load_state from_file from_pretrained",
-    "polyak.average(model, ..., device=, dtype=)": "to cuda cpu half float double device dtype",
+    "averager.to(device=, dtype=)": "cuda cpu half float double device dtype",
     "polyak.recalibrate(averager, batches)": "update_bn update_batch_norm recalibrate",
     "polyak.attach(optimizer, averager)": "attach register register_hook hook",
 }
