@@ -191,6 +191,14 @@ def test_della_gives_equal_values_equal_chances(tmp_path):
     assert ((made[:, :10] != 0).double().mean() - 0.5).abs() < 0.05
 
 
+def test_a_base_that_is_an_input_is_noted(tmp_path):
+    for name in ("a", "b"):
+        save_file({"w": torch.randn(4, 4)}, tmp_path / f"{name}.safetensors")
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    made = files.merge(paths, "ties", base=paths[0], out=tmp_path / "o.safetensors")
+    assert made.notes == ("a.safetensors is an input and the base, so its change is zero",)
+
+
 @pytest.mark.parametrize(
     ("cls", "where"),
     [(cls, where) for cls in BUILT_IN for where in ("input", "base") if where == "input" or cls.base == "required"],

@@ -14,7 +14,7 @@ from polyak.errors.formatting import brief, listed, shown
 from polyak.files.average import check_options, dtype_edits, notes_of
 from polyak.files.inputs import opened
 from polyak.files.make import Job, Request, make
-from polyak.files.merge_inputs import check_count, completed, opened_extras, refuse_lora, shares_for
+from polyak.files.merge_inputs import check_count, completed, notes_on_base, opened_extras, refuse_lora, shares_for
 from polyak.files.merging import Merging, measured
 from polyak.files.plan import as_dtype, planned
 from polyak.files.writing.target import check_spared
@@ -183,7 +183,7 @@ def merge(  # noqa: PLR0913 - each is one axis, and users complete from this sig
             "polyak_merge", everything, entries, merging.combine, record, inputs[-1], {}, dtype_edits(inputs[-1], kind)
         )
         make(job, request)
-        notes += notes_of(everything)
+        notes += [*notes_on_base(inputs, bases), *notes_of(everything)]
         return Merged(
             request.out, chosen, tuple(one.path for one in inputs), tuple(shares), tuple(dict.fromkeys(notes))
         )

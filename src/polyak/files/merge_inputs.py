@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from polyak.files.plan import Integers
     from polyak.merges.base import Merge
 
-__all__ = ["check_count", "completed", "opened_extras", "refuse_lora", "shares_for"]
+__all__ = ["check_count", "completed", "notes_on_base", "opened_extras", "refuse_lora", "shares_for"]
 
 
 def check_count(method: Merge, inputs: list[Checkpoint], base: object) -> None:
@@ -44,6 +45,13 @@ def check_count(method: Merge, inputs: list[Checkpoint], base: object) -> None:
     if method.base == "none" and base is not None:
         message = f"{method.name!r} takes no base; leave it out, or give it as one of the files"
         raise ConfigError(message)
+
+
+def notes_on_base(inputs: Sequence[Checkpoint], bases: Sequence[Checkpoint]) -> list[str]:
+    """Return a note where the base is an input, too, whose change is then zero."""
+    files = {os.path.realpath(one.path) for one in bases}
+    twice = [one.path.name for one in inputs if os.path.realpath(one.path) in files]
+    return [f"{name} is an input and the base, so its change is zero" for name in twice]
 
 
 def opened_extras(method: Merge, inputs: list[Checkpoint], held: ExitStack, key: str | None) -> list[Checkpoint]:

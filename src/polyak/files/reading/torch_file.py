@@ -8,6 +8,7 @@ import struct
 import zipfile
 from typing import IO, TYPE_CHECKING, cast
 
+from polyak.errors import StateError
 from polyak.errors.formatting import shown
 from polyak.files.reading.machine import interpret
 from polyak.files.reading.meanings import Memory, Opaque, View, dtype_of_storage
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["MAGIC", "Archive", "is_zip", "read_archive", "read_legacy"]
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file of the older format
+_STRANGE = "it is neither a safetensors file nor one of torch.save"
 _PROTOCOL = 1001
 _HEAD = struct.Struct("<4s22x2H")  # of a local file header: its signature, the lengths of name and extra field
 _LARGEST = 1 << 28  # bytes of the pickle
@@ -129,9 +131,14 @@ def read_legacy(file: RawFile) -> Archive:
         ValueError: If it is no such file, or damaged.
     """
     stream = cast("IO[bytes]", io.BufferedReader(Window(file, 0, file.size)))
-    first = _few(stream, _LONGEST)
+    try:
+        first = _few(stream, _LONGEST)
+    except ValueError as error:
+        if isinstance(error, StateError):  # it is malicious
+            raise
+        first = None
     if first != MAGIC:
-        message = "it is a pickle, but torch.save did not write it" if first is not None else "it is no checkpoint"
+        message = "it is a pickle, but torch.save did not write it" if first is not None else _STRANGE
         raise ValueError(message)
     protocol, about = _few(stream, _LONGEST), _few(stream, _LONGEST)
     if protocol != _PROTOCOL or not isinstance(about, dict) or about.get("little_endian") is not True:
