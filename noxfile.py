@@ -188,12 +188,13 @@ def matrix(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure what averaging costs and refresh docs/performance*.md; or run ``polyak bench`` with what follows --."""
+    """Measure what averaging costs and refresh its pages in docs; or run ``polyak bench`` with what follows --."""
     install(session, "--group=test")
     if session.posargs:
         session.run("python", "-m", "polyak", "bench", *session.posargs)
         return
     measure(session, {f"performance-{name}": options for name, options in BENCH.items()}, PERFORMANCE)
+    measure(session, {"files": ["files"]}, ["docs/checkpoints.md"])
 
 
 @nox.session
