@@ -95,6 +95,7 @@ def test_a_model_that_cannot_be_copied_raises_and_does_not_end_the_process():
     live = model()
     live.generator = (number for number in range(3))
     refused(ValueError, lambda: EMA(live), "cannot be copied")
+    refused(ValueError, lambda: EMA(nn.LazyLinear(3)), "cannot be copied")
 
 
 def test_timms_warm_up_without_a_step_is_warned_of_once():

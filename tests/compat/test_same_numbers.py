@@ -267,3 +267,19 @@ def test_a_folder_of_diffusers_is_read_and_written(tmp_path):
         assert read.optimization_step == 3
         assert read.decay == 0.95
         assert all(map(torch.equal, read.shadow_params, ema.shadow_params))
+
+
+WRAPPERS = {"plain": lambda model: model, "compiled": torch.compile, "data parallel": nn.DataParallel}
+
+
+@pytest.mark.parametrize("built", WRAPPERS)
+@pytest.mark.parametrize("updated", WRAPPERS)
+@pytest.mark.parametrize("name", ["timm v3", "timm v2", "timm v1", "torch swa"])
+def test_wrappers_at_either_time_make_no_difference(name, built, updated):
+    case, model = CASES[name], network()
+    plain = case.make(case.classes[1], model)
+    wrapped = case.make(case.classes[1], WRAPPERS[built](model))
+    for step in trained(model, 3):
+        case.update(plain, model, step)
+        case.update(wrapped, WRAPPERS[updated](model), step)
+    assert [*map(torch.Tensor.tolist, values(wrapped).values())] == [*map(torch.Tensor.tolist, values(plain).values())]

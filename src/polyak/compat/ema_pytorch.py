@@ -122,15 +122,14 @@ class EMA(nn.Module):
         Raises:
             ModelError: If the model cannot be copied.
         """
-        if ema_model is None:
-            try:
-                ema_model = copy.deepcopy(self.model)
-            except Exception as error:  # whatever the model raises
-                message = f"the model cannot be copied ({type(error).__name__}: {error}); give ema_model="
-                raise ModelError(message) from error
+        try:
+            ema_model = copy.deepcopy(self.model) if ema_model is None else ema_model
+            for parameter in ema_model.parameters():
+                parameter.detach_()
+        except Exception as error:  # whatever the model raises; lazy parameters cannot be detached
+            message = f"the model cannot be copied ({type(error).__name__}: {error}); give ema_model="
+            raise ModelError(message) from error
         self.ema_model = ema_model
-        for parameter in ema_model.parameters():
-            parameter.detach_()
         for name in self.forward_method_names:
             setattr(self, name, getattr(ema_model, name))
         self.parameter_names = {name for name, tensor in ema_model.named_parameters() if _averaged(tensor)}
