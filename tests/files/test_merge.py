@@ -164,6 +164,17 @@ def test_della_keeps_large_values_more_often(tmp_path):
     assert_close(made.mean(), change.mean(), rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("scope", ["row", "column"])
+def test_nuslerp_of_rows_and_columns_is_that_of_each_vector(scope, tmp_path):
+    a, b = torch.randn(2, 3, 4, dtype=torch.float64)
+    settings = {"weights": [0.75, 0.25]}
+    made = merged(tmp_path, (a, b), "nuslerp", scope=scope, **settings)
+    along = 0 if scope == "row" else 1
+    vectors = zip(a.unbind(along), b.unbind(along), strict=True)
+    wanted = [merged(tmp_path, (x.clone(), y.clone()), "nuslerp", **settings) for x, y in vectors]
+    assert_close(made, torch.stack(wanted, along), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(3, 7), (2, 300_000), (300_000,), (5, 1), (2, 4, 6)])
 def test_della_ranks_each_row_also_where_it_is_longer_than_a_block(shape, tmp_path, monkeypatch):
     asked = []

@@ -143,6 +143,7 @@ def test_a_strategy_over_files_is_an_averager_that_the_first_file_began(strategy
     paths = [tmp_path / f"step-{step}.pt" for step in (100, 200, 300, 400, 500)]
     made = files.average(paths, strategy, out=tmp_path / "o.pt")
     torch.testing.assert_close(torch.load(made.out)["w"], averager.averages["w"], rtol=1e-12, atol=1e-15)
+    assert made.weights == pytest.approx(averager.averages["w"].tolist(), rel=1e-9, abs=1e-15)
 
 
 def test_swa_over_files_is_what_torch_makes_of_them(tmp_path):
