@@ -202,6 +202,14 @@ def test_della_gives_equal_values_equal_chances(tmp_path):
     assert ((made[:, :10] != 0).double().mean() - 0.5).abs() < 0.05
 
 
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+def test_model_stock_refuses_changes_that_cancel_each_other(scope, tmp_path):
+    angles = torch.tensor([0.0, 2 * torch.pi / 3, 4 * torch.pi / 3])
+    states = [torch.stack([angle.cos(), angle.sin()]).reshape(1, 2) for angle in angles]
+    with pytest.raises(ConfigError, match=r"'w' cancel each other \(mean cosine -0\.5\).*use 'linear'"):
+        merged(tmp_path, states, "model_stock", base=torch.zeros(1, 2), scope=scope)
+
+
 def test_a_base_that_is_an_input_is_noted(tmp_path):
     for name in ("a", "b"):
         save_file({"w": torch.randn(4, 4)}, tmp_path / f"{name}.safetensors")
@@ -309,6 +317,7 @@ def test_mistakes(tmp_path):
         (ConfigError, "density: Input should be less", lambda: files.merge(paths, "ties", density=2, **more, **out)),
         (ConfigError, "there is no such setting", lambda: files.merge(paths, "ties", densty=1, **more, **out)),
         (ConfigError, "leaves the chances", lambda: files.merge(paths, "della", density=0.95, **more, **out)),
+        (ConfigError, "expected finite numbers", lambda: files.merge(paths, "linear", weights=5, **out)),
         (ConfigError, "leave none of", lambda: files.merge([*paths, more["base"]], "trimmed_mean", trim=2, **out)),
     ):
         with pytest.raises(kind, match=match):

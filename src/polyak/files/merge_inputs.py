@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,6 @@ from polyak.files.weights import shares_of
 from polyak.strategy.numbers import as_number
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from contextlib import ExitStack
 
     import torch
@@ -82,7 +82,8 @@ def shares_for(method: Merge, weights: Sequence[float] | None, count: int, *, no
     if method.weighing == "none":
         message = f"{method.name!r} takes no weights; leave them out"
         raise ConfigError(message)
-    numbers = [as_number(weight) for weight in weights]
+    listed = isinstance(weights, Sequence) or hasattr(weights, "__array__")
+    numbers = [as_number(weight) for weight in weights] if listed else [None]
     if not all(number is not None and math.isfinite(number) for number in numbers):
         message = f"weights: got {shown(weights)}; expected finite numbers"
         raise ConfigError(message)

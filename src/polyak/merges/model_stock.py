@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from typing_extensions import override
 
+from polyak.errors import ConfigError
+from polyak.errors.formatting import shown
 from polyak.merges.base import Merge
 from polyak.merges.chunks import in_chunks
 from polyak.merges.weighted import added, changes_of
@@ -21,11 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelStock"]
 
+_SINGULAR = 1e-6
+
 
 class ModelStock(Merge):
     """A point between the mean m and the base: ``t m + (1 - t) b`` with ``t = k c / (1 + (k - 1) c)``.
 
-    Here c is the mean cosine of the angles between the changes of the k inputs.
+    Here c is the mean cosine of the angles between the changes of the k inputs. Where they point against each other,
+    c and t are negative.
 
     Source: Jang et al., "Model Stock: All we need is just a few fine-tuned models" (2024), arXiv:2403.19522; mergekit's
     ``model_stock``, of which ``scope="row"`` is ``filter_wise``.
@@ -48,7 +53,14 @@ class ModelStock(Merge):
         rows = [x.reshape(1, -1) if self.scope == "tensor" or x.ndim == 0 else x for x in changes]
         cosine = torch.stack([_cosine(a, b) for a, b in combinations(rows, 2)]).mean(0)
         count = len(rows)
-        ratio = count * cosine / (1.0 + (count - 1) * cosine)
+        divisor = 1.0 + (count - 1) * cosine
+        if bool((divisor.abs() < _SINGULAR).any()):
+            message = (
+                f"the changes of {shown(about.name)} cancel each other (mean cosine {cosine.min().item():.3g}), and "
+                "model_stock divides by their sum; use 'linear' or 'task_arithmetic'"
+            )
+            raise ConfigError(message)
+        ratio = count * cosine / divisor
         mean = rows[0]
         for row in rows[1:]:
             mean.add_(row)
