@@ -57,6 +57,8 @@ PORTABLE = [
     "tests/parity",
     "tests/laws/test_kernels_agree.py",
     "tests/test_bank.py",
+    "tests/test_into.py",
+    "tests/test_verdict.py",
     "tests/optim",
     "tests/test_testing.py",
 ]

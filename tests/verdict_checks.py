@@ -40,7 +40,10 @@ def _model(on):
 def _on(device):
     """Let averagers use the kernels of the GPU."""
     if device == "cpu":
-        with patch.dict(KERNELS, {"fused": FusedCUDA, "fastest": FusedCUDA, "copy": Copy, "compiled copy": Copy}):
+        with (
+            patch("polyak.kernels.select._numba", lambda: True),
+            patch.dict(KERNELS, {"fused": FusedCUDA, "fastest": FusedCUDA, "copy": Copy, "compiled copy": Copy}),
+        ):
             yield
     else:
         yield
