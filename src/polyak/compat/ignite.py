@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from ignite.engine import Events
-from ignite.handlers.state_param_scheduler import LambdaStateScheduler
 from torch import nn
 
 from polyak.compat.following import followed
 from polyak.errors import ConfigError, ModelError
 from polyak.errors.calls import warn_user
+from polyak.errors.extras import require
 from polyak.errors.formatting import shown, type_name
+
+require("polyak.compat.ignite", "pytorch-ignite", "0.5", "ignite")
+
+from ignite.engine import Events  # noqa: E402 - not before it is known to be there
+from ignite.handlers.state_param_scheduler import LambdaStateScheduler  # noqa: E402 - as above
 
 if TYPE_CHECKING:
     from ignite.engine import Engine

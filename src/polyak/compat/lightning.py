@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning.pytorch.callbacks import weight_averaging as theirs
 from typing_extensions import override
 
 from polyak.compat.torch import AveragedModel
+from polyak.errors.extras import require
+
+require("polyak.compat.lightning", "lightning", "2.6", "lightning")
+
+from lightning.pytorch.callbacks import weight_averaging as theirs  # noqa: E402 - not before it is known to be there
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
