@@ -79,6 +79,14 @@ def what_one_rank_synthesised_goes_into_a_sharded_model(rank, folder):
         assert {*wanted} == {*got, "head.weight"}  # which is tied
         for name, tensor in got.items():
             torch.testing.assert_close(tensor, wanted[name].double(), rtol=1e-6, atol=1e-7)
+    # Or each rank reads the folder, and takes its own parts.
+    torch.distributed.barrier()
+    third = fsdp(built(seed=6))
+    polyak.posthoc.synthesize(folder / "made", "swa").copy_to(third)
+    got = weights(third)
+    if rank == 0:
+        for name, tensor in got.items():
+            torch.testing.assert_close(tensor, wanted[name].double(), rtol=1e-6, atol=1e-7)
 
 
 def under_ddp_only_rank_0_writes(rank, folder):

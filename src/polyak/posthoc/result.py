@@ -7,10 +7,19 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from polyak.errors import ConfigError
+import torch
+from torch import nn
+
+from polyak.errors import ConfigError, MismatchError
+from polyak.errors.formatting import listed
 from polyak.io.atomic import as_path, check_target
 from polyak.io.tensor_file import write_tensors
 from polyak.posthoc.snapshot import safetensors
+from polyak.tensors.entries import as_model
+from polyak.tensors.sharding.adapter import adapter_for
+from polyak.tensors.swap import forget_computed
+from polyak.tensors.wrappers import root_of
+from polyak.tensors.writing import overwrite, writable
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -19,8 +28,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polyak.strategy.profile import Profile
+    from polyak.tensors.entries import Given
 
 __all__ = ["Synthesis", "check_savable"]
+
+_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,41 @@ class Synthesis:
         # A file has no two names for one tensor.
         tensors = {key: tensor.clone() for key, tensor in self.state_dict.items()}
         write_tensors(file, tensors, {"polyak_synthesis": json.dumps(about), "format": "pt"})
+
+    def copy_to(self, model: Given) -> None:
+        """Overwrite a model's weights with the average; a sharded model gets this rank's parts.
+
+        Buffers that the average lacks stay as they are.
+
+        Args:
+            model: The model, wrapped or not, or a mapping of names to tensors.
+
+        Raises:
+            MismatchError: If a parameter is missing, or a shape differs. Nothing has changed then.
+        """
+        root = root_of(model) if isinstance(model, nn.Module) else as_model(model)
+        adapter = adapter_for(root)
+        adapter.before_swap(root)
+        pairs: list[tuple[Tensor, Tensor]] = []
+        problems: list[str] = []
+        for entry in adapter.entries(root):
+            made = next((self.state_dict[name] for name in entry.aliases if name in self.state_dict), None)
+            shape = entry.tensor.shape if entry.spread is None else entry.spread.shape
+            if made is None and entry.kind == "buffer":
+                continue
+            if made is None or made.shape != shape:
+                what = "is missing" if made is None else f"has shape {(*made.shape,)}, not {(*shape,)}"
+                problems.append(f"{entry.name} {what}")
+                continue
+            pairs.append((entry.tensor, made if entry.spread is None else entry.spread.part(made)))
+        if problems:
+            message = f"the average belongs to another model: {listed(problems[:_SHOWN])}"
+            raise MismatchError(message)
+        with torch.no_grad(), writable([live for live, _ in pairs]):
+            for live, made in pairs:
+                overwrite(live, made)
+        forget_computed()
+        adapter.after_swap(root)
 
 
 def check_savable(file: Path, dtypes: Collection[str]) -> None:
