@@ -102,7 +102,7 @@ class EMAModel:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], model_cls: Any, foreach: bool = False) -> Self:  # noqa: ANN401, FBT001, FBT002 - diffusers' signature
-        """Return what ``save_pretrained`` wrote, here or in diffusers."""
+        """Read the folder of a ``save_pretrained``, here or in diffusers."""
         _, state = model_cls.from_config(model_cls.load_config(path), return_unused_kwargs=True)
         model = model_cls.from_pretrained(path)
         made = cls(model.parameters(), model_cls=model_cls, model_config=model.config, foreach=foreach)

@@ -152,7 +152,7 @@ class EMA(nn.Module):
 
     @torch.no_grad()
     def forward_eval(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever the model returns
-        """Return what the average computes, without gradients."""
+        """Compute with the average, without gradients."""
         training = self.ema_model.training
         made = self.ema_model(*args, **kwargs)
         self.ema_model.train(training)
@@ -160,7 +160,7 @@ class EMA(nn.Module):
 
     @override
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the average computes."""
+        """Compute with the average."""
         return self.ema_model(*args, **kwargs)
 
     def restore_ema_model_device(self) -> None:

@@ -119,7 +119,7 @@ class ModelEmaV3(nn.Module):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the average computes."""
+        """Compute with the average."""
         return self.module(*args, **kwargs)
 
 
@@ -159,7 +159,7 @@ class ModelEmaV2(nn.Module):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the average computes."""
+        """Compute with the average."""
         return self.module(*args, **kwargs)
 
 

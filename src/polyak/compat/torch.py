@@ -98,7 +98,7 @@ class AveragedModel(nn.Module):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the average computes."""
+        """Compute with the average."""
         return self.module(*args, **kwargs)
 
     def update_parameters(self, model: nn.Module) -> None:

@@ -162,7 +162,7 @@ class ExponentialMovingAverage:
         live = [parameter for parameter in found if parameter is not None]
         if len(live) < len(found):
             message = (
-                "(One of) the parameters that this ExponentialMovingAverage was made of no longer exists (was garbage "
+                "(One of) the parameters of this ExponentialMovingAverage no longer exists (was garbage "
                 "collected); give parameters, or keep the model"
             )
             raise LostParametersError(message)

@@ -168,7 +168,7 @@ class Binding:
             state.stored, self.plan = self.home.housed(state.stored), None
 
     def _housed(self, stored: list[Stored], entries: Sequence[Entry]) -> list[Stored]:
-        """Return what is stored with its averages in the user's tensors, where they live there.
+        """Return the stored tensors with their averages in the user's tensors, if they live there.
 
         Raises:
             ConfigError: If the model is sharded.

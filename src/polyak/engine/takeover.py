@@ -59,7 +59,7 @@ class Takeover(NamedTuple):
 
     @classmethod
     def of(cls, source: Any) -> Takeover:  # noqa: ANN401 - whatever holds an average
-        """Return what a source holds.
+        """Return the average that a source holds.
 
         Raises:
             StateError: If it holds no average that is known.

@@ -88,7 +88,7 @@ class Entry(NamedTuple):
 
 
 def as_model(given: Given) -> Model:
-    """Return what was given as a model: tensors in order, such as ``model.parameters()``, by their numbers as names."""
+    """Return a model: tensors that were given in order, such as ``model.parameters()``, are named by their numbers."""
     if isinstance(given, (nn.Module, Mapping, str, type, Tensor)) or not isinstance(given, Iterable):
         return given  # type: ignore[return-value]  # what is no model is refused by the walk
     tensors = [*given]

@@ -26,6 +26,7 @@ except ImportError:
     )
 
 
+_DOTTED = frozenset({torch.float32, torch.float64})
 _LARGE = 1 << 15  # elements: torch's dot has a call for each tensor, and its norm one thread for all
 
 
@@ -83,8 +84,8 @@ def longest(tensors: Sequence[Tensor]) -> float:
 
 
 def _dots(tensor: Tensor) -> bool:
-    alike = tensor.dtype in {torch.float32, torch.float64} and not tensor.is_neg()
-    return alike and tensor.numel() >= _LARGE and dense(tensor)
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_neg()
+    return plain and tensor.dtype in _DOTTED and tensor.numel() >= _LARGE and dense(tensor)
 
 
 def _flat(tensor: Tensor) -> Tensor:
