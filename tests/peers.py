@@ -1,7 +1,7 @@
 """A pytest plugin that runs other libraries' own tests against polyak.compat; see CONTRIBUTING.
 
-It puts each stand-in in the place of the class, wherever the library shows it, before the tests import it. The run fails
-if no average came from polyak's engine.
+It puts each stand-in in the place of the class, wherever the library shows it, before the tests import it. The run
+fails if no average came from polyak's engine.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -230,24 +231,26 @@ class EMA(nn.Module):
             ma_model.to(next(current_model.parameters()).device)
         decay = self.get_current_decay() if current_decay is None else current_decay
         following = self._averaging if ma_model is self.ema_model else self._returning
-        names = [name for name in self._names(current_model) if not self._ignored(name)]
-        moved = [name not in self.param_or_buffer_names_no_ema for name in names]
-        averages, live = self._tensors(ma_model, names), self._tensors(current_model, names)
-        for target, source, moves in zip(averages, live, moved, strict=True):
-            if not moves:
-                target.copy_(source)
-        chosen = [i for i, moves in enumerate(moved) if moves]
-        following.update([averages[i] for i in chosen], [live[i] for i in chosen], 1.0 - decay)
+        averages: list[Tensor] = []
+        live: list[Tensor] = []
+        for (name, source), (_, target) in zip(self._named(current_model), self._named(ma_model), strict=True):
+            if self._ignored(name):
+                continue
+            if name in self.param_or_buffer_names_no_ema:
+                target.detach().copy_(source.detach())
+                continue
+            averages.append(target)
+            live.append(source)
+        following.update(averages, live, 1.0 - decay)
 
     def _ignored(self, name: str) -> bool:
         return name in self.ignore_names or any(map(name.startswith, self.ignore_startswith_names))
 
-    def _names(self, model: nn.Module) -> list[str]:
-        return [name for name, _ in (*self.get_params_iter(model), *self.get_buffers_iter(model))]
+    def _named(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        return chain(self.get_params_iter(model), self.get_buffers_iter(model))
 
-    def _tensors(self, model: nn.Module, names: Collection[str] | None = None) -> list[Tensor]:
-        named = (*self.get_params_iter(model), *self.get_buffers_iter(model))
-        return [tensor.detach() for name, tensor in named if names is None or name in names]
+    def _tensors(self, model: nn.Module) -> list[Tensor]:
+        return [tensor for _, tensor in self._named(model)]
 
 
 def _averaged(tensor: Tensor) -> bool:

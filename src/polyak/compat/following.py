@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from polyak.config.factory import average
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from polyak.engine.averager import Averager
 
 __all__ = ["Following", "followed"]
+
+_PLACE = Tensor.data_ptr, Tensor.stride, attrgetter("dtype"), attrgetter("shape")
 
 
 def followed(model: nn.Module, module: nn.Module, **options: Any) -> Averager:
@@ -29,35 +34,27 @@ class Following:
 
     def __init__(self) -> None:
         self._averager: Averager | None = None
-        self._averages: list[Tensor] = []
         self._live: list[Tensor] = []
-        self._places: list[tuple[int, Any]] = []
+        self._places: list[list[Any]] = []
 
-    def update(
-        self,
-        averages: Sequence[Tensor],
-        live: Sequence[Tensor],
-        rate: float,
-        rounding: Literal["stochastic", "nearest"] = "stochastic",
-    ) -> None:
+    def update(self, averages: Sequence[Tensor], live: Sequence[Tensor], rate: float) -> None:
         """Move each average towards its live tensor: ``average += rate * (live - average)``; integers are copied.
 
         Args:
             averages: The averages, written in place.
             live: What each follows.
             rate: From 0 to 1.
-            rounding: How averages in short dtypes are rounded.
 
         Raises:
             MismatchError: If there are more of one than of the other, or shapes differ.
         """
         if not averages:
             return
-        places = [(tensor.data_ptr(), tensor.dtype) for tensor in live]
-        same = len(averages) == len(self._averages) and all(map(_is, averages, self._averages))
-        if self._averager is None or not same or places != self._places:
-            self._live, self._places, self._averages = [tensor.detach() for tensor in live], places, [*averages]
-            self._averager = average(self._live, "ema", into=self._averages, rounding=rounding)
+        # By their memory: some classes make new tensors of it for each update.
+        places = [[*map(part, tensors)] for tensors in (averages, live) for part in _PLACE]
+        if self._averager is None or places != self._places:
+            self._live, self._places = [tensor.detach() for tensor in live], places
+            self._averager = average(self._live, "ema", into=[*averages])
         self._averager.update(self._live, rate=rate)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Following:
@@ -65,7 +62,3 @@ class Following:
 
     def __reduce__(self) -> tuple[type[Following], tuple[()]]:
         return Following, ()
-
-
-def _is(first: object, second: object) -> bool:
-    return first is second
