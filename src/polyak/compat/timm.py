@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -213,11 +213,13 @@ class ModelEma:
 
 def use() -> None:
     """Put these classes in the place of timm's, for scripts and tasks that look them up there."""
-    import timm.task.task
-    import timm.utils
-    import timm.utils.model_ema
-
-    for module in (timm.utils, timm.utils.model_ema, timm.task.task, sys.modules.get("timm.utils.model")):
+    for name in ("timm.utils", "timm.utils.model_ema", "timm.utils.model", "timm.task.task"):
+        try:
+            module = import_module(name)
+        except ImportError:  # tasks came with a later release
+            if name == "timm.utils":
+                raise
+            continue
         for own in (ModelEma, ModelEmaV2, ModelEmaV3):
             if hasattr(module, own.__name__):
                 setattr(module, own.__name__, own)
