@@ -45,7 +45,7 @@ class Checks(dict):
 
 
 def results_of(script):
-    """Return what each check of a script raised in the interpreter."""
+    """Run the checks of a script in the interpreter; return the traceback of each, or an empty text."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment.pop("ATEN_CPU_CAPABILITY", None)
     command = [sys.executable, "-W", "error", script]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
@@ -155,6 +157,36 @@ def test_no_count_and_no_several_tensors():
     averager = polyak.average(model)
     with averager.applied(), pytest.raises(polyak.AppliedError):
         averager.take_over(network())
+
+
+class ByMass(polyak.Strategy):
+    """A mean that asks for the sum of the weights before."""
+
+    name: Literal["by_mass"] = "by_mass"
+
+    def rate(self, clock):
+        return 1.0 / (clock.mass + 1.0)
+
+
+class Weighing(ByMass):
+    name: Literal["weighing"] = "weighing"
+
+    def weight(self, clock):
+        return float(clock.n)
+
+
+def test_the_sum_of_weights_goes_on_and_is_not_made_up():
+    model = network()
+    averager = polyak.average(model, ByMass())
+    averager.take_over([parameter.detach() for parameter in model.parameters()], n=3)
+    averager.update()
+    assert averager.rate == 0.25
+    averager = polyak.average(model, Weighing())
+    with pytest.raises(polyak.ConfigError, match="weighs updates"):
+        averager.take_over([parameter.detach() for parameter in model.parameters()], n=3)
+    averager.take_over([parameter.detach() for parameter in model.parameters()])
+    averager.update()
+    assert (averager.n, averager.rate) == (1, 1.0)
 
 
 def test_an_ema_of_torchs_goes_on_with_the_same_numbers():

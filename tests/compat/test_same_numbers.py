@@ -203,6 +203,24 @@ def test_copies_and_pickles_go_on_by_themselves(name):
         assert all(torch.equal(value, before[name]) for name, value in values(ours).items())
 
 
+@pytest.mark.parametrize("name", ["torch_ema", "diffusers", "ema-pytorch, every step"])
+def test_tensors_that_are_replaced_on_either_side_are_followed(name):
+    case, model = CASES[name], network()
+    theirs, ours = case.both(model)
+    for step in trained(model, 9):
+        if step == 4:
+            model[0].weight.data = model[0].weight.detach().clone() + 1
+        if step == 6:
+            for ema in (theirs, ours):
+                if hasattr(ema, "shadow_params"):
+                    ema.shadow_params = [tensor.clone() * 2 for tensor in ema.shadow_params]
+                else:
+                    ema.ema_model[2].weight.data = ema.ema_model[2].weight.detach().clone() * 2
+        for ema in (theirs, ours):
+            case.update(ema, model, step)
+    assert_same(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ["timm v3", "torch swa"])
 def test_the_module_is_the_average_whatever_is_done_to_it(name):
     case, model = CASES[name], network()

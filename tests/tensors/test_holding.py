@@ -195,3 +195,14 @@ def test_what_is_known_of_averages_ends_where_they_let_nan_in():
         bound.prepare(moved=False, hold=hold)
         bound([0.5], [generator], 0)
     assert averages[0].tolist() == [1.0, 0.875, 0.875]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("which", [0, 1])
+def test_plain_torch_finds_the_one_large_tensor_among_others_that_may_overflow(dtype, which):
+    large = torch.finfo(dtype).max * 0.9
+    averages, weights = ([torch.ones(40_000, dtype=dtype) for _ in range(2)] for _ in range(2))
+    averages[which][5], weights[which][5] = -large, large
+    bound = held("foreach", [averages], weights, [0.5])
+    assert bound.held_each().tolist() == [[int(which == i) for i in range(2)]]
+    assert averages[which][5] == -large

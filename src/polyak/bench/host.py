@@ -34,7 +34,7 @@ def without_kernels() -> Iterator[None]:
         (foreach, "longest"),
         (holding, "needless"),
         (holding.Bound, "holds"),
-        (holding.Bound, "move"),
+        (holding.Bound, "moved"),
         (threads.Slices, "run"),
         (cuda.FusedCUDA, "_launch"),
     ]

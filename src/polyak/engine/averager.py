@@ -241,7 +241,8 @@ class Averager(Protocol):
 
         Raises:
             StateError: If the source has no average of this model. Nothing has changed then.
-            ConfigError: If ``n`` is no count, or the strategy keeps several tensors.
+            ConfigError: If ``n`` is no count, or the strategy keeps several tensors, or weighs updates and ``n`` is not
+                0.
             AppliedError: Inside ``applied()``.
 
         Examples:

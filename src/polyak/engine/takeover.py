@@ -16,6 +16,7 @@ from polyak.engine.history import History
 from polyak.engine.state import State
 from polyak.errors import AppliedError, ConfigError, MissingFileError, StateError
 from polyak.errors.formatting import listed, shown
+from polyak.strategy.base import Strategy
 from polyak.strategy.numbers import as_integer
 from polyak.tensors.entries import walk
 
@@ -132,6 +133,12 @@ def taken_over(core: Core, taken: Takeover, n: int) -> Received:
     if core.strategy.slots():
         message = (
             f"take_over(): the strategy {core.strategy.name!r} keeps several tensors, and other libraries keep one"
+        )
+        raise ConfigError(message)
+    if n and type(core.strategy).weight is not Strategy.weight:
+        message = (
+            f"take_over(): the strategy {core.strategy.name!r} weighs updates, and no library keeps the weights of the "
+            f"{n} before; give n=0, which begins the count anew"
         )
         raise ConfigError(message)
     if core.binding.is_entered:

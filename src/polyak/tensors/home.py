@@ -59,7 +59,7 @@ class Home:
         self._detector, self._epoch = self._look()
 
     def housed(self, stored: Sequence[Stored], entries: Sequence[Entry] | None = None) -> list[Stored]:
-        """Return what is stored, with its averages in these tensors as they are.
+        """Return the stored tensors with these as their averages.
 
         Args:
             stored: What is stored.
@@ -82,7 +82,7 @@ class Home:
         return [self._own(s) for s in stored]
 
     def filled(self, stored: Sequence[Stored]) -> list[Stored]:
-        """Return what is stored, with its averages written into these tensors; idempotent."""
+        """Write the averages of stored tensors into these, and return them with these as their averages; idempotent."""
         made = self.housed(stored)
         with torch.no_grad():
             for own, s in zip(made, stored, strict=True):

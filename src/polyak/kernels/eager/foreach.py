@@ -121,7 +121,7 @@ class Foreach(Eager, Holding):
         lerp_all(averages, each, slower[0] if len(slower) == 1 else slower * len(weights))
         if self._hold:
             for bound in self._bounds:
-                bound.move(length)
+                bound.moved()
 
 
 def _joined(lanes: Lanes) -> list[Tensor]:

@@ -62,9 +62,9 @@ def needless(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
 
 
 class Bound:
-    """How large the values of some averages can be, as long as only their kernel writes them.
+    """Whether averages are within the limit of finite arithmetic, as long as only their kernel writes them.
 
-    A move ends between an average and its weight, so that the averages themselves need no second look.
+    A move ends between an average and its weight: where both are within it, the new average is, and needs no look.
 
     Args:
         averages: The averages.
@@ -72,7 +72,7 @@ class Bound:
 
     def __init__(self, averages: Sequence[Tensor]) -> None:
         self._averages = averages
-        self._length, self._versions = 0.0, [-1]
+        self._within: list[int] = []
 
     def holds(self, weights: Sequence[Tensor], length: float) -> bool:
         """Return whether all new values are known to be finite, whatever the rate.
@@ -84,17 +84,15 @@ class Bound:
         most = _most(self._averages, weights)
         if most <= 0 or not length <= most:
             return False
-        if self._versions != _versions(self._averages):
-            self._length = longest(self._averages)
-        return self._length <= most
+        return self._within == _versions(self._averages) or longest(self._averages) <= most
 
-    def move(self, length: float) -> None:
-        """Note that the averages have moved towards weights of some length."""
-        self._length, self._versions = max(self._length, length), _versions(self._averages)
+    def moved(self) -> None:
+        """Note that averages within the limit have moved towards weights within it."""
+        self._within = _versions(self._averages)
 
     def forget(self) -> None:
         """Measure them anew: they may lie in other memory."""
-        self._versions = [-1]
+        self._within = []
 
 
 def _most(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> float:
