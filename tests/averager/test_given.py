@@ -162,3 +162,18 @@ def test_the_nearest_value_is_that_of_float32_rounded_once(dtype, live):
 def test_other_ways_are_refused(option):
     with pytest.raises(polyak.ConfigError, match=next(iter(option))):
         polyak.average(mlp(), **option)
+
+
+@pytest.mark.parametrize("make", [lambda: polyak.average(mlp()), lambda: polyak.bank(mlp(), {"a": "ema"})])
+def test_other_arguments_of_an_update_are_refused_in_words(make):
+    made = make()
+    for arguments, named in (((None, 3), {}), ((), {"decay": 0.5})):
+        with pytest.raises(polyak.ArgumentError, match=r"update\(\) takes the model, step=.*configure\(decay=0.5\)"):
+            made.update(*arguments, **named)
+
+
+def test_a_bank_takes_no_rate():
+    bank = polyak.bank(mlp(), {"a": "ema"})
+    with pytest.raises(polyak.ArgumentError, match=r"got rate=0.1\. Each average has settings"):
+        bank.update(rate=0.1)
+    assert bank["a"].n == 0

@@ -19,7 +19,7 @@ from polyak.engine.transaction import carry_out, whole
 from polyak.engine.unsettled import alone, jointly
 from polyak.errors import AttributeAccessError, UnknownAverageError
 from polyak.errors.attributes import AttributeHints
-from polyak.errors.calls import explained
+from polyak.errors.calls import explained, refuse_arguments
 from polyak.errors.formatting import shown
 from polyak.tensors.entries import as_model
 
@@ -98,17 +98,24 @@ class Bank(AttributeHints, Mapping[str, "Averager"]):
     def __repr__(self) -> str:
         return f"<bank of {', '.join(f'{name}: {averager!r}' for name, averager in self.items())}>"
 
-    def update(self, model: Given | None = None, *, step: int | None = None, lr: float | None = None) -> None:
+    def update(
+        self, model: Given | None = None, *more: Any, step: int | None = None, lr: float | None = None, **unknown: Any
+    ) -> None:
         """Take the weights as they are now into every average; call it once per real optimiser step.
 
         Args:
             model: The model. Defaults to the bank's own.
             step: The optimiser step. Defaults to a count of the calls.
             lr: The learning rate, for strategies that use it.
+            more: Refused.
+            unknown: Refused.
 
         Raises:
             PolyakError: If ``Averager.update`` would raise. No average has changed then.
         """
+        if more or unknown:
+            instead = "Each average has settings, bank['name'].configure(decay=0.5), and its own rate"
+            refuse_arguments(more, unknown, "the model, step= and lr=", instead)
         model = None if model is None else as_model(model)
         if recording() or any(engine.updater.announced for engine in self._averagers.values()):
             for engine in self._averagers.values():

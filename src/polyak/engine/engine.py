@@ -243,7 +243,8 @@ class Engine(AttributeHints, Averager):
         **unknown: Any,
     ) -> None:
         if more or unknown:
-            refuse_arguments(more, unknown)
+            instead = "Settings are changed by averager.configure(decay=0.5)"
+            refuse_arguments(more, unknown, "the model, step=, lr= and rate=", instead)
         self.updater.update(model, step, lr, rate)
 
     @override

@@ -49,16 +49,20 @@ def explained(hint: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     return decorate
 
 
-def refuse_arguments(more: tuple[Any, ...], unknown: dict[str, Any]) -> NoReturn:
+def refuse_arguments(more: tuple[Any, ...], unknown: dict[str, Any], takes: str, instead: str) -> NoReturn:
     """Refuse arguments of ``update()``, which has no room for a decorator's frame: it is called once per step.
+
+    Args:
+        more: The positional ones.
+        unknown: The named ones.
+        takes: The arguments that it takes.
+        instead: The call that serves those who want more.
 
     Raises:
         ArgumentError: Always.
     """
     got = listed([*map(shown, more), *(f"{name}={shown(value)}" for name, value in unknown.items())])
-    message = (
-        f"update() takes the model, step= and lr=; got {got}. Settings are changed by averager.configure(decay=0.5)"
-    )
+    message = f"update() takes {takes}; got {got}. {instead}"
     raise ArgumentError(message)
 
 
